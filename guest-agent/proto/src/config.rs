@@ -1,0 +1,33 @@
+//! What a guest shall become: written by the server, read once by the agent at boot.
+
+use serde::{Deserialize, Serialize};
+
+/// Where the agent finds its configuration in the initramfs.
+pub const CONFIG_PATH: &str = "/ovum/config.json";
+
+/// Most bytes the configuration may take: arguments and environment of an image are far smaller.
+pub const CONFIG_BYTES_MAX: usize = 1 << 20;
+
+/// Everything the agent has to know.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestConfig {
+    /// [`crate::VERSION`] of the server.
+    pub version: u32,
+    /// The guest's host name.
+    pub hostname: String,
+    /// Block device with the image: a read-only EROFS.
+    pub root_device: String,
+    /// Block device with the writable layer: an ext4. Without one it is a tmpfs.
+    pub overlay_device: Option<String>,
+    /// Program and arguments of the workload. Never empty.
+    pub argv: Vec<String>,
+    /// Environment of the workload.
+    pub env: Vec<(String, String)>,
+    /// Working directory of the workload, absolute; made if it is missing.
+    pub working_dir: String,
+    /// Whether the agent listens on vsock; without it there is no exec, copy or graceful stop.
+    pub listen: bool,
+    /// Host's CLOCK_REALTIME in nanoseconds when the guest was started, in case the guest kernel
+    /// finds no clock of its own.
+    pub realtime_ns: u64,
+}

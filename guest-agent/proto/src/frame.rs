@@ -1,0 +1,1 @@
+//! Frames on the vsock stream between the server and the agent.

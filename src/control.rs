@@ -1,0 +1,139 @@
+//! The wire between the server and a worker: one message per packet, JSON, with open files beside.
+//!
+//! A worker is born with one end of a SOCK_SEQPACKET pair as file descriptor [`LAUNCH_FD`] and
+//! reads exactly one [`Launch`] from it, whose files arrive in the same packet in the order of
+//! [`Launch::files`]. It answers one [`Reply`]. Afterwards it listens on the control socket it was
+//! handed: each connection gets every [`Event`] from then on and may send [`Order`]s, each answered
+//! by a [`Reply`].
+//!
+//! The worker also appends each event, as one line of JSON, to the events file. That file is what
+//! a server trusts after it was away.
+
+use ovum_vmm::spec::MachineSpec;
+use serde::{Deserialize, Serialize};
+
+/// Where a worker finds its launch socket.
+pub const LAUNCH_FD: i32 = 3;
+
+/// Most bytes of one message.
+pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
+
+/// Most files beside one message: the kernel allows 253 (SCM_MAX_FD).
+pub const FILES_MAX: usize = 64;
+
+/// The machine a worker shall be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Launch {
+    /// The machine.
+    pub machine: MachineSpec,
+    /// What each of the files beside this message is.
+    pub files: Vec<FileRole>,
+}
+
+/// What a file beside a [`Launch`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileRole {
+    /// /dev/kvm.
+    Kvm,
+    /// The guest kernel.
+    Kernel,
+    /// One initramfs archive; several are loaded in order.
+    Initramfs,
+    /// The file behind the next disk.
+    Disk,
+    /// The console log, opened for append.
+    Console,
+    /// The events file, opened for append.
+    Events,
+    /// The listening control socket (SOCK_SEQPACKET).
+    Control,
+    /// The listening vsock socket (SOCK_STREAM).
+    Vsock,
+}
+
+/// What the server tells a worker to do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "order", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Order {
+    /// Say who you are and how the machine is.
+    Status,
+    /// Stop the vCPUs where they are.
+    Pause,
+    /// Let them go on.
+    Resume,
+    /// End the machine now, as if its power was cut.
+    Stop,
+}
+
+/// What a worker sends: answers to launch and orders, and events as they happen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// Done; `pid` is the worker's process id, `running` false while vCPUs are paused.
+    Done {
+        /// Process id.
+        pid: u32,
+        /// Whether vCPUs run.
+        running: bool,
+    },
+    /// Not done, and why: the whole chain of causes.
+    Failed {
+        /// For people.
+        message: String,
+    },
+    /// Something happened in the machine.
+    Event(Event),
+}
+
+/// Something that happened in a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Counts up from 0 within one worker, without gaps.
+    pub seq: u64,
+    /// CLOCK_MONOTONIC, in nanoseconds.
+    pub at_ns: u64,
+    /// What.
+    pub what: Happening,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "what", rename_all = "snake_case")]
+pub enum Happening {
+    /// The worker has its launch message.
+    Launched,
+    /// The machine is built: memory, kernel and devices are in place.
+    Built,
+    /// The vCPUs run for the first time.
+    Booted,
+    /// The guest wrote this word to the report port.
+    Reported {
+        /// As the agent encoded it.
+        word: u32,
+    },
+    /// The machine ended, and the worker with it.
+    Stopped {
+        /// Why.
+        cause: StopCause,
+        /// For people: what failed, empty if nothing did.
+        detail: String,
+    },
+}
+
+/// Why a machine ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StopCause {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest asked for a reboot; a machine of ours ends instead.
+    Reboot,
+    /// The guest kernel panicked.
+    Panic,
+    /// The server ordered it.
+    Ordered,
+    /// The machine itself failed.
+    Fault,
+}

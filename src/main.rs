@@ -1,0 +1,3 @@
+//! ovum: argv becomes a command; everything else lives elsewhere.
+
+fn main() {}

@@ -1,0 +1,13 @@
+//! A KVM virtual machine monitor as a library.
+//!
+//! [`machine::Machine`] is built from a [`spec::MachineSpec`] and the open files of
+//! [`spec::MachineFiles`], and runs a Linux guest on threads of its own. The crate knows memory,
+//! vCPUs and virtio devices. It knows nothing of images, instances, HTTP or the agent.
+//!
+//! Specifications cited in this crate: "Virtual I/O Device (VIRTIO) Version 1.3"; "Intel 64 and
+//! IA-32 Architectures Software Developer's Manual", volume 3 (SDM); "ACPI 6.5"; the KVM API as
+//! in Documentation/virt/kvm/api.rst of Linux 6.12.
+
+pub mod memory;
+pub mod spec;
+pub mod virtio;
