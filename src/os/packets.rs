@@ -93,7 +93,8 @@ impl PacketSocket {
     ///
     /// # Errors
     ///
-    /// `InvalidInput` above [`PACKET_BYTES_MAX`] or [`PACKET_FILES_MAX`]; else what sendmsg(2) says.
+    /// `InvalidInput` above [`PACKET_BYTES_MAX`] or [`PACKET_FILES_MAX`]; else what sendmsg(2)
+    /// says.
     pub fn send(&self, bytes: &[u8], files: &[BorrowedFd<'_>]) -> io::Result<()> {
         if bytes.is_empty() || bytes.len() > PACKET_BYTES_MAX || files.len() > PACKET_FILES_MAX {
             return Err(io::ErrorKind::InvalidInput.into());
