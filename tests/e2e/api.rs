@@ -1,10 +1,10 @@
 //! The wire: what clients of the original rely on.
 
 use reqwest::{Method, StatusCode};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::cases;
-use crate::host::{BUSYBOX, TestHost};
+use ovum_test_host::{BUSYBOX, TestHost};
 
 cases![
     health_needs_no_token,
@@ -31,7 +31,7 @@ async fn a_request_without_a_token_is_unauthorized(host: &TestHost) {
     let response = reqwest::get(format!("{}/instances", host.server.base_url)).await.unwrap();
 
     assert_eq!(response.status(), StatusCode::UNAUTHORIZED);
-    let body: serde_json::Value = response.json().await.unwrap();
+    let body: Value = response.json().await.unwrap();
     let expected = json!({ "code": "Unauthorized", "message": "authorization header required" });
     assert_eq!(body, expected);
 }

@@ -1,9 +1,10 @@
 //! Guests boot, run what their image says, and end as it ends.
 
+use futures_util::future::join_all;
+use ovum_test_host::{BUSYBOX, DEBIAN, TestHost};
 use serde_json::{Value, json};
 
 use crate::cases;
-use crate::host::{BUSYBOX, DEBIAN, TestHost};
 
 cases![
     a_command_runs_and_its_output_and_exit_code_come_back,
@@ -163,7 +164,8 @@ async fn every_vcpu_is_online(host: &TestHost) {
 
 async fn a_guest_larger_than_the_32_bit_hole_has_all_its_memory(host: &TestHost) {
     let body = json!({
-        "name": "large", "image": BUSYBOX, "size": "6GB", "cmd": ["grep", "MemTotal", "/proc/meminfo"],
+        "name": "large", "image": BUSYBOX, "size": "6GB",
+        "cmd": ["grep", "MemTotal", "/proc/meminfo"],
     });
     let (log, _) = host.server.run_body(body).await;
 
@@ -226,7 +228,7 @@ async fn twenty_at_once_all_run(host: &TestHost) {
     let names: Vec<String> = (0..20).map(|n| format!("crowd-{n}")).collect();
 
     let runs = names.iter().map(|name| host.server.run(name, BUSYBOX, &["hostname"]));
-    let ended = futures_util::future::join_all(runs).await;
+    let ended = join_all(runs).await;
 
     for (name, (log, instance)) in names.iter().zip(ended) {
         assert!(log.contains(&format!("{name}\n")), "{log}");

@@ -1,14 +1,16 @@
 //! kill -9 at bad moments: nothing acknowledged is lost, nothing half-made stays.
 
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use reqwest::Method;
 use serde_json::json;
+use tokio::time;
 
 use crate::cases;
-use crate::host::{BUSYBOX, DEBIAN, Server, TestHost, workers};
+use ovum_test_host::{BUSYBOX, DEBIAN, Server, TestHost, workers};
 
 cases![
     guests_outlive_the_server_and_are_found_again,
@@ -18,7 +20,7 @@ cases![
     a_server_killed_during_creations_keeps_all_or_nothing,
 ];
 
-fn data_dir(name: &str) -> std::path::PathBuf {
+fn data_dir(name: &str) -> PathBuf {
     Path::new("/var/lib/ovum").join(name)
 }
 
@@ -54,7 +56,7 @@ async fn an_exit_without_a_server_is_told_by_the_next_one(_: &TestHost) {
 
     server.kill();
     while !workers().is_empty() {
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        time::sleep(Duration::from_millis(50)).await;
     }
     let mut server = Server::start_at(&data_dir("unseen")).await;
     let ended = server.wait("ends", "Stopped").await;
@@ -85,7 +87,7 @@ async fn a_server_killed_during_a_pull_leaves_an_image_that_can_be_pulled(_: &Te
     let mut server = Server::start("pulling").await;
     for delay_ms in [20, 150, 600] {
         server.call(Method::POST, "/images", Some(json!({ "name": DEBIAN }))).await;
-        tokio::time::sleep(Duration::from_millis(delay_ms)).await;
+        time::sleep(Duration::from_millis(delay_ms)).await;
         server.kill();
         server = Server::start_at(&data_dir("pulling")).await;
     }
@@ -104,10 +106,9 @@ async fn a_server_killed_during_creations_keeps_all_or_nothing(_: &TestHost) {
         let name = format!("round-{round}");
         let body =
             json!({ "name": name, "image": BUSYBOX, "size": "128MB", "cmd": ["sleep", "999"] });
-        let acknowledged = tokio::select! {
-            () = tokio::time::sleep(Duration::from_millis(15 * round)) => false,
-            (status, _) = server.call(Method::POST, "/instances", Some(body)) => status.is_success(),
-        };
+        let create = server.call(Method::POST, "/instances", Some(body));
+        let answer = time::timeout(Duration::from_millis(15 * round), create).await;
+        let acknowledged = answer.is_ok_and(|(status, _)| status.is_success());
         server.kill();
         server = Server::start_at(&data_dir("creating")).await;
         let list = server.get("/instances").await;
@@ -117,7 +118,7 @@ async fn a_server_killed_during_creations_keeps_all_or_nothing(_: &TestHost) {
             server.wait(&name, "Running").await;
             server.delete(&name).await;
         }
-        let folders = std::fs::read_dir(data_dir("creating").join("instances")).unwrap().count();
+        let folders = fs::read_dir(data_dir("creating").join("instances")).unwrap().count();
         assert_eq!(folders, 0, "round {round} left a folder");
         assert_eq!(workers(), Vec::<String>::new(), "round {round} left a worker");
     }

@@ -5,10 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use reqwest::{Method, StatusCode};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::cases;
-use crate::host::{BUSYBOX, TestHost, await_port, free_address, registry_storage, start_registry};
+use ovum_test_host::{
+    BUSYBOX, TestHost, await_port, free_address, registry_storage, start_registry,
+};
 
 cases![
     a_second_pull_of_a_ready_image_is_immediate,
@@ -24,7 +26,7 @@ async fn a_second_pull_of_a_ready_image_is_immediate(host: &TestHost) {
     let second = host.server.pull(BUSYBOX).await;
 
     assert_eq!(first["digest"], second["digest"]);
-    assert_eq!(first["cmd"], serde_json::json!(["sh"]));
+    assert_eq!(first["cmd"], json!(["sh"]));
 }
 
 async fn a_registry_that_does_not_answer_is_named(host: &TestHost) {
@@ -77,7 +79,7 @@ async fn a_registry_that_dies_in_the_middle_fails_the_pull(host: &TestHost) {
     let mut registry = start_registry(&registry_storage(), &address);
     await_port(&address).await;
     let name = format!("{address}/debian:bookworm");
-    let body = serde_json::json!({ "name": name });
+    let body = json!({ "name": name });
     host.server.call(Method::POST, "/images", Some(body)).await;
 
     registry.kill().unwrap();
@@ -109,7 +111,7 @@ async fn pull_spoilt(host: &TestHost, spoil: impl FnOnce(&Path)) -> String {
 
 /// Pulls what cannot be had; returns what is said about it and removes the record.
 async fn pull_without_assurance(host: &TestHost, name: &str) -> String {
-    let body = serde_json::json!({ "name": name });
+    let body = json!({ "name": name });
     let (status, answer) = host.server.call(Method::POST, "/images", Some(body)).await;
     if status != StatusCode::ACCEPTED {
         return message(&answer);

@@ -4,20 +4,26 @@
 //! server and registry, and leaves nothing behind, which is checked after every one of them.
 //! Arguments are parts of case names; without any, all cases run.
 
+#![expect(clippy::print_stdout, reason = "a verdict on each case")]
+#![expect(clippy::unwrap_used, reason = "a step that fails is a case that fails")]
+#![expect(clippy::disallowed_methods, reason = "programs are started as a user would")]
+
 mod api;
 mod boot;
 mod crash;
-mod host;
 mod images;
 mod refusals;
 
+use std::env;
 use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
-use host::TestHost;
+use ovum_test_host::TestHost;
+use tokio::runtime::Builder;
+use tokio::time;
 
 /// Longest that one case may take, in the emulated host on a busy machine.
 const CASE_TIMEOUT: Duration = Duration::from_secs(180);
@@ -40,14 +46,14 @@ macro_rules! cases {
 pub(crate) use cases;
 
 fn main() -> ExitCode {
-    let filters: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let filters: Vec<String> = env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let chosen: Vec<&Case> =
         [boot::CASES, api::CASES, images::CASES, refusals::CASES, crash::CASES]
             .into_iter()
             .flatten()
             .filter(|case| filters.is_empty() || filters.iter().any(|f| case.name.contains(f)))
             .collect();
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = Builder::new_current_thread().enable_all().build();
     let failed = runtime.expect("a runtime needs only memory").block_on(run(&chosen));
     println!("\nend to end: {} passed, {} failed", chosen.len() - failed.len(), failed.len());
     for name in &failed {
@@ -61,7 +67,7 @@ async fn run(chosen: &[&Case]) -> Vec<&'static str> {
     let mut failed = Vec::new();
     for case in chosen {
         let started = Instant::now();
-        let outcome = tokio::time::timeout(CASE_TIMEOUT, async {
+        let outcome = time::timeout(CASE_TIMEOUT, async {
             AssertUnwindSafe((case.run)(&host)).catch_unwind().await.is_ok()
                 && AssertUnwindSafe(host.check_nothing_is_left()).catch_unwind().await.is_ok()
         });

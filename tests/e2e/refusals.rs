@@ -1,13 +1,15 @@
 //! Bad input: each gives one clear error that names what to do, and leaves nothing behind.
 
+use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use futures_util::future::join_all;
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use crate::cases;
-use crate::host::{BUSYBOX, Server, TestHost, ovum};
+use ovum_test_host::{BUSYBOX, Server, TestHost, ovum};
 
 cases![
     sizes_out_of_range_are_refused_by_name,
@@ -87,7 +89,7 @@ async fn a_name_can_be_taken_only_once(host: &TestHost) {
         .map(|_| host.server.call(Method::POST, "/instances", Some(body.clone())))
         .collect::<Vec<_>>();
 
-    let answers = futures_util::future::join_all(attempts).await;
+    let answers = join_all(attempts).await;
 
     let created = answers.iter().filter(|(status, _)| *status == StatusCode::CREATED).count();
     let taken = answers.iter().filter(|(_, body)| body["code"] == "name_conflict").count();
@@ -132,7 +134,7 @@ async fn a_host_without_kvm_says_so(_: &TestHost) {
 
 async fn a_disk_without_room_says_so(_: &TestHost) {
     let data_dir = Path::new("/var/lib/ovum/no-room");
-    std::fs::create_dir_all(data_dir).unwrap();
+    fs::create_dir_all(data_dir).unwrap();
     let mounted = Command::new("mount")
         .args(["-t", "tmpfs", "-o", "size=6m", "none"])
         .arg(data_dir)
@@ -141,7 +143,7 @@ async fn a_disk_without_room_says_so(_: &TestHost) {
     assert!(mounted.success());
     let mut server = Server::start_at(data_dir).await;
 
-    let image = server.pull_to_the_end(crate::host::DEBIAN).await;
+    let image = server.pull_to_the_end(ovum_test_host::DEBIAN).await;
 
     assert_eq!(image["status"], "failed", "{image}");
     let error = image["error"].as_str().unwrap_or_default();
