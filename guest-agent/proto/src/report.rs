@@ -115,15 +115,16 @@ mod tests {
     fn every_report_survives_its_word_and_no_other_word_is_one() {
         let phases = Phase::ALL.map(Report::Phase);
         let failures = Failure::ALL.map(Report::Failed);
-        let exits = (0..=255)
-            .flat_map(|code| [false, true].map(|oom| Report::Exit(Exit { code, oom })));
+        let exits =
+            (0..=255).flat_map(|code| [false, true].map(|oom| Report::Exit(Exit { code, oom })));
         let all: Vec<_> = phases.into_iter().chain(failures).chain(exits).collect();
 
         for &report in &all {
             assert_eq!(Report::decode(report.encode()), Some(report));
         }
-        let decodable =
-            (0..1_u32 << 18).map(|bits| (bits & 0x3ff) | (bits >> 10) << 24).filter_map(Report::decode);
+        let decodable = (0..1_u32 << 18)
+            .map(|bits| (bits & 0x3ff) | (bits >> 10) << 24)
+            .filter_map(Report::decode);
         assert_eq!(decodable.count(), all.len());
     }
 }

@@ -4,7 +4,7 @@
 //! order. The ring counts nothing itself: what is in flight is the device's to know.
 //! Virtio 1.3, 2.7 "Split Virtqueues".
 
-use virtio_queue::{DescriptorChain, Queue, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 
 use super::Fault;
 use crate::memory::Mem;
