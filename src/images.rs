@@ -37,6 +37,10 @@ mod layers;
 pub mod records;
 pub mod reference;
 pub mod registry;
+mod room;
+mod tar;
+#[cfg(test)]
+mod testing;
 mod tree;
 
 /// What the images of a host are given, from the server's configuration.

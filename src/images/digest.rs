@@ -144,7 +144,9 @@ mod tests {
         for text in ["", "sha256:", "sha256:12", "sha512:12", &EMPTY.to_uppercase(), &EMPTY[7..]] {
             assert!(text.parse::<Digest>().is_err(), "{text}");
         }
-        assert!(Digest::from_hex("../../../../../../../../../../../../../../../../../etc").is_err());
+        assert!(
+            Digest::from_hex("../../../../../../../../../../../../../../../../../etc").is_err()
+        );
     }
 
     #[test]

@@ -116,7 +116,7 @@ fn clipped(text: &str) -> String {
 }
 
 /// Why a text is not an image name.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReferenceError {
     /// It breaks the grammar.
     #[error("Invalid image name {text:?}")]
@@ -193,7 +193,8 @@ mod tests {
 
     #[test]
     fn what_is_no_name_is_refused_with_the_name_in_the_text() {
-        for text in ["", "UPPER", "a b", "a:b:c:d", "../../etc/passwd", "a@sha256:12", "a/%00", "-"] {
+        for text in ["", "UPPER", "a b", "a:b:c:d", "../../etc/passwd", "a@sha256:12", "a/%00", "-"]
+        {
             assert!(text.parse::<Reference>().is_err(), "{text}");
             assert!(Reference::from_path(text).is_err(), "{text}");
         }

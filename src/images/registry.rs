@@ -1,0 +1,7 @@
+//! wip
+/// Credentials.
+#[derive(Debug, Clone)]
+pub struct Credentials {}
+/// Why.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {}
