@@ -14,9 +14,9 @@ use crate::images::tree::Body;
 /// Bytes collected before they are written: few system calls, and small bodies share one.
 const BUFFER_BYTES: usize = 1 << 20;
 
-/// Longest tail kept for behind the inode. Longer ones would waste more of the inodes' blocks than
-/// a block of their own wastes.
-const TAIL_BYTES_MAX: usize = 2048;
+/// Longest tail kept for behind the inode. Of a minimal Debian (205 MB of bodies) no tails at all
+/// make 212.7 MB, up to 2048 bytes 202.2, up to 3072 201.0, all that fit 200.9.
+const TAIL_BYTES_MAX: usize = 3072;
 
 /// Most bytes of tails held in memory for one image; from there on tails get their own blocks.
 const TAILS_BYTES_MAX: usize = 64 << 20;

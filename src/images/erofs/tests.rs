@@ -117,7 +117,7 @@ fn every_kind_of_file_is_what_tar_makes_of_it() {
 #[test]
 fn files_of_every_size_are_what_tar_makes_of_them() {
     let mut sizes = TarBuilder::new().mtime(1).dir("./");
-    for edge in [0, 1, 2048, 4032, 4096, 8192, 4096 + 2048, 1 << 20, (1 << 20) + 4096, 3 << 20] {
+    for edge in [0, 1, 3072, 4032, 4096, 8192, 4096 + 3072, 1 << 20, (1 << 20) + 4096, 3 << 20] {
         for size in [edge, edge + 1, edge.max(1) - 1, edge + 2000] {
             let content: Vec<u8> = (0..size).map(|i| (i * 31 % 251) as u8).collect();
             sizes = sizes.mtime(size as u64).file(format!("{edge}-{size}"), content);
