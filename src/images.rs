@@ -32,6 +32,7 @@ pub mod archive;
 pub mod blobs;
 pub mod config;
 pub mod digest;
+pub mod manifest;
 mod erofs;
 mod layers;
 pub mod records;

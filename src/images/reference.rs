@@ -7,7 +7,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use oci_client::{ParseError, Reference as Parsed};
+use oci_spec::distribution::{ParseError, Reference as Parsed};
 use percent_encoding::percent_decode_str;
 
 use crate::images::digest::Digest;
@@ -79,9 +79,9 @@ impl Reference {
         Self(self.0.clone_with_digest(digest.to_string()))
     }
 
-    /// As the registry client wants it.
-    pub fn as_client(&self) -> &Parsed {
-        &self.0
+    /// Where the registry is reached, which for Docker's own is not its name.
+    pub fn host(&self) -> &str {
+        self.0.resolve_registry()
     }
 }
 

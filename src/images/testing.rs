@@ -10,6 +10,9 @@ use std::process::Output;
 use crate::images::digest::Digest;
 use crate::images::layers::Layer;
 
+pub(crate) mod layout;
+pub(crate) mod server;
+
 /// A tar archive in the making. Headers are built here byte by byte, so that a test can also make
 /// what no tool would.
 #[derive(Debug, Clone, Default)]
