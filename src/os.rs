@@ -1,0 +1,3 @@
+//! What the server asks of the operating system beyond the standard library.
+
+pub mod tool;
