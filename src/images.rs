@@ -34,9 +34,14 @@ pub mod config;
 pub mod digest;
 mod erofs;
 mod layers;
+pub mod manifest;
 pub mod records;
 pub mod reference;
 pub mod registry;
+mod room;
+mod tar;
+#[cfg(test)]
+mod testing;
 mod tree;
 
 /// What the images of a host are given, from the server's configuration.

@@ -47,6 +47,12 @@ impl Digest {
     }
 }
 
+impl From<Sha256> for Digest {
+    fn from(hasher: Sha256) -> Self {
+        Self(hasher.finalize().into())
+    }
+}
+
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "sha256:{}", self.hex())
@@ -105,7 +111,7 @@ impl<R: Read> DigestReader<R> {
 
     /// Digest and number of the bytes read.
     pub fn finish(self) -> (Digest, u64) {
-        (Digest(self.hasher.finalize().into()), self.bytes)
+        (self.hasher.into(), self.bytes)
     }
 }
 
@@ -144,7 +150,9 @@ mod tests {
         for text in ["", "sha256:", "sha256:12", "sha512:12", &EMPTY.to_uppercase(), &EMPTY[7..]] {
             assert!(text.parse::<Digest>().is_err(), "{text}");
         }
-        assert!(Digest::from_hex("../../../../../../../../../../../../../../../../../etc").is_err());
+        assert!(
+            Digest::from_hex("../../../../../../../../../../../../../../../../../etc").is_err()
+        );
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use oci_client::{ParseError, Reference as Parsed};
+use oci_spec::distribution::{ParseError, Reference as Parsed};
 use percent_encoding::percent_decode_str;
 
 use crate::images::digest::Digest;
@@ -79,9 +79,9 @@ impl Reference {
         Self(self.0.clone_with_digest(digest.to_string()))
     }
 
-    /// As the registry client wants it.
-    pub fn as_client(&self) -> &Parsed {
-        &self.0
+    /// Where the registry is reached, which for Docker's own is not its name.
+    pub fn host(&self) -> &str {
+        self.0.resolve_registry()
     }
 }
 
@@ -116,7 +116,7 @@ fn clipped(text: &str) -> String {
 }
 
 /// Why a text is not an image name.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReferenceError {
     /// It breaks the grammar.
     #[error("Invalid image name {text:?}")]
@@ -193,7 +193,8 @@ mod tests {
 
     #[test]
     fn what_is_no_name_is_refused_with_the_name_in_the_text() {
-        for text in ["", "UPPER", "a b", "a:b:c:d", "../../etc/passwd", "a@sha256:12", "a/%00", "-"] {
+        for text in ["", "UPPER", "a b", "a:b:c:d", "../../etc/passwd", "a@sha256:12", "a/%00", "-"]
+        {
             assert!(text.parse::<Reference>().is_err(), "{text}");
             assert!(Reference::from_path(text).is_err(), "{text}");
         }
