@@ -18,8 +18,7 @@ const PATH_DEFAULT: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 const HOME_DEFAULT: &str = "/root";
 
 /// Programs that only work as PID 1.
-const INIT_SYSTEMS: [&str; 3] =
-    ["/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd"];
+const INIT_SYSTEMS: [&str; 3] = ["/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd"];
 
 /// A program with its arguments and environment.
 #[derive(Debug)]
@@ -67,6 +66,11 @@ impl Program {
             argv: strings(config.argv.iter().cloned())?,
             env: strings(env)?,
         })
+    }
+
+    /// The program as it was asked for: a name or a path.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     /// Whether this has to be PID 1.

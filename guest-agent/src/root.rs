@@ -143,8 +143,8 @@ impl Drop for Root {
         // Through the layer's own descriptor: the overlay above keeps the disk mounted, yet has
         // nothing open for writing any more, so the kernel lets it become read-only and marks it
         // clean. Refused if a process survived; the journal then does it at the next mount.
-        let clean = mount::fspick(&self.layer, "", FsPickFlags::FSPICK_EMPTY_PATH)
-            .and_then(|picked| {
+        let clean =
+            mount::fspick(&self.layer, "", FsPickFlags::FSPICK_EMPTY_PATH).and_then(|picked| {
                 mount::fsconfig_set_flag(&picked, "ro")?;
                 mount::fsconfig_reconfigure(&picked)
             });

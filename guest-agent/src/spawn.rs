@@ -10,6 +10,7 @@
 
 use std::arch::asm;
 use std::ffi::{CString, c_char};
+use std::io::Error;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
@@ -129,7 +130,7 @@ pub(crate) fn fork() -> Result<Option<Pid>, Errno> {
 
 /// `clone3` with a child that runs [`child`] on a stack of its own.
 fn clone_into(args: &CloneArgs, plan: &mut Plan<'_>) -> Result<Pid, Errno> {
-    let returned: isize;
+    let returned: i64;
     // SAFETY: the child runs on `args.stack`, which the caller keeps alive and uses for nothing
     // else, so no frame of ours changes; it starts with a call to `child`, which gets the plan
     // that we lend it and never returns. Until it has executed a program or exited we are stopped
@@ -144,7 +145,7 @@ fn clone_into(args: &CloneArgs, plan: &mut Plan<'_>) -> Result<Pid, Errno> {
             "call r13",
             "ud2",
             "2:",
-            inlateout("rax") libc::SYS_clone3 as isize => returned,
+            inlateout("rax") libc::SYS_clone3 => returned,
             in("rdi") ptr::from_ref(args),
             in("rsi") size_of::<CloneArgs>(),
             in("r12") ptr::from_mut(plan),
@@ -185,8 +186,8 @@ impl Plan<'_> {
             // SAFETY: the path and the strings behind both arrays end in a NUL and the arrays in a
             // null pointer; the program owns the strings and the plan the arrays.
             unsafe { libc::execve(path.as_ptr(), self.argv.as_ptr(), self.env.as_ptr()) };
-            let errno = std::io::Error::last_os_error().raw_os_error();
-            if !self.search.refused(errno.map_or(Errno::IO, Errno::from_raw_os_error)) {
+            let errno = Errno::from_io_error(&Error::last_os_error()).unwrap_or(Errno::IO);
+            if !self.search.refused(errno) {
                 return;
             }
         }

@@ -1,8 +1,7 @@
 //! The workload: the process for which the guest exists, and how it ended.
 
-use std::fs::read_to_string;
+use std::fs::{create_dir_all, read_to_string};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
 
 use ovum_agent_proto::config::GuestConfig;
 use ovum_agent_proto::report::Exit;
@@ -102,7 +101,7 @@ fn cgroup() -> Result<OwnedFd, Errno> {
 fn enter(path: &str) -> Result<(), StartError> {
     let mut entered = process::chdir(path);
     if entered == Err(Errno::NOENT) {
-        entered = std::fs::create_dir_all(Path::new(path))
+        entered = create_dir_all(path)
             .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
             .and_then(|()| process::chdir(path));
     }
