@@ -40,3 +40,34 @@ fn parse(text: &[u8]) -> Result<GuestConfig, ConfigError> {
         version => Err(ConfigError::Version { version }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const WHOLE: &str = r#"{
+        "version": 1, "hostname": "guest", "root_device": "/dev/vda", "overlay_device": "/dev/vdb",
+        "argv": ["/bin/true"], "env": [["A", "b"]], "working_dir": "/", "listen": true,
+        "realtime_ns": 1767225600000000000, "word_of_a_later_server": 5
+    }"#;
+
+    #[test]
+    fn a_configuration_is_read_with_words_that_came_later() {
+        let config = parse(WHOLE.as_bytes()).unwrap();
+
+        assert_eq!(config.overlay_device.as_deref(), Some("/dev/vdb"));
+        assert_eq!(config.env, [("A".to_owned(), "b".to_owned())]);
+        assert_eq!(config.realtime_ns, 1_767_225_600_000_000_000);
+    }
+
+    #[test]
+    fn what_is_no_configuration_of_ours_is_refused() {
+        let other = WHOLE.replace("\"version\": 1", "\"version\": 2");
+        let long = format!("{WHOLE}{}", " ".repeat(CONFIG_BYTES_MAX));
+
+        assert!(matches!(parse(other.as_bytes()), Err(ConfigError::Version { version: 2 })));
+        assert!(matches!(parse(long.as_bytes()), Err(ConfigError::TooLong)));
+        assert!(matches!(parse(&WHOLE.as_bytes()[..50]), Err(ConfigError::Malformed(_))));
+        assert!(matches!(parse(b""), Err(ConfigError::Malformed(_))));
+    }
+}

@@ -67,10 +67,8 @@ fn set_clock(realtime_ns: u64) -> Result<(), Errno> {
         return Ok(());
     }
     let whole = |ns| i64::try_from(ns).map_err(|_| Errno::INVAL);
-    let wanted = Timespec {
-        tv_sec: whole(wanted_ns / NS_PER_S)?,
-        tv_nsec: whole(wanted_ns % NS_PER_S)?,
-    };
+    let wanted =
+        Timespec { tv_sec: whole(wanted_ns / NS_PER_S)?, tv_nsec: whole(wanted_ns % NS_PER_S)? };
     time::clock_settime(ClockId::Realtime, wanted)
 }
 

@@ -6,14 +6,13 @@
 //! when the init system tells everything to end, the agent reports success in its name.
 
 use std::fs;
-use std::path::Path;
 
-use rustix::io::Errno;
 use rustix::process;
-use rustix::process::{Pid, Signal};
+use rustix::process::Signal;
 
 use crate::port::Port;
-use crate::program::{Program, Refusal};
+use crate::program::{Program, Search};
+use crate::workload::StartError;
 use crate::{console, spawn};
 
 /// systemd powers off at SIGRTMIN+4 (systemd(1), "Signals"); SIGTERM makes it start over.
@@ -22,47 +21,44 @@ const SYSTEMD_STOP: u8 = 34 + 4;
 /// The init of busybox powers off at SIGUSR2. Others are killed when their grace is over.
 const OTHER_STOP: u8 = 12;
 
-/// Divides this process in two. Returns in the child; the parent becomes `program`.
+/// Divides this process in two. Returns in the child, with the signal at which the init system
+/// powers the guest off; the parent becomes `program`.
 ///
 /// # Errors
 ///
 /// In the parent, with the child gone, if the program cannot be run.
-pub(crate) fn hand_over(program: &Program) -> Result<(), HandOverError> {
-    match spawn::fork().map_err(HandOverError::Fork)? {
+pub(crate) fn hand_over(program: &Program, port: Port) -> Result<u8, StartError> {
+    match spawn::fork().map_err(StartError::System)? {
         None => {
-            // PID 1 was safe from the kernel's search for memory; the child asks to be.
+            // The kernel never kills PID 1 for its memory; its child has to ask.
             if let Err(error) = fs::write("/proc/self/oom_score_adj", "-1000") {
                 console::say(format_args!("agent may be killed if memory is short: {error}"));
             }
-            process::setsid().map(drop).map_err(HandOverError::Fork)
+            process::setsid().map_err(StartError::System)?;
+            Ok(stop_signal(program.name()))
         }
-        Some(child) => Err(become_init(program, child)),
+        Some(child) => {
+            let search = become_init(program);
+            // Still here, so there is nothing to serve for the child, and our own reports go on.
+            let _ = process::kill_process(child, Signal::KILL);
+            port.reopen();
+            Err(StartError::Refused(program.refusal(search)))
+        }
     }
 }
 
-/// Why there is no init system.
-#[derive(Debug)]
-pub(crate) enum HandOverError {
-    /// The guest kernel gave no second process.
-    Fork(Errno),
-    /// The image cannot run the program.
-    Refused(Refusal),
-}
-
-/// The signal at which the init system `name` powers the guest off.
-pub(crate) fn stop_signal(name: &Path) -> u8 {
-    let program = fs::canonicalize(name);
-    if program.is_ok_and(|program| program.ends_with("systemd")) { SYSTEMD_STOP } else { OTHER_STOP }
-}
-
-fn become_init(program: &Program, child: Pid) -> HandOverError {
+/// Returns only if the program cannot be run.
+fn become_init(program: &Program) -> Search {
     if let Err(errno) = console::take_input() {
         console::say(format_args!("init system has no terminal: {errno}"));
     }
-    let search = spawn::exec(program);
-    // Still here, so the child has nothing to serve, and the right that `exec` gave up is needed
-    // once more.
-    let _ = process::kill_process(child, Signal::KILL);
-    Port::open();
-    HandOverError::Refused(program.refusal(search))
+    spawn::exec(program)
+}
+
+/// The signal at which the init system at `path` powers the guest off.
+fn stop_signal(path: &str) -> u8 {
+    match fs::canonicalize(path) {
+        Ok(program) if program.ends_with("systemd") => SYSTEMD_STOP,
+        _ => OTHER_STOP,
+    }
 }

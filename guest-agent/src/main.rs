@@ -32,16 +32,15 @@ mod spawn;
 mod workload;
 
 use std::error::Error;
-use std::panic;
-use std::path::Path;
+use std::{io, panic};
 
+use ovum_agent_proto::config::GuestConfig;
 use ovum_agent_proto::report::{Exit, Failure, Phase, Report};
 use rustix::io::Errno;
 use rustix::system::RebootCommand;
 use rustix::{fs, process, system};
 
 use crate::config::ConfigError;
-use crate::init::HandOverError;
 use crate::listener::Listener;
 use crate::output::Output;
 use crate::port::Port;
@@ -64,7 +63,7 @@ enum AgentError {
     System {
         what: &'static str,
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
 }
 
@@ -78,7 +77,9 @@ extern "C" fn main() -> i32 {
 /// The whole life of a guest. Returns only if it cannot be ended, or never was ours.
 fn run() -> i32 {
     if !process::getpid().is_init() {
-        console::say(format_args!("this program mounts and powers off: it is for PID 1 of a guest"));
+        console::say(format_args!(
+            "this program mounts and powers off: it is for PID 1 of a guest"
+        ));
         return 1;
     }
     let port = Port::open();
@@ -100,7 +101,7 @@ fn run() -> i32 {
 /// Boots, serves, and reports how the workload ended.
 fn live(port: Port) -> Result<(), AgentError> {
     root::devices()?;
-    console::open().map_err(system("console"))?;
+    console::open().map_err(system("the console"))?;
     let config = config::read()?;
     let program = Program::new(&config)?;
     // Dropped last: what was written is on the disk before the power goes.
@@ -110,29 +111,29 @@ fn live(port: Port) -> Result<(), AgentError> {
 
     let signals = Signals::open().map_err(system("signals"))?;
     let listener = if config.listen { listen(port) } else { None };
-    let charge = if program.is_init_system() {
-        port.report(Report::Phase(Phase::WorkloadStarted));
-        match init::hand_over(&program) {
-            Ok(()) => {
-                let stop_signal = init::stop_signal(Path::new(&config.argv[0]));
-                Charge::Init { stop_signal }
-            }
-            Err(HandOverError::Refused(refusal)) => return Ok(refused(port, &refusal)),
-            Err(HandOverError::Fork(errno)) => return Err(system("a second process")(errno)),
+    let exit = match start(&program, &config, port) {
+        Ok(charge) => Agent { port, signals, listener, charge }.serve(),
+        Err(StartError::Refused(Refusal { code, message })) => {
+            // As it would have ended from a shell.
+            console::say(format_args!("{message}"));
+            Exit { code, oom: false }
         }
-    } else {
-        match Workload::start(&program, &config) {
-            Ok(Workload { pid, output }) => {
-                port.report(Report::Phase(Phase::WorkloadStarted));
-                Charge::Workload { pid, output: Output::new(output, port) }
-            }
-            Err(StartError::Refused(refusal)) => return Ok(refused(port, &refusal)),
-            Err(StartError::System(errno)) => return Err(system("the workload's process")(errno)),
-        }
+        Err(StartError::System(errno)) => return Err(system("the workload's process")(errno)),
     };
-    let exit = Agent { port, signals, listener, charge }.serve();
     port.report(Report::Exit(exit));
     Ok(())
+}
+
+/// Starts what the guest exists for.
+fn start(program: &Program, config: &GuestConfig, port: Port) -> Result<Charge, StartError> {
+    if program.is_init_system() {
+        port.report(Report::Phase(Phase::WorkloadStarted));
+        let stop_signal = init::hand_over(program, port)?;
+        return Ok(Charge::Init { stop_signal });
+    }
+    let Workload { pid, output } = Workload::start(program, config)?;
+    port.report(Report::Phase(Phase::WorkloadStarted));
+    Ok(Charge::Workload { pid, output: Output::new(output, port) })
 }
 
 /// Listens for the server. A guest that cannot be reached still has a workload to run.
@@ -147,12 +148,6 @@ fn listen(port: Port) -> Option<Listener> {
             None
         }
     }
-}
-
-/// A program that cannot be run ends as it would have from a shell.
-fn refused(port: Port, refusal: &Refusal) {
-    console::say(format_args!("{}", refusal.message));
-    port.report(Report::Exit(Exit { code: refusal.code, oom: false }));
 }
 
 fn power_off() {

@@ -40,11 +40,18 @@ impl Port {
         }
     }
 
+    /// Takes the right back after [`Port::close`].
+    pub(crate) fn reopen(self) {
+        if self.granted {
+            Self::open();
+        }
+    }
+
     /// Gives the right up for the calling process: children inherit it, and a workload has no use
     /// for it.
     pub(crate) fn close() {
-        // SAFETY: as in `open`; lowering the level always succeeds and no `Port` of this process
-        // is used afterwards, since it is about to become another program.
+        // SAFETY: as in `open`. No `Port` is used by this process afterwards: it becomes another
+        // program, or ends, or takes the right back.
         unsafe { libc::iopl(0) };
     }
 }

@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use ovum_agent_proto::config::GuestConfig;
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsPickFlags, MountFlags};
 use rustix::{fs, mount, process};
@@ -34,9 +34,9 @@ const SCRATCH: &str = "/layer/scratch";
 const OVERLAY: &str =
     "lowerdir=/image,upperdir=/layer/changes,workdir=/layer/scratch,metacopy=on,redirect_dir=on";
 
-/// The lazy initialisation of an ext4 is work in the background of every first boot, for blocks
-/// that a sparse file reads as zeroes anyway.
-const LAYER_OPTIONS: &str = "noinit_itable";
+/// Neither initialise inode tables nor read ahead block bitmaps: both are work in the background of
+/// a boot, the first for blocks that a sparse file reads as zeroes anyway.
+const LAYER_OPTIONS: &str = "noinit_itable,no_prefetch_block_bitmaps";
 
 /// A file system of the kernel's, with its place in the root.
 struct Kernel {
@@ -50,7 +50,8 @@ struct Kernel {
 
 const SAFE: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
 
-/// Nothing lies on /run and /tmp: images bring directories there that their programs count on.
+/// Nothing is mounted on /run and /tmp: images bring directories there that their programs count
+/// on.
 #[rustfmt::skip]
 const KERNEL: [Kernel; 7] = [
     Kernel { kind: "devtmpfs", target: "/dev", flags: MountFlags::NOSUID, options: "", required: true },
@@ -67,6 +68,9 @@ const KERNEL: [Kernel; 7] = [
     },
     Kernel { kind: "mqueue", target: "/dev/mqueue", flags: SAFE, options: "", required: false },
 ];
+
+/// Anyone may make files, and delete their own.
+const EVERYONES: Mode = Mode::from_raw_mode(0o1777);
 
 /// Names that programs expect in /dev and that the kernel leaves to user space.
 const LINKS: [(&str, &str); 4] = [
@@ -133,6 +137,11 @@ impl Root {
         for (points_to, path) in LINKS {
             fs::symlink(points_to, path).map_err(prepare(path))?;
         }
+        directory("/run").map_err(prepare("/run"))?;
+        if fs::mkdirat(CWD, "/tmp", EVERYONES).is_ok() {
+            // Once more, since the first was subject to the umask.
+            fs::chmodat(CWD, "/tmp", EVERYONES, AtFlags::empty()).map_err(prepare("/tmp"))?;
+        }
         Ok(root)
     }
 }
@@ -143,8 +152,8 @@ impl Drop for Root {
         // Through the layer's own descriptor: the overlay above keeps the disk mounted, yet has
         // nothing open for writing any more, so the kernel lets it become read-only and marks it
         // clean. Refused if a process survived; the journal then does it at the next mount.
-        let clean = mount::fspick(&self.layer, "", FsPickFlags::FSPICK_EMPTY_PATH)
-            .and_then(|picked| {
+        let clean =
+            mount::fspick(&self.layer, "", FsPickFlags::FSPICK_EMPTY_PATH).and_then(|picked| {
                 mount::fsconfig_set_flag(&picked, "ro")?;
                 mount::fsconfig_reconfigure(&picked)
             });

@@ -1,5 +1,6 @@
 //! The agent's loop: it waits for signals, output, and the server, all at once and with one thread.
 
+use std::mem;
 use std::time::{Duration, Instant};
 
 use ovum_agent_proto::frame::{CONNECTION, ErrorCode, ToAgent, ToServer};
@@ -123,9 +124,8 @@ impl Loop {
         let _ = event::poll(&mut fds, left.as_ref());
 
         let mut events = fds.iter().map(PollFd::revents);
-        let mut next = |is_there: bool| {
-            is_there && events.next().is_some_and(|events| !events.is_empty())
-        };
+        let mut next =
+            |is_there: bool| is_there && events.next().is_some_and(|events| !events.is_empty());
         let (signals, output, listener) =
             (next(true), next(output.is_some()), next(listener.is_some()));
         Ready { signals, output, listener, sessions: events.collect() }
@@ -162,7 +162,7 @@ impl Loop {
     /// Answers sessions, given what was found of each. Those that are over are dropped.
     fn serve_sessions(&mut self, events: &[PollFlags]) {
         let mut events = events.iter();
-        for mut session in std::mem::take(&mut self.sessions) {
+        for mut session in mem::take(&mut self.sessions) {
             let found = events.next().copied().unwrap_or(PollFlags::empty());
             let requests = if found.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
                 session.receive()

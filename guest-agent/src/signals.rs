@@ -1,5 +1,6 @@
 //! Signals as something to read: children that ended, and wishes that the guest be stopped.
 
+use std::io::Error;
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
@@ -43,9 +44,8 @@ impl Signals {
         let rc = unsafe { libc::sigprocmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) };
         outcome(rc)?;
         // SAFETY: `set` is initialised; -1 asks for a new descriptor.
-        let fd = unsafe {
-            libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK)
-        };
+        let fd =
+            unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
         outcome(fd)?;
         // SAFETY: the kernel has just made this descriptor for us.
         Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
@@ -95,9 +95,7 @@ fn set(numbers: impl IntoIterator<Item = i32>) -> libc::sigset_t {
 
 fn outcome(rc: i32) -> Result<(), Errno> {
     if rc == -1 {
-        return Err(std::io::Error::last_os_error()
-            .raw_os_error()
-            .map_or(Errno::IO, Errno::from_raw_os_error));
+        return Err(Errno::from_io_error(&Error::last_os_error()).unwrap_or(Errno::IO));
     }
     Ok(())
 }
