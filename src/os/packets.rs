@@ -45,12 +45,8 @@ pub struct Packet {
 ///
 /// What socketpair(2) says.
 pub fn pair() -> io::Result<(PacketSocket, PacketSocket)> {
-    let (one, other) = net::socketpair(
-        AddressFamily::UNIX,
-        SocketType::SEQPACKET,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
+    let (one, other) =
+        net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     Ok((PacketSocket(one), PacketSocket(other)))
 }
 
