@@ -35,12 +35,14 @@ use crate::images::{
 use crate::initramfs::{Archive, ArchiveError};
 use crate::instances::history::Ending;
 use crate::instances::owner::{Order, Owner};
-use crate::instances::record::{InsertError, Phase, Record};
+use crate::instances::record::{Phase, Record};
 use crate::instances::spec::InstanceSpec;
 use crate::instances::state::State;
 use crate::instances::timeline::{Moment, Timeline};
 use crate::logs::watch::FileWatch;
 use crate::store::Store;
+
+pub use record::ReserveError;
 
 pub mod follow;
 mod guest;
@@ -218,7 +220,7 @@ impl Instances {
         reservation.record.phase = Phase::Kept;
         let record = reservation.record.clone();
         self.shared.store.transact(|records| record.update(records)).map_err(|source| {
-            CreateError::Record(InsertError::Store { name: record.spec.name.to_string(), source })
+            CreateError::Reserve(ReserveError::Store { name: record.spec.name.to_string(), source })
         })?;
         overlay.keep();
         reservation.keep();
@@ -255,7 +257,7 @@ impl Instances {
     /// The initramfs with the agent, the same for every guest: each worker gets a description of
     /// its own, so that none moves another's place in the file.
     fn base_archive(&self) -> Result<File, CreateError> {
-        let failed = |source| CreateError::Agent { path: self.shared.agent.clone(), source };
+        let failed = |source| CreateError::File { path: self.shared.agent.clone(), source };
         let agent = fs::read(&self.shared.agent).map_err(failed)?;
         rewound(&Archive::base(&agent)?)
     }
@@ -384,7 +386,7 @@ impl Shared {
 fn rewound(archive: &Archive) -> Result<File, CreateError> {
     let file = archive.to_file()?;
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-    File::open(&path).map_err(|source| CreateError::Agent { path, source })
+    File::open(&path).map_err(|source| CreateError::File { path, source })
 }
 
 /// A name taken and a folder made, for an instance that is not there yet: dropped, both are free
@@ -415,12 +417,12 @@ impl Reservation {
             end: None,
         };
         shared.store.transact(|records| record.insert(records)).map_err(|source| {
-            CreateError::Record(InsertError::from_sqlite(record.spec.name.as_str(), source))
+            CreateError::Reserve(ReserveError::from_sqlite(record.spec.name.as_str(), source))
         })?;
         let dir = shared.dir_of(&id);
         let reservation =
             Self { shared: Arc::clone(shared), record, dir: dir.clone(), is_kept: false };
-        fs::create_dir(&dir).map_err(|source| CreateError::Folder { path: dir, source })?;
+        fs::create_dir(&dir).map_err(|source| CreateError::File { path: dir, source })?;
         Ok(reservation)
     }
 
@@ -512,36 +514,57 @@ pub enum CreateError {
     /// Neither image nor request say what to run.
     #[error("The image has neither entrypoint nor cmd: give one")]
     NothingToRun,
+    /// Environment and arguments are more than a guest takes.
+    #[error("The environment, entrypoint and cmd are too large")]
+    TooMuchText(#[source] ArchiveError),
     /// The record.
     #[error(transparent)]
-    Record(InsertError),
-    /// The folder.
-    #[error("Failed to create {path}", path = path.display())]
-    Folder {
+    Reserve(ReserveError),
+    /// A file or folder of the instance, or the agent's program.
+    #[error("Failed to use {path}", path = path.display())]
+    File {
         /// Which.
         path: PathBuf,
         /// Why.
         #[source]
         source: io::Error,
     },
-    /// The agent's program.
-    #[error("Failed to read the guest agent {path}", path = path.display())]
-    Agent {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The initramfs, most of all because the environment is too large.
+    /// The initramfs.
     #[error(transparent)]
-    Initramfs(#[from] ArchiveError),
+    Initramfs(ArchiveError),
+    /// A writable layer cannot have the size asked for.
+    #[error("Value of overlay_size cannot be had")]
+    OverlaySize(#[source] DiskError),
+    /// The host has no room for the writable layer.
+    #[error(transparent)]
+    NoSpace(DiskError),
     /// The writable layer.
     #[error(transparent)]
-    Disk(#[from] DiskError),
+    Disk(DiskError),
     /// The worker.
     #[error(transparent)]
     Worker(#[from] SpawnError),
+}
+
+impl From<ArchiveError> for CreateError {
+    fn from(error: ArchiveError) -> Self {
+        match error {
+            ArchiveError::ConfigLength { .. } => Self::TooMuchText(error),
+            ArchiveError::FileLength { .. }
+            | ArchiveError::ConfigEncode(_)
+            | ArchiveError::Memory { .. } => Self::Initramfs(error),
+        }
+    }
+}
+
+impl From<DiskError> for CreateError {
+    fn from(error: DiskError) -> Self {
+        match error {
+            DiskError::Size { .. } => Self::OverlaySize(error),
+            DiskError::NoSpace { .. } => Self::NoSpace(error),
+            _ => Self::Disk(error),
+        }
+    }
 }
 
 /// Why an instance was not deleted.

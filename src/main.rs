@@ -1,6 +1,7 @@
 //! ovum: argv becomes a command; everything else lives elsewhere.
 
 mod agent;
+mod api;
 mod config;
 mod control;
 mod disks;

@@ -57,7 +57,7 @@ pub struct End {
 
 /// Why a record was not written.
 #[derive(Debug, thiserror::Error)]
-pub enum InsertError {
+pub enum ReserveError {
     /// Another record has the name.
     #[error("Instance name {name:?} is taken")]
     NameTaken {
@@ -80,7 +80,7 @@ impl Record {
     ///
     /// # Errors
     ///
-    /// SQLite's; [`InsertError::from_sqlite`] knows what they mean.
+    /// SQLite's; [`ReserveError::from_sqlite`] knows what they mean.
     pub fn insert(&self, records: &Transaction<'_>) -> rusqlite::Result<()> {
         let name = self.spec.name.as_str();
         let statement = "INSERT INTO instances (id, name, json) VALUES (?1, ?2, ?3)";
@@ -133,7 +133,7 @@ impl Record {
     }
 }
 
-impl InsertError {
+impl ReserveError {
     /// What `source` means for the instance called `name`.
     pub fn from_sqlite(name: &str, source: rusqlite::Error) -> Self {
         let name = name.to_owned();

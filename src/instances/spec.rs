@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::images::reference::Reference;
 
+pub use crate::control::MEMORY_BYTES_MIN;
+
 /// Longest name: it becomes the guest's host name, a DNS label (RFC 1035, 2.3.4 "Size limits").
 const NAME_BYTES_MAX: usize = 63;
 
