@@ -1,19 +1,7 @@
-//! ovum: argv becomes a command; everything else lives elsewhere.
+//! ovum: argv becomes a command; everything else lives in the library.
 
-mod agent;
-mod api;
-mod config;
-mod control;
-mod disks;
-mod duration;
-mod fleet;
-mod images;
-mod initramfs;
-mod instances;
-mod logs;
-mod os;
-mod size;
-mod store;
-mod token;
+use std::process::ExitCode;
 
-fn main() {}
+fn main() -> ExitCode {
+    ovum::cli::main()
+}
