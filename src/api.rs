@@ -110,6 +110,7 @@ async fn no_such_method(method: Method, uri: Uri) -> ApiError {
 }
 
 /// A handler that panics is a bug of ours; it costs its own request only.
+#[expect(clippy::needless_pass_by_value, reason = "the signature that the layer asks for")]
 fn panicked(panic: Box<dyn Any + Send>) -> Response {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");

@@ -1,6 +1,7 @@
 //! A client of the API, for the command line.
 
 use std::env;
+use std::io;
 use std::path::Path;
 use std::time::Duration;
 
@@ -108,7 +109,7 @@ impl Client {
     pub async fn upload<T, S>(&self, path: &str, body: S) -> Result<T, ClientError>
     where
         T: DeserializeOwned,
-        S: Stream<Item = std::io::Result<Bytes>> + Send + 'static,
+        S: Stream<Item = io::Result<Bytes>> + Send + 'static,
     {
         let body = Body::wrap_stream(body);
         self.json(self.send(Method::POST, path, Some(body)).await?).await

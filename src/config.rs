@@ -4,8 +4,9 @@
 //! server reads the environment.
 
 use std::env;
+use std::io;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::{Path, PathBuf, absolute};
 
 use clap::Args;
 
@@ -177,8 +178,8 @@ pub fn jwt_secret() -> Option<String> {
 }
 
 fn checked_data_dir(dir: &Path) -> Result<PathBuf, ConfigError> {
-    let dir = std::path::absolute(dir)
-        .map_err(|source| ConfigError::DataDir { path: dir.to_owned(), source })?;
+    let dir =
+        absolute(dir).map_err(|source| ConfigError::DataDir { path: dir.to_owned(), source })?;
     match dir.as_os_str().len() {
         ..=DATA_DIR_BYTES_MAX => Ok(dir),
         bytes => Err(ConfigError::DataDirTooLong { path: dir, bytes }),
@@ -205,7 +206,7 @@ pub enum ConfigError {
         path: PathBuf,
         /// Why.
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// Sockets in it would not fit an address.
     #[error(

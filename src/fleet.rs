@@ -17,9 +17,11 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::fs::{major, minor};
 use tokio::time;
 
 use crate::control::{
@@ -142,7 +144,7 @@ impl Fleet {
             PacketListener::bind(&dir.join(files::CONTROL)).map_err(in_dir(files::CONTROL))?;
         let vsock = spec
             .vsock
-            .then(|| std::os::unix::net::UnixListener::bind(dir.join(files::VSOCK)))
+            .then(|| UnixListener::bind(dir.join(files::VSOCK)))
             .transpose()
             .map_err(in_dir(files::VSOCK))?;
 
@@ -227,7 +229,7 @@ impl Fleet {
         let failed = |source| SpawnError::Kvm { path: self.kvm.clone(), source };
         let kvm = File::options().read(true).write(true).open(&self.kvm).map_err(failed)?;
         let found = kvm.metadata().map_err(failed)?;
-        let device = (rustix::fs::major(found.rdev()), rustix::fs::minor(found.rdev()));
+        let device = (major(found.rdev()), minor(found.rdev()));
         if found.file_type().is_char_device() && device == KVM_DEVICE {
             Ok(kvm)
         } else {

@@ -16,7 +16,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -35,21 +35,19 @@ use crate::images::{
 use crate::initramfs::{Archive, ArchiveError};
 use crate::instances::history::Ending;
 use crate::instances::owner::{Order, Owner};
-use crate::instances::record::{Phase, Record};
+use crate::instances::record::{Phase, Record, ReserveError};
 use crate::instances::spec::InstanceSpec;
 use crate::instances::state::State;
 use crate::instances::timeline::{Moment, Timeline};
 use crate::logs::watch::FileWatch;
 use crate::store::Store;
 
-pub use record::ReserveError;
-
 pub mod follow;
 mod guest;
 pub mod history;
 mod owner;
 mod reconcile;
-mod record;
+pub mod record;
 pub mod spec;
 pub mod state;
 pub mod timeline;
@@ -357,11 +355,11 @@ impl Instances {
 }
 
 impl Shared {
-    fn read(&self) -> std::sync::RwLockReadGuard<'_, BTreeMap<String, Entry>> {
+    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<String, Entry>> {
         self.entries.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> std::sync::RwLockWriteGuard<'_, BTreeMap<String, Entry>> {
+    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<String, Entry>> {
         self.entries.write().unwrap_or_else(PoisonError::into_inner)
     }
 

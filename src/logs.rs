@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::mem;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -102,7 +103,7 @@ impl LogFile {
 
     /// What is left when no more will come: a last line without an end.
     pub fn finish(&mut self) -> Option<String> {
-        let rest = std::mem::take(&mut self.pending);
+        let rest = mem::take(&mut self.pending);
         (!rest.is_empty() && !self.in_lost_line).then(|| text(&rest))
     }
 
@@ -136,7 +137,7 @@ impl LogFile {
         while let Some(length) = self.pending[taken..].iter().position(|&byte| byte == b'\n') {
             let mut line = &self.pending[taken..taken + length];
             taken += length + 1;
-            if std::mem::take(&mut self.in_lost_line) {
+            if mem::take(&mut self.in_lost_line) {
                 continue;
             }
             while line.len() > LINE_BYTES_MAX {

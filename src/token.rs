@@ -11,6 +11,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use jsonwebtoken::errors::Error as JwtError;
 use jsonwebtoken::{
     Algorithm, AlgorithmFamily, DecodingKey, EncodingKey, Header, Validation, decode, encode,
     get_current_timestamp,
@@ -230,7 +231,7 @@ impl fmt::Debug for Secret {
 pub enum TokenError {
     /// Malformed, expired, or signed with another secret.
     #[error("Invalid token")]
-    Invalid(#[source] jsonwebtoken::errors::Error),
+    Invalid(#[source] JwtError),
     /// Valid, but for a registry or a build VM.
     #[error("Invalid token type")]
     OtherKind,

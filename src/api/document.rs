@@ -1,7 +1,7 @@
 //! The OpenAPI document: what the table of routes cannot say about itself.
 
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
-use utoipa::openapi::{ComponentsBuilder, InfoBuilder, OpenApi, OpenApiBuilder};
+use utoipa::openapi::{ComponentsBuilder, InfoBuilder, OpenApi, OpenApiBuilder, PathItem};
 
 /// The version of the contract that is spoken, not of this program.
 const CONTRACT_VERSION: &str = "0.3.0";
@@ -29,7 +29,7 @@ pub(super) fn finished(mut document: OpenApi) -> OpenApi {
         let Some(mut item) = paths.remove(&path) else { continue };
         let path = path.replace(WILDCARD, "{name}");
         if let Some(tag) = item.post.take() {
-            let mut tagging = utoipa::openapi::PathItem::default();
+            let mut tagging = PathItem::default();
             tagging.post = Some(tag);
             paths.insert(format!("{path}/tag"), tagging);
         }

@@ -24,7 +24,8 @@ use crate::images::reference::ReferenceError;
 use crate::images::registry::RegistryError;
 use crate::images::{DeleteError as ImageDeleteError, RequestError, TagError};
 use crate::instances::follow::LogError;
-use crate::instances::{CreateError, DeleteError, FindError, ReserveError};
+use crate::instances::record::ReserveError;
+use crate::instances::{CreateError, DeleteError, FindError};
 use crate::token::{Scope, TokenError};
 
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");

@@ -1,5 +1,7 @@
 //! `/images`: pull, load, list, read, tag, delete.
 
+use std::io;
+
 use axum::Json;
 use axum::body::Body;
 use axum::extract::{Path, State};
@@ -193,7 +195,7 @@ pub(super) async fn load(
     let name = query.value("name").map(str::parse::<Reference>).transpose()?;
     let tags = query.tags();
     tags::check(&tags)?;
-    let archive = StreamReader::new(body.into_data_stream().map_err(std::io::Error::other));
+    let archive = StreamReader::new(body.into_data_stream().map_err(io::Error::other));
     let images = app.images.load(archive, name, tags).await?;
     Ok((StatusCode::ACCEPTED, Json(images.into_iter().map(ImageView::from).collect())))
 }

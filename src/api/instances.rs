@@ -17,7 +17,7 @@ use crate::api::tags::{self, Tags};
 use crate::api::{App, REQUEST_TIMEOUT};
 use crate::duration::GoDuration;
 use crate::instances::Waited;
-use crate::instances::state::State as InstanceState;
+use crate::instances::state::{State as InstanceState, StateNameError};
 
 pub mod create;
 pub(super) mod extras;
@@ -141,9 +141,7 @@ pub(super) async fn wait(
 fn wait_state(name: &str) -> Result<InstanceState, QueryError> {
     let same = |state: &InstanceState| state.name().eq_ignore_ascii_case(name);
     let known = InstanceState::ALL.into_iter().find(same);
-    known
-        .filter(|&state| state != InstanceState::Unknown)
-        .ok_or(QueryError::State(crate::instances::state::StateNameError))
+    known.filter(|&state| state != InstanceState::Unknown).ok_or(QueryError::State(StateNameError))
 }
 
 fn wait_timeout(text: Option<&str>) -> Result<Duration, QueryError> {

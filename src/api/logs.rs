@@ -3,6 +3,8 @@
 //! Each event is one line: `data:` and the line as a JSON string, quoted and escaped, because
 //! clients decode it as JSON. There is no last event; the stream ends.
 
+use std::convert::Infallible;
+
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, State};
 use axum::http::HeaderValue;
@@ -68,7 +70,7 @@ pub(super) async fn read(
         return Err(LogError::NoLog.into());
     };
     let lines = app.instances.logs(&key, LogQuery { source, tail, until }).await?;
-    let events = lines.map(|lines| Ok::<_, std::convert::Infallible>(events(&lines)));
+    let events = lines.map(|lines| Ok::<_, Infallible>(events(&lines)));
     let headers = [
         (CONTENT_TYPE, HeaderValue::from_static("text/event-stream")),
         (CACHE_CONTROL, HeaderValue::from_static("no-cache")),

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::str::FromStr;
 
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
@@ -52,7 +53,7 @@ impl Query {
         self.parsed(name, "a whole number, not negative,")
     }
 
-    fn parsed<T: std::str::FromStr>(
+    fn parsed<T: FromStr>(
         &self,
         name: &'static str,
         expected: &'static str,

@@ -10,6 +10,7 @@ use futures_util::TryStreamExt;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use tokio::fs::File;
+use tokio::io::stdin;
 use tokio::time;
 use tokio_util::io::ReaderStream;
 
@@ -216,7 +217,7 @@ async fn load(args: LoadArgs) -> anyhow::Result<()> {
     let query = args.name.map(|name| format!("?name={}", segment(&name))).unwrap_or_default();
     let path = format!("/images/from-archive{query}");
     let images: Vec<ImageView> = if args.file.as_os_str() == "-" {
-        client.upload(&path, ReaderStream::new(tokio::io::stdin())).await?
+        client.upload(&path, ReaderStream::new(stdin())).await?
     } else {
         let file = File::open(&args.file)
             .await

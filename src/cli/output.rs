@@ -1,5 +1,6 @@
 //! What commands print.
 
+use std::array;
 use std::io::{self, Write};
 
 use chrono::{DateTime, Utc};
@@ -22,7 +23,7 @@ pub(super) fn table<const COLUMNS: usize>(
     head: [&str; COLUMNS],
     rows: &[[String; COLUMNS]],
 ) -> anyhow::Result<()> {
-    let widths: [usize; COLUMNS] = std::array::from_fn(|column| {
+    let widths: [usize; COLUMNS] = array::from_fn(|column| {
         let cells = rows.iter().map(|row| row[column].chars().count());
         cells.chain([head[column].len()]).max().unwrap_or_default()
     });
@@ -49,9 +50,9 @@ pub(super) fn note(text: &str) {
 pub(super) fn ago(then: DateTime<Utc>) -> String {
     let seconds = (Utc::now() - then).num_seconds().max(0);
     match seconds {
-        ..60 => format!("{seconds} s ago"),
-        ..3600 => format!("{} min ago", seconds / 60),
-        ..86_400 => format!("{} h ago", seconds / 3600),
+        0..60 => format!("{seconds} s ago"),
+        60..3600 => format!("{} min ago", seconds / 60),
+        3600..86_400 => format!("{} h ago", seconds / 3600),
         _ => format!("{} d ago", seconds / 86_400),
     }
 }

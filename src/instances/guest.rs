@@ -18,7 +18,7 @@ const OVERLAY_DEVICE: &str = "/dev/vdb";
 ///
 /// Entrypoint and arguments override each other's counterpart only: an entrypoint alone keeps the
 /// image's arguments. Programs run as root, whatever the image's user.
-pub fn config(spec: &InstanceSpec, image: &ImageConfig) -> Option<GuestConfig> {
+pub(super) fn config(spec: &InstanceSpec, image: &ImageConfig) -> Option<GuestConfig> {
     let entrypoint = if spec.entrypoint.is_empty() { &image.entrypoint } else { &spec.entrypoint };
     let cmd = if spec.cmd.is_empty() { &image.cmd } else { &spec.cmd };
     let argv: Vec<String> = entrypoint.iter().chain(cmd).cloned().collect();

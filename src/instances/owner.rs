@@ -3,6 +3,7 @@
 //! Events of the worker and orders of clients are taken one at a time. Each change is published,
 //! so that whoever waits for a state or reads a list sees it at once and never half.
 
+use std::future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -280,7 +281,7 @@ impl Owner {
 async fn next(worker: &mut Option<Worker>) -> Happened {
     match worker {
         Some(worker) => worker.next().await,
-        None => std::future::pending().await,
+        None => future::pending().await,
     }
 }
 

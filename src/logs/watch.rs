@@ -2,11 +2,12 @@
 //! may have only 128.
 
 use std::collections::HashMap;
+use std::future;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
 use rustix::io::Errno;
@@ -74,7 +75,7 @@ impl Growth {
     pub async fn wait(&mut self) {
         if self.grown.changed().await.is_err() {
             // The file is gone, and with it what could grow.
-            std::future::pending::<()>().await;
+            future::pending::<()>().await;
         }
     }
 }
@@ -92,7 +93,7 @@ impl Drop for Growth {
 }
 
 impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<i32, watch::Sender<()>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<i32, watch::Sender<()>>> {
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -9,8 +9,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{self, Stdio};
 
+use rustix::process::setsid;
 use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
 
@@ -83,7 +84,7 @@ pub fn start(
     log: File,
 ) -> io::Result<Child> {
     #[expect(clippy::disallowed_methods, reason = "a worker is no tool: it is not waited for")]
-    let mut command = std::process::Command::new(program);
+    let mut command = process::Command::new(program);
     command
         .arg0("ovum")
         .arg(argument)
@@ -94,7 +95,7 @@ pub fn start(
         .stderr(log);
     let file = file.as_fd().as_raw_fd();
     let prepare = move || {
-        rustix::process::setsid()?;
+        setsid()?;
         hand_over(file, number)
     };
     #[expect(unsafe_code, reason = "the only way to hand a child a file under a number")]

@@ -5,6 +5,8 @@
 //! refused by name ([`extras`](super::extras)): nothing is ignored in silence.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::ops::RangeInclusive;
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -178,7 +180,7 @@ fn sized(
     field: &'static str,
     text: Option<&str>,
     default: ByteSize,
-    range: std::ops::RangeInclusive<u64>,
+    range: RangeInclusive<u64>,
 ) -> Result<u64, SpecError> {
     let ByteSize(bytes) = match text {
         Some(text) => text.parse().map_err(|error| SpecError::invalid(field, error))?,
@@ -296,12 +298,12 @@ pub enum SpecError {
 }
 
 impl SpecError {
-    pub(super) fn schema(field: &'static str, why: impl ToString) -> Self {
-        Self::Schema { field, why: why.to_string() }
+    pub(super) fn schema(field: &'static str, why: impl Display) -> Self {
+        Self::Schema { field, why: format!("{why}") }
     }
 
-    pub(super) fn invalid(field: &'static str, why: impl ToString) -> Self {
-        Self::Invalid { field, why: why.to_string() }
+    pub(super) fn invalid(field: &'static str, why: impl Display) -> Self {
+        Self::Invalid { field, why: format!("{why}") }
     }
 }
 

@@ -1,7 +1,7 @@
 //! Fields of `POST /instances` whose features are not there yet: read, checked, and refused by
 //! name if they ask for anything.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use chrono::Utc;
@@ -571,25 +571,4 @@ fn is_host_pattern(text: &str) -> bool {
         && name.split('.').all(|label| {
             !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
         })
-}
-
-/// All that a body of this version never gets past [`CreateInstance::check_extras`] with.
-#[cfg(test)]
-pub(super) fn asking() -> BTreeMap<&'static str, serde_json::Value> {
-    use serde_json::json;
-    BTreeMap::from([
-        ("hotplug_size", json!("3GB")),
-        ("disk_io_bps", json!("10MB/s")),
-        ("ttl", json!("1h")),
-        ("expires_at", json!("2999-01-01T00:00:00Z")),
-        ("network", json!({ "enabled": true })),
-        ("devices", json!(["gpu"])),
-        ("gpu", json!({ "profile": "L40S-1Q" })),
-        ("volumes", json!([{ "volume_id": "v", "mount_path": "/mnt/v" }])),
-        ("snapshot_policy", json!({ "compression": { "enabled": true } })),
-        ("auto_standby", json!({ "enabled": true, "idle_timeout": "5m" })),
-        ("health_check", json!({ "http": { "port": 80 } })),
-        ("restart_policy", json!({ "policy": "always" })),
-        ("skip_kernel_headers", json!(false)),
-    ])
 }

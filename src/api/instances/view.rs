@@ -1,6 +1,7 @@
 //! An instance as the API shows it.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
@@ -95,7 +96,7 @@ impl From<&Instance> for InstanceView {
         let Instance {
             id, spec, state, created_at, started_at, stopped_at, ending, phases, ..
         } = instance;
-        let in_ms = |(name, took): &(&str, std::time::Duration)| {
+        let in_ms = |(name, took): &(&str, Duration)| {
             let rounded = (took.as_micros() + 500) / 1000;
             ((*name).to_owned(), u64::try_from(rounded).unwrap_or(u64::MAX))
         };

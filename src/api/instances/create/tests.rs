@@ -3,7 +3,6 @@
 use serde_json::{Value, json};
 
 use super::*;
-use crate::api::instances::extras::asking;
 
 const LIMITS: Limits = Limits {
     vcpus_max: 16,
@@ -191,4 +190,23 @@ fn there_is_one_platform() {
 #[test]
 fn an_image_name_that_is_none_is_refused() {
     assert!(matches!(spec(json!({ "image": "a b" })), Err(SpecError::Image(_))));
+}
+
+/// A value that asks for something, for each field whose feature is not there yet.
+fn asking() -> BTreeMap<&'static str, Value> {
+    BTreeMap::from([
+        ("hotplug_size", json!("3GB")),
+        ("disk_io_bps", json!("10MB/s")),
+        ("ttl", json!("1h")),
+        ("expires_at", json!("2999-01-01T00:00:00Z")),
+        ("network", json!({ "enabled": true })),
+        ("devices", json!(["gpu"])),
+        ("gpu", json!({ "profile": "L40S-1Q" })),
+        ("volumes", json!([{ "volume_id": "v", "mount_path": "/mnt/v" }])),
+        ("snapshot_policy", json!({ "compression": { "enabled": true } })),
+        ("auto_standby", json!({ "enabled": true, "idle_timeout": "5m" })),
+        ("health_check", json!({ "http": { "port": 80 } })),
+        ("restart_policy", json!({ "policy": "always" })),
+        ("skip_kernel_headers", json!(false)),
+    ])
 }
