@@ -6,6 +6,8 @@
 
 #[expect(unsafe_code, reason = "hands guest memory to the kernel as iovecs")]
 pub mod buffers;
+pub mod console;
+pub mod entropy;
 pub mod ring;
 
 use std::fmt::Debug;
