@@ -11,3 +11,6 @@
 pub mod memory;
 pub mod spec;
 pub mod virtio;
+
+#[cfg(test)]
+mod testing;

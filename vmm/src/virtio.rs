@@ -4,6 +4,10 @@
 //! being the same for every device. A [`Device`] says what it is and serves a queue when told to.
 //! Section numbers are those of "Virtual I/O Device (VIRTIO) Version 1.3".
 
+#[expect(unsafe_code, reason = "hands guest memory to the kernel as iovecs")]
+pub mod buffers;
+pub mod console;
+pub mod entropy;
 pub mod ring;
 
 use std::fmt::Debug;
