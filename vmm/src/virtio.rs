@@ -8,7 +8,9 @@
 pub mod buffers;
 pub mod console;
 pub mod entropy;
+pub mod mmio;
 pub mod ring;
+pub mod task;
 
 use std::fmt::Debug;
 use std::io;

@@ -7,6 +7,7 @@
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 
 use super::buffers::Buffers;
+use super::task::QueueState;
 use super::{Fault, Served};
 use crate::memory::Mem;
 
@@ -29,6 +30,11 @@ impl Ring {
     /// The queue below, for the transport.
     pub fn queue_mut(&mut self) -> &mut Queue {
         &mut self.queue
+    }
+
+    /// Where it stands.
+    pub fn state(&self) -> QueueState {
+        QueueState { next_avail: self.queue.next_avail(), next_used: self.queue.next_used() }
     }
 
     /// Its number within the device.
