@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
-use virtio_queue::mock::MockSplitQueue;
+use virtio_queue::mock::{AvailRing, DescriptorTable, UsedRing};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -24,6 +24,9 @@ const MEMORY_BYTES: u64 = 32 << 20;
 /// Queues lie at the start of memory, this far apart; buffers come behind the last.
 const QUEUE_STRIDE: u64 = 64 << 10;
 const QUEUES: u64 = 4;
+/// Where the rings of a queue lie, for queues of at most 256 descriptors.
+const AVAIL_OFFSET: u64 = 8 << 10;
+const USED_OFFSET: u64 = 16 << 10;
 
 /// (address, bytes) in guest memory.
 pub(crate) type Buffer = (u64, u32);
@@ -32,23 +35,25 @@ pub(crate) type Buffer = (u64, u32);
 #[derive(Debug)]
 pub(crate) struct Guest {
     pub(crate) mem: Mem,
+    bytes: u64,
     next: Cell<u64>,
 }
 
 impl Guest {
-    /// Memory in two adjacent regions, so that buffers can cross from one to the other.
     pub(crate) fn new() -> Self {
-        let half = MEMORY_BYTES / 2;
-        let ranges = [half, half].map(|bytes| usize::try_from(bytes).unwrap());
-        let mem =
-            Mem::from_ranges(&[(GuestAddress(0), ranges[0]), (GuestAddress(half), ranges[1])])
-                .unwrap();
-        Self { mem, next: Cell::new(QUEUES * QUEUE_STRIDE) }
+        Self::with_bytes(MEMORY_BYTES)
+    }
+
+    /// Memory in two adjacent regions, so that buffers can cross from one to the other.
+    pub(crate) fn with_bytes(bytes: u64) -> Self {
+        let half = usize::try_from(bytes / 2).unwrap();
+        let mem = Mem::from_ranges(&[(GuestAddress(0), half), (GuestAddress(bytes / 2), half)]);
+        Self { mem: mem.unwrap(), bytes, next: Cell::new(QUEUES * QUEUE_STRIDE) }
     }
 
     /// Where memory ends.
     pub(crate) fn end(&self) -> u64 {
-        MEMORY_BYTES
+        self.bytes
     }
 
     /// Fresh memory of so many bytes, not adjacent to what was handed out before.
@@ -80,7 +85,9 @@ impl Guest {
 /// One queue as its driver has it.
 pub(crate) struct QueueFixture<'g> {
     guest: &'g Guest,
-    mock: MockSplitQueue<'g, Mem>,
+    descriptors: DescriptorTable<'g, Mem>,
+    avail: AvailRing<'g, Mem>,
+    used: UsedRing<'g, Mem>,
     index: u16,
     size: u16,
     next_avail: u16,
@@ -91,10 +98,14 @@ pub(crate) struct QueueFixture<'g> {
 
 impl<'g> QueueFixture<'g> {
     pub(crate) fn new(guest: &'g Guest, index: u16, size: u16) -> Self {
-        let start = GuestAddress(u64::from(index) * QUEUE_STRIDE);
+        let start = u64::from(index) * QUEUE_STRIDE;
+        let [table, avail, used] =
+            [0, AVAIL_OFFSET, USED_OFFSET].map(|at| GuestAddress(start + at));
         Self {
             guest,
-            mock: MockSplitQueue::create(&guest.mem, start, size),
+            descriptors: DescriptorTable::new(&guest.mem, table, size),
+            avail: AvailRing::new(&guest.mem, avail, size),
+            used: UsedRing::new(&guest.mem, used, size),
             index,
             size,
             next_avail: 0,
@@ -106,8 +117,13 @@ impl<'g> QueueFixture<'g> {
 
     /// The device's end of it, with EVENT_IDX negotiated.
     pub(crate) fn ring(&self) -> Ring {
-        let mut queue: Queue = self.mock.create_queue().unwrap();
+        let start = u64::from(self.index) * QUEUE_STRIDE;
+        let mut queue = Queue::new(self.size).unwrap();
+        queue.try_set_desc_table_address(GuestAddress(start)).unwrap();
+        queue.try_set_avail_ring_address(GuestAddress(start + AVAIL_OFFSET)).unwrap();
+        queue.try_set_used_ring_address(GuestAddress(start + USED_OFFSET)).unwrap();
         queue.set_event_idx(true);
+        queue.set_ready(true);
         Ring::new(self.index, queue)
     }
 
@@ -123,7 +139,7 @@ impl<'g> QueueFixture<'g> {
         for (position, (buffer, flags)) in list.iter().enumerate() {
             let (flags, next) = taken.get(position + 1).map_or((*flags, 0), |n| (flags | NEXT, *n));
             let descriptor = Descriptor::new(buffer.0, buffer.1, flags, next);
-            self.mock.desc_table().store(taken[position], RawDescriptor::from(descriptor)).unwrap();
+            self.descriptors.store(taken[position], RawDescriptor::from(descriptor)).unwrap();
         }
         let head = taken[0];
         self.chains.insert(head, taken);
@@ -151,7 +167,7 @@ impl<'g> QueueFixture<'g> {
     /// Makes one descriptor available just as it is.
     pub(crate) fn raw(&mut self, descriptor: Descriptor) -> u16 {
         let head = self.free.pop().unwrap();
-        self.mock.desc_table().store(head, RawDescriptor::from(descriptor)).unwrap();
+        self.descriptors.store(head, RawDescriptor::from(descriptor)).unwrap();
         self.chains.insert(head, vec![head]);
         self.publish(head);
         head
@@ -160,17 +176,38 @@ impl<'g> QueueFixture<'g> {
     /// Puts a head into the available ring, whatever it is.
     pub(crate) fn publish(&mut self, head: u16) {
         let slot = usize::from(self.next_avail % self.size);
-        self.mock.avail().ring().ref_at(slot).unwrap().store(head);
+        self.avail.ring().ref_at(slot).unwrap().store(head);
         self.next_avail = self.next_avail.wrapping_add(1);
-        self.mock.avail().idx().store(self.next_avail);
+        self.avail.idx().store(self.next_avail);
+    }
+
+    /// Writes the descriptor table as it comes: (address, length, flags, next).
+    pub(crate) fn fill_table(&mut self, table: &[(u64, u32, u16, u16)]) {
+        for (index, (address, length, flags, next)) in table.iter().enumerate() {
+            let descriptor = Descriptor::new(*address, *length, *flags, *next);
+            let index = u16::try_from(index).unwrap();
+            self.descriptors.store(index, RawDescriptor::from(descriptor)).unwrap();
+        }
+    }
+
+    /// Whether the device has returned less than was made available.
+    pub(crate) fn unanswered(&self) -> bool {
+        self.used.idx().load() != self.next_avail
+    }
+
+    /// Makes the used ring, which is the device's to write, in `after` as in `before`.
+    pub(crate) fn mask_used_ring(&self, before: &[u8], after: &mut [u8]) {
+        let start = usize::try_from(u64::from(self.index) * QUEUE_STRIDE + USED_OFFSET).unwrap();
+        let range = start..start + 6 + 8 * usize::from(self.size);
+        after[range.clone()].copy_from_slice(&before[range]);
     }
 
     /// What the device returned since the last call: (head, bytes written), in its order.
     pub(crate) fn used(&mut self) -> Vec<(u16, u32)> {
         let mut used = Vec::new();
-        while self.next_used != self.mock.used().idx().load() {
+        while self.next_used != self.used.idx().load() {
             let slot = usize::from(self.next_used % self.size);
-            let element = self.mock.used().ring().ref_at(slot).unwrap().load();
+            let element = self.used.ring().ref_at(slot).unwrap().load();
             let head = u16::try_from(element.id()).unwrap();
             let chain = self.chains.remove(&head).expect("the device returns what it was given");
             self.free.extend(chain);
