@@ -7,21 +7,23 @@
 #![expect(clippy::print_stdout, reason = "a program for people")]
 
 use std::env;
+use std::error::Error;
 use std::fs::{File, OpenOptions};
 use std::process::ExitCode;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use ovum_vmm::machine::{Machine, MachineEventKind};
 use ovum_vmm::spec::{DiskSpec, MachineFiles, MachineSpec};
 use rustix::event::{PollFd, PollFlags, poll};
 
-type AnyError = Box<dyn std::error::Error>;
+type AnyError = Box<dyn Error>;
 
 fn main() -> ExitCode {
     match boot() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let mut source = Some(&*error as &dyn std::error::Error);
+            let mut source = Some(&*error as &dyn Error);
             while let Some(error) = source {
                 println!("{error}");
                 source = error.source();
@@ -40,7 +42,7 @@ fn boot() -> Result<(), AnyError> {
     machine.boot()?;
     if let Some(pause) = pause {
         // The guest is left alone for a while: that is what is being tried.
-        std::thread::park_timeout(pause);
+        thread::park_timeout(pause);
         machine.pause();
         let state = serde_json::to_vec(&machine.save()?)?;
         say(&format!("paused, {} bytes of state", state.len()));

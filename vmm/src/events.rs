@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::{read, write};
 use rustix::time::{ClockId, clock_gettime};
 use std::os::fd::OwnedFd;
 
@@ -92,14 +93,14 @@ impl Events {
         waiting.events.push_back(event);
         drop(waiting);
         // A full counter is readable already.
-        let _ = rustix::io::write(&self.signal, &1_u64.to_ne_bytes());
+        let _ = write(&self.signal, &1_u64.to_ne_bytes());
     }
 
     /// Takes the oldest event, if there is one.
     pub fn next(&self) -> Option<MachineEvent> {
         let mut waiting = self.lock();
         if waiting.events.is_empty() {
-            let _ = rustix::io::read(&self.signal, &mut [0_u8; 8]);
+            let _ = read(&self.signal, &mut [0_u8; 8]);
         }
         waiting.events.pop_front()
     }
@@ -124,6 +125,8 @@ fn monotonic_ns() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::iter;
+
     use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
     use super::*;
@@ -156,7 +159,7 @@ mod tests {
         events.push(MachineEventKind::Stopped { reason: StopReason::PowerOff });
         events.push(MachineEventKind::Stopped { reason: StopReason::Ordered });
 
-        let seen: Vec<_> = std::iter::from_fn(|| events.next()).collect();
+        let seen: Vec<_> = iter::from_fn(|| events.next()).collect();
         assert_eq!(seen.len(), WAITING_MAX + 1);
         let end = MachineEventKind::Stopped { reason: StopReason::PowerOff };
         assert_eq!(seen.last().unwrap().kind, end);

@@ -8,7 +8,9 @@ use std::fs::File;
 use std::io;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
+use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap, MmapRegion,
@@ -70,7 +72,7 @@ pub enum MemoryError {
         bytes: u64,
         /// What vm-memory says.
         #[source]
-        source: vm_memory::mmap::MmapRegionError,
+        source: MmapRegionError,
     },
     /// A listener did not follow.
     #[error("Failed to add guest memory at {guest_start:#x}, {bytes} bytes")]
@@ -93,8 +95,7 @@ impl Memory {
     ///
     /// [`MemoryError`]; nothing stays reserved.
     pub fn new(bytes: u64, listener: &mut dyn MemoryListener) -> Result<Self, MemoryError> {
-        let reserve =
-            |source: rustix::io::Errno| MemoryError::Reserve { bytes, source: source.into() };
+        let reserve = |source: Errno| MemoryError::Reserve { bytes, source: source.into() };
         let file = memfd_create(MEMFD_NAME, MemfdFlags::CLOEXEC).map_err(reserve)?;
         ftruncate(&file, bytes).map_err(reserve)?;
         let file = File::from(file);

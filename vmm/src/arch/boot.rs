@@ -8,8 +8,8 @@ use std::io::{self, Seek};
 
 use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::configurator::linux::LinuxBootConfigurator;
-use linux_loader::configurator::{BootConfigurator, BootParams};
-use linux_loader::loader::{Elf, KernelLoader};
+use linux_loader::configurator::{BootConfigurator, BootParams, Error as ConfiguratorError};
+use linux_loader::loader::{Elf, Error as LoaderError, KernelLoader};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::layout::{
@@ -34,7 +34,7 @@ const PAGE_BYTES: u64 = 4096;
 pub enum BootError {
     /// No ELF, or one that does not fit.
     #[error("Failed to load the kernel: it has to be an uncompressed x86-64 ELF (vmlinux)")]
-    Kernel(#[source] linux_loader::loader::Error),
+    Kernel(#[source] LoaderError),
     /// It could not be read, or memory is too small for it.
     #[error("Failed to read initramfs archive {index}, {bytes} bytes")]
     Initramfs {
@@ -68,7 +68,7 @@ pub enum BootError {
     Parameters(#[source] vm_memory::GuestMemoryError),
     /// The same, as linux-loader says it.
     #[error("Failed to write the zero page")]
-    ZeroPage(#[source] linux_loader::configurator::Error),
+    ZeroPage(#[source] ConfiguratorError),
 }
 
 /// Loads everything and returns the address at which the boot CPU enters the kernel.

@@ -275,10 +275,10 @@ impl Registers {
 
 /// Half `select` of a 64-bit register; there are only two.
 fn half(value: u64, select: u32) -> u32 {
-    let [.., high, low] = [0, (value >> 32) as u32, (value & u64::from(u32::MAX)) as u32];
+    let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
     match select {
-        0 => low,
-        1 => high,
+        0 => u32::from_le_bytes([a, b, c, d]),
+        1 => u32::from_le_bytes([e, f, g, h]),
         _ => 0,
     }
 }
