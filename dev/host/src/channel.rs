@@ -5,6 +5,7 @@
 //! opens.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, IsTerminal, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::Sender;
@@ -134,13 +135,16 @@ fn write(stream: Stream, bytes: &[u8]) -> io::Result<()> {
 
 /// Copies our stdin to `port`, then ends it. A terminal is not read: the command sees the end at
 /// once.
-pub fn feed(port: UnixStream) {
-    if io::stdin().is_terminal() {
-        return;
-    }
+///
+/// The end is a shutdown and the socket stays open as long as we live, because QEMU drops what it
+/// has not yet read from a socket that was closed.
+pub fn feed(mut port: UnixStream) {
     thread::spawn(move || {
-        // The machine may go while we wait for input: then there is nobody left to tell.
-        let _ = io::copy(&mut io::stdin().lock(), &mut &port);
-        drop(port);
+        // If writing fails the machine is gone, and then there is nobody left to tell.
+        if !io::stdin().is_terminal() {
+            let _ = io::copy(&mut io::stdin().lock(), &mut port);
+        }
+        let _ = port.shutdown(Shutdown::Write);
+        thread::park();
     });
 }
