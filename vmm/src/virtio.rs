@@ -10,6 +10,7 @@ pub mod buffers;
 pub mod console;
 pub mod entropy;
 pub mod ring;
+pub mod vsock;
 
 use std::fmt::Debug;
 use std::io;
@@ -18,6 +19,7 @@ use std::os::fd::BorrowedFd;
 use crate::memory::Mem;
 use blk::BlkState;
 use ring::Ring;
+use vsock::VsockState;
 
 /// One kind of virtio device, without its transport.
 ///
@@ -211,4 +213,6 @@ pub enum DeviceState {
     Stateless,
     /// A disk.
     Blk(BlkState),
+    /// A vsock device.
+    Vsock(VsockState),
 }
