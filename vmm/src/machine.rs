@@ -37,6 +37,7 @@ use crate::virtio::console::Console;
 use crate::virtio::entropy::Entropy;
 use crate::virtio::mmio::{Identity, QUEUE_NOTIFY, Registers};
 use crate::virtio::task::{Line, Task};
+use crate::virtio::vsock::Vsock;
 
 /// Words that every guest of this machine gets.
 ///
@@ -253,11 +254,13 @@ fn devices(
     vsock: Option<UnixListener>,
     console: File,
 ) -> Result<Vec<Box<dyn Device>>, BuildError> {
-    let _ = vsock;
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
     for (file, disk) in disks.into_iter().zip(&spec.disks) {
         let failed = |source| BuildError::Disk { id: disk.id.clone(), source };
         devices.push(Box::new(Blk::new(file, disk).map_err(failed)?));
+    }
+    if let (Some(cid), Some(listener)) = (spec.vsock_cid, vsock) {
+        devices.push(Box::new(Vsock::new(cid, listener).map_err(BuildError::Vsock)?));
     }
     devices.push(Box::new(Console::new(console).map_err(BuildError::Console)?));
     devices.push(Box::new(Entropy::new()));

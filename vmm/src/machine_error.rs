@@ -9,6 +9,7 @@ use crate::spec::SpecError;
 use crate::vcpu_state::VcpuStateError;
 use crate::virtio::blk::BlkError;
 use crate::virtio::console::ConsoleError;
+use crate::virtio::vsock::VsockError;
 
 /// Why a machine could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +44,9 @@ pub enum BuildError {
         #[source]
         source: BlkError,
     },
+    /// The listening socket of the vsock device cannot be used.
+    #[error("Failed to use the vsock socket")]
+    Vsock(#[source] VsockError),
     /// The console's log cannot be used.
     #[error("Failed to use the console log")]
     Console(#[source] ConsoleError),

@@ -303,6 +303,11 @@ impl<'g, D: Device> Bench<'g, D> {
         self.device.reset(&mut self.watch);
     }
 
+    /// Files that are ready although the device was just woken for all that are.
+    pub(crate) fn pending(&mut self) -> usize {
+        self.watch.wait(0).len()
+    }
+
     /// Files the device waits for.
     pub(crate) fn watched(&self) -> usize {
         self.watch.files.len()

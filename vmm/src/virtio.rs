@@ -12,6 +12,7 @@ pub mod entropy;
 pub mod mmio;
 pub mod ring;
 pub mod task;
+pub mod vsock;
 
 use std::fmt::Debug;
 use std::io;
@@ -20,6 +21,7 @@ use std::os::fd::BorrowedFd;
 use crate::memory::Mem;
 use blk::BlkState;
 use ring::Ring;
+use vsock::VsockState;
 
 /// One kind of virtio device, without its transport.
 ///
@@ -213,4 +215,6 @@ pub enum DeviceState {
     Stateless,
     /// A disk.
     Blk(BlkState),
+    /// A vsock device.
+    Vsock(VsockState),
 }

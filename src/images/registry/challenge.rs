@@ -95,7 +95,10 @@ mod tests {
             bearer("https://a/t?x=1", Some("reg"))
         );
         assert_eq!(read("bearer  realm=https://a , service = x"), bearer("https://a", None));
-        assert_eq!(read("Basic realm=\"r\", Bearer realm=\"https://b\""), bearer("https://b", None));
+        assert_eq!(
+            read("Basic realm=\"r\", Bearer realm=\"https://b\""),
+            bearer("https://b", None)
+        );
         assert_eq!(read("Bearer realm=\"a\\\"b\""), bearer("a\"b", None));
         assert_eq!(read("Negotiate"), None);
         assert_eq!(read("Bearer service=\"x\""), None);

@@ -151,7 +151,8 @@ impl Connection {
             what: format!("{}/{path}", self.repository),
         };
         let headers = refused.headers().get_all(WWW_AUTHENTICATE);
-        let challenges = headers.iter().filter_map(|header| Challenge::parse(header.to_str().ok()?));
+        let challenges =
+            headers.iter().filter_map(|header| Challenge::parse(header.to_str().ok()?));
         let bearer_first = |challenge: &Challenge| *challenge == Challenge::Basic;
         let challenge = challenges.min_by_key(bearer_first);
         let request = match (challenge.ok_or_else(unauthorised)?, &self.auth) {

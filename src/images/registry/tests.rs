@@ -1,7 +1,7 @@
 //! Pulls from a real registry, and from one that behaves as badly as registries do.
 
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex};
 
 use axum::body::Body;
 use axum::extract::Request;

@@ -100,9 +100,11 @@ impl Layout {
             ("oci-layout".to_owned(), br#"{"imageLayoutVersion":"1.0.0"}"#.to_vec()),
             ("index.json".to_owned(), index.to_string().into_bytes()),
         ];
-        files.extend(self.blobs.iter().map(|(digest, content)| {
-            (format!("blobs/sha256/{}", digest.hex()), content.clone())
-        }));
+        files.extend(
+            self.blobs.iter().map(|(digest, content)| {
+                (format!("blobs/sha256/{}", digest.hex()), content.clone())
+            }),
+        );
         files
     }
 

@@ -157,6 +157,21 @@ impl<'m> Span<'m> {
         }
     }
 
+    /// Takes the first `count` bytes as a span of their own; fewer if there are not as many.
+    pub fn take_front(&mut self, count: usize) -> Span<'m> {
+        let mut front = Span::default();
+        for slice in self.live() {
+            let missing = count.saturating_sub(front.bytes);
+            let Ok(piece) = slice.subslice(0, slice.len().min(missing)) else { break };
+            if piece.is_empty() {
+                break;
+            }
+            front.add(piece);
+        }
+        self.advance(front.bytes);
+        front
+    }
+
     /// Keeps the first `count` bytes.
     pub fn truncate(&mut self, count: usize) {
         while self.bytes > count {
