@@ -70,3 +70,18 @@ fn cid(peer: &SocketAddrAny) -> Option<u32> {
     let address: libc::sockaddr_vm = unsafe { peer.as_ptr().cast::<libc::sockaddr_vm>().read() };
     Some(address.svm_cid)
 }
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::SocketAddrUnix;
+
+    use super::*;
+
+    #[test]
+    fn the_host_is_told_from_other_peers_by_its_context() {
+        assert_eq!(cid(&address(2, 1024)), Some(libc::VMADDR_CID_HOST));
+        assert_eq!(cid(&address(1, 2)), Some(1));
+        assert_eq!(cid(&SocketAddrUnix::new("/a/path").unwrap().into()), None);
+        assert_eq!(cid(&SocketAddrUnix::new_unnamed().into()), None);
+    }
+}

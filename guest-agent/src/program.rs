@@ -114,6 +114,11 @@ impl Program {
 }
 
 impl Search {
+    /// A search that could not begin.
+    pub(crate) fn ended(errno: Errno) -> Self {
+        Self { answer: Some(errno) }
+    }
+
     /// Notes how one candidate was refused; returns whether to try the next.
     ///
     /// Goes on where `execvp` does: a file that is missing or may not be executed hides nothing
@@ -152,4 +157,113 @@ fn candidates(name: &str, path: &str) -> Vec<String> {
 
 fn strings(texts: impl Iterator<Item = String>) -> Result<Vec<CString>, ProgramError> {
     texts.map(|text| CString::new(text).map_err(ProgramError::Nul)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(argv: &[&str], env: &[(&str, &str)]) -> GuestConfig {
+        GuestConfig {
+            version: 1,
+            hostname: "guest".into(),
+            root_device: "/dev/vda".into(),
+            overlay_device: None,
+            argv: argv.iter().map(ToString::to_string).collect(),
+            env: env.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
+            working_dir: "/".into(),
+            listen: false,
+            realtime_ns: 0,
+        }
+    }
+
+    fn texts(strings: &[CString]) -> Vec<&str> {
+        strings.iter().map(|string| string.to_str().unwrap()).collect()
+    }
+
+    #[test]
+    fn a_name_is_looked_up_in_the_path_of_the_workload() {
+        let program = Program::new(&config(&["run", "-v"], &[("PATH", "/a:/b/c::rel")])).unwrap();
+
+        assert_eq!(texts(program.candidates()), ["/a/run", "/b/c/run", "./run", "rel/run"]);
+        assert_eq!(texts(program.argv()), ["run", "-v"]);
+    }
+
+    #[test]
+    fn a_word_with_a_slash_is_a_path_whatever_the_path_says() {
+        for word in ["/bin/run", "./run", "bin/run"] {
+            let program = Program::new(&config(&[word], &[("PATH", "/a:/b")])).unwrap();
+
+            assert_eq!(texts(program.candidates()), [word]);
+        }
+    }
+
+    #[test]
+    fn path_and_home_are_there_and_what_was_given_stays_as_it_is() {
+        let bare = Program::new(&config(&["run"], &[])).unwrap();
+        let full = [("HOME", "/srv"), ("B", "=x=\n y"), ("PATH", ""), ("A", "")];
+        let full = Program::new(&config(&["run"], &full)).unwrap();
+
+        assert_eq!(texts(bare.env()), [&format!("PATH={PATH_DEFAULT}"), "HOME=/root"]);
+        assert_eq!(bare.candidates().len(), 6);
+        assert_eq!(texts(full.env()), ["HOME=/srv", "B==x=\n y", "PATH=", "A="]);
+        assert_eq!(texts(full.candidates()), ["./run"]);
+    }
+
+    #[test]
+    fn what_no_kernel_could_run_is_refused_early() {
+        let of = |argv: &[&str], env: &[(&str, &str)]| Program::new(&config(argv, env));
+
+        assert!(matches!(of(&[], &[]), Err(ProgramError::Empty)));
+        assert!(matches!(of(&["run", "a\0b"], &[]), Err(ProgramError::Nul(_))));
+        assert!(matches!(of(&["run"], &[("A", "\0")]), Err(ProgramError::Nul(_))));
+    }
+
+    #[test]
+    fn only_the_three_init_systems_become_pid_1() {
+        let is = |name| Program::new(&config(&[name], &[])).unwrap().is_init_system();
+
+        assert!(INIT_SYSTEMS.into_iter().all(is));
+        assert!(!["/bin/sh", "init", "/init", "systemd"].into_iter().any(is));
+    }
+
+    /// The code and the words after each possible answer to the candidates in turn.
+    #[test]
+    fn a_refusal_says_what_a_shell_would() {
+        let refusal = |answers: &[Errno]| {
+            let program = Program::new(&config(&["run"], &[("PATH", "/nowhere")])).unwrap();
+            let mut search = Search::default();
+            for (index, &answer) in answers.iter().enumerate() {
+                assert_eq!(search.refused(answer), index + 1 < answers.len(), "{answers:?}");
+            }
+            let Refusal { code, message } = program.refusal(search);
+            (code, message)
+        };
+        use Errno as E;
+
+        let missing = (127, "run: not found".to_owned());
+        let denied = (126, "run: permission denied".to_owned());
+        let foreign = (126, "run: no format that the kernel can execute".to_owned());
+        assert_eq!(refusal(&[]), missing);
+        assert_eq!(refusal(&[E::NOENT, E::ACCESS, E::NOENT, E::NOEXEC]), foreign);
+        assert_eq!(refusal(&[E::NOENT, E::NOTDIR, E::NOEXEC]), foreign);
+        let (code, message) = refusal(&[E::NOENT, E::TOOBIG]);
+        assert_eq!((code, message.contains("too long")), (126, true), "{message}");
+
+        let mut search = Search::default();
+        assert!([E::NOENT, E::ACCESS, E::NOENT].into_iter().all(|answer| search.refused(answer)));
+        let program = Program::new(&config(&["run"], &[])).unwrap();
+        let Refusal { code, message } = program.refusal(search);
+        assert_eq!((code, message), denied);
+    }
+
+    #[test]
+    fn a_file_that_is_there_and_still_not_found_lacks_its_interpreter() {
+        let program = Program::new(&config(&["/proc/self/exe"], &[])).unwrap();
+
+        let Refusal { code, message } = program.refusal(Search::ended(Errno::NOENT));
+
+        assert_eq!(code, 127);
+        assert_eq!(message, "/proc/self/exe: its interpreter or loader is not in the image");
+    }
 }

@@ -20,6 +20,10 @@ use crate::workload;
 /// Most connections at once; further ones wait in the listener's backlog.
 const SESSIONS_MAX: usize = 16;
 
+/// How long processes that were killed may take to be gone. More than that is for the kernel to
+/// explain; the disk is left to its journal then.
+const BURIAL_TIME_MAX: Duration = Duration::from_secs(1);
+
 /// Time that a workload gets to end if the guest itself asks to be stopped.
 const OWN_GRACE: Duration = Duration::from_secs(10);
 
@@ -222,10 +226,32 @@ impl Loop {
         if let Charge::Workload { output, .. } = &mut self.agent.charge {
             output.drain();
         }
+        self.bury();
         for session in &mut self.sessions {
             session.say(CONNECTION, &ToServer::Exited(exit));
             // Whoever does not take it now learns it from the report.
             let _ = session.send();
+        }
+    }
+
+    /// Waits until whoever was killed is gone, files closed. Being PID 1 we are everyone's parent
+    /// by now; if we are not, there is nobody to wait for.
+    fn bury(&self) {
+        let deadline = Instant::now() + BURIAL_TIME_MAX;
+        loop {
+            match process::wait(WaitOptions::NOHANG) {
+                Ok(Some(_)) => {}
+                Ok(None) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    let left = Timespec::try_from(left).unwrap_or_default();
+                    let mut child = [PollFd::new(&self.agent.signals, PollFlags::IN)];
+                    if !event::poll(&mut child, Some(&left)).is_ok_and(|ready| ready > 0) {
+                        return;
+                    }
+                    while self.agent.signals.next().is_some() {}
+                }
+                Err(_) => return,
+            }
         }
     }
 }

@@ -31,7 +31,7 @@ const STACK_ALIGN: usize = 16;
 /// CLONE_INTO_CGROUP (clone(2)), for which the libc crate has too narrow a type.
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
 
-/// Exit status of a child that became no program. Nobody sees it: `Plan::search` says more.
+/// Exit status of a child that became no program. Nobody sees it: `Plan::refused` says more.
 const NOTHING_RAN: i32 = 127;
 
 /// `struct clone_args` (clone(2)).
@@ -57,8 +57,8 @@ struct Plan<'a> {
     argv: Vec<*const c_char>,
     env: Vec<*const c_char>,
     output: BorrowedFd<'a>,
-    /// Written by the child.
-    search: Search,
+    /// Written by the child, if it became no program.
+    refused: Option<Search>,
 }
 
 /// Why no process runs the program.
@@ -83,7 +83,7 @@ pub(crate) fn spawn(
         argv: pointers(program.argv()),
         env: pointers(program.env()),
         output,
-        search: Search::default(),
+        refused: None,
     };
     let mut stack = Vec::<u8>::with_capacity(STACK_BYTES + STACK_ALIGN);
     let misaligned = stack.as_ptr().align_offset(STACK_ALIGN);
@@ -103,20 +103,22 @@ pub(crate) fn spawn(
 
     let pid = clone_into(&args, &mut plan).map_err(SpawnError::Clone)?;
     drop(stack);
-    if plan.search == Search::default() { Ok(pid) } else { Err(SpawnError::Exec(plan.search)) }
+    match plan.refused {
+        None => Ok(pid),
+        Some(search) => Err(SpawnError::Exec(search)),
+    }
 }
 
 /// Becomes `program`, in this process. Returns only if that is refused.
 pub(crate) fn exec(program: &Program) -> Search {
-    let mut plan = Plan {
+    Plan {
         program,
         argv: pointers(program.argv()),
         env: pointers(program.env()),
         output: stdio::stdout(),
-        search: Search::default(),
-    };
-    plan.exec();
-    plan.search
+        refused: None,
+    }
+    .exec()
 }
 
 /// Duplicates this process, with its memory. Returns the child's id, and nothing in the child.
@@ -162,38 +164,117 @@ fn clone_into(args: &CloneArgs, plan: &mut Plan<'_>) -> Result<Pid, Errno> {
 
 /// What the child does.
 extern "C" fn child(plan: &mut Plan<'_>) -> ! {
-    plan.become_program();
+    let ready = process::setsid()
+        .and_then(|_| stdio::dup2_stdout(plan.output))
+        .and_then(|()| stdio::dup2_stderr(plan.output));
+    let search = match ready {
+        Ok(()) => plan.exec(),
+        Err(errno) => Search::ended(errno),
+    };
+    plan.refused = Some(search);
     // SAFETY: ends this process without running what the parent registered for its own exit.
     unsafe { libc::_exit(NOTHING_RAN) }
 }
 
 impl Plan<'_> {
-    fn become_program(&mut self) {
-        let ready = process::setsid()
-            .and_then(|_| stdio::dup2_stdout(self.output))
-            .and_then(|()| stdio::dup2_stderr(self.output));
-        if let Err(errno) = ready {
-            self.search.refused(errno);
-            return;
-        }
-        self.exec();
-    }
-
-    fn exec(&mut self) {
+    /// Becomes the program. Returns only if that is refused.
+    fn exec(&self) -> Search {
         Port::close();
         signals::unblock();
+        let mut search = Search::default();
         for path in self.program.candidates() {
             // SAFETY: the path and the strings behind both arrays end in a NUL and the arrays in a
             // null pointer; the program owns the strings and the plan the arrays.
             unsafe { libc::execve(path.as_ptr(), self.argv.as_ptr(), self.env.as_ptr()) };
             let errno = Errno::from_io_error(&Error::last_os_error()).unwrap_or(Errno::IO);
-            if !self.search.refused(errno) {
-                return;
+            if !search.refused(errno) {
+                break;
             }
         }
+        search
     }
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const c_char> {
     strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::read_to_string;
+    use std::os::fd::AsFd;
+
+    use ovum_agent_proto::config::GuestConfig;
+    use rustix::pipe::{PipeFlags, pipe_with};
+    use rustix::process::{WaitOptions, waitpid};
+
+    use super::*;
+    use crate::signals::Signals;
+
+    /// Runs `argv`, found by `path`; returns what it wrote and its exit status, or its refusal's.
+    fn run(argv: &[&str], path: &str) -> Result<(String, i32), (u8, String)> {
+        let config = GuestConfig {
+            version: 1,
+            hostname: "guest".into(),
+            root_device: "/dev/vda".into(),
+            overlay_device: None,
+            argv: argv.iter().map(ToString::to_string).collect(),
+            env: vec![("PATH".into(), path.into()), ("GREETING".into(), "hello".into())],
+            working_dir: "/".into(),
+            listen: false,
+            realtime_ns: 0,
+        };
+        let program = Program::new(&config).unwrap();
+        let (output, input) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let pid = match spawn(&program, input.as_fd(), None) {
+            Ok(pid) => pid,
+            Err(SpawnError::Exec(search)) => {
+                let refusal = program.refusal(search);
+                return Err((refusal.code, refusal.message));
+            }
+            Err(SpawnError::Clone(errno)) => panic!("{errno}"),
+        };
+        drop(input);
+        let output = read_to_string(File::from(output)).unwrap();
+        let (_, status) = waitpid(Some(pid), WaitOptions::empty()).unwrap().unwrap();
+        Ok((output, status.exit_status().unwrap()))
+    }
+
+    #[test]
+    fn a_program_gets_its_arguments_environment_and_both_streams() {
+        let script = "echo $GREETING $1; echo there >&2; exit 7";
+
+        let ran = run(&["/bin/sh", "-c", script, "sh", "you"], "/bin").unwrap();
+
+        assert_eq!(ran, ("hello you\nthere\n".to_owned(), 7));
+    }
+
+    /// Candidates that fail before the right one leave no trace.
+    #[test]
+    fn the_search_goes_on_until_a_program_runs() {
+        let ran = run(&["sh", "-c", "echo found"], "/nowhere:/etc/passwd:/etc:/bin").unwrap();
+
+        assert_eq!(ran, ("found\n".to_owned(), 0));
+    }
+
+    #[test]
+    fn a_child_that_became_no_program_says_why() {
+        assert_eq!(run(&["sh"], "/nowhere"), Err((127, "sh: not found".to_owned())));
+        assert_eq!(
+            run(&["/etc/passwd"], ""),
+            Err((126, "/etc/passwd: permission denied".to_owned()))
+        );
+    }
+
+    #[test]
+    fn the_program_leads_a_session_and_hears_every_signal() {
+        let _blocks = Signals::open().unwrap();
+        let script = "cd /proc/$$; grep SigBlk status; read pid _ _ _ _ sid _ < stat; \
+                      test $pid = $sid && echo leads";
+
+        let (output, _) = run(&["/bin/sh", "-c", script], "/bin").unwrap();
+
+        assert_eq!(output, "SigBlk:\t0000000000000000\nleads\n");
+    }
 }

@@ -1,6 +1,7 @@
 //! The workload: the process for which the guest exists, and how it ended.
 
-use std::fs::{create_dir_all, read_to_string};
+use std::fs::{File, create_dir_all};
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 
 use ovum_agent_proto::config::GuestConfig;
@@ -25,6 +26,9 @@ const FILES_MAX_HARD: u64 = 1 << 20;
 
 /// Exit statuses follow the shell: this plus the number of the signal that killed.
 const KILLED: i32 = 128;
+
+/// Room for /proc/vmstat, so that it is read at once.
+const VMSTAT_BYTES: usize = 8 << 10;
 
 /// Owner may read and write, everyone may write: a program that has dropped its privileges can
 /// still open /dev/stderr.
@@ -70,9 +74,13 @@ impl Workload {
 
 /// How a process that ended so is reported; nothing if it did not end.
 pub(crate) fn exit(status: WaitStatus) -> Option<Exit> {
-    let signal = status.terminating_signal().map(|signal| KILLED + signal);
-    let code = status.exit_status().or(signal)?;
-    Some(Exit { code: u8::try_from(code).unwrap_or(u8::MAX), oom: oom_killed() })
+    let code = exit_code(status.exit_status(), status.terminating_signal())?;
+    Some(Exit { code, oom: oom_killed() })
+}
+
+fn exit_code(status: Option<i32>, signal: Option<i32>) -> Option<u8> {
+    let code = status.or(signal.map(|signal| KILLED + signal))?;
+    Some(u8::try_from(code).unwrap_or(u8::MAX))
 }
 
 /// Whether the kernel ever killed a process for lack of memory.
@@ -80,7 +88,10 @@ pub(crate) fn exit(status: WaitStatus) -> Option<Exit> {
 /// The count for the whole guest, and not the one of a cgroup: the guest *is* the memory limit,
 /// and accounting the memory of a cgroup costs every allocation of the workload.
 fn oom_killed() -> bool {
-    read_to_string("/proc/vmstat").is_ok_and(|vmstat| oom_kills(&vmstat) > 0)
+    let mut vmstat = String::with_capacity(VMSTAT_BYTES);
+    File::open("/proc/vmstat")
+        .and_then(|mut file| file.read_to_string(&mut vmstat))
+        .is_ok_and(|_| oom_kills(&vmstat) > 0)
 }
 
 /// Reads the line `oom_kill N` of /proc/vmstat.
@@ -109,4 +120,38 @@ fn enter(path: &str) -> Result<(), StartError> {
         let message = format!("working directory {path} cannot be entered: {errno}");
         StartError::Refused(Refusal { code: 126, message })
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::read_to_string;
+
+    use super::*;
+
+    #[test]
+    fn oom_kills_are_counted_by_the_line_of_that_name() {
+        let vmstat = "nr_free_pages 3\noom_kill_x 9\noom_kill 2\nswap_ra 0\n";
+
+        assert_eq!(oom_kills(vmstat), 2);
+        assert_eq!(oom_kills("oom_kill 0\n"), 0);
+        assert_eq!(oom_kills("oom_kill many\n"), 0);
+        assert_eq!(oom_kills(""), 0);
+    }
+
+    #[test]
+    fn a_kernel_counts_its_oom_kills_under_that_name() {
+        let vmstat = read_to_string("/proc/vmstat").unwrap();
+
+        assert!(vmstat.lines().any(|line| line.starts_with("oom_kill ")), "{vmstat}");
+    }
+
+    #[test]
+    fn exit_codes_follow_the_shell() {
+        let exited = |code: i32| exit_code(Some(code), None);
+        let killed = |signal: i32| exit_code(None, Some(signal));
+
+        assert_eq!([exited(0), exited(42), exited(255)], [Some(0), Some(42), Some(255)]);
+        assert_eq!([killed(9), killed(15), killed(64)], [Some(137), Some(143), Some(192)]);
+        assert_eq!(exit_code(None, None), None);
+    }
 }
