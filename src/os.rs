@@ -2,3 +2,4 @@
 
 pub mod packets;
 pub mod process;
+pub mod tool;
