@@ -80,26 +80,31 @@ impl Blobs {
         })
     }
 
+    /// Begins a blob whose digest is whatever its bytes have.
+    ///
+    /// # Errors
+    ///
+    /// [`BlobError::Io`].
+    pub fn write_unknown(&self) -> Result<UnknownBlobWriter, BlobError> {
+        let file = tempfile::Builder::new().prefix("blob-").tempfile_in(&self.tmp)?;
+        Ok(UnknownBlobWriter {
+            file,
+            blobs: self.clone(),
+            hasher: Sha256::new(),
+            written_bytes: 0,
+            claimed_bytes: 0,
+        })
+    }
+
     /// Stores a small blob.
     ///
     /// # Errors
     ///
     /// As [`Blobs::write`].
     pub fn put(&self, content: &[u8]) -> Result<Digest, BlobError> {
-        let digest = Digest::of(content);
-        let blob = Descriptor {
-            media_type: String::new(),
-            digest,
-            size_bytes: content.len() as u64,
-            platform: None,
-            annotations: std::collections::BTreeMap::new(),
-        };
-        if !self.has(&blob) {
-            let mut writer = self.write(&blob)?;
-            writer.push(content)?;
-            writer.finish()?;
-        }
-        Ok(digest)
+        let mut writer = self.write_unknown()?;
+        writer.push(content)?;
+        Ok(writer.finish()?.0)
     }
 
     /// Removes all blobs but those to keep. Returns how many were removed.
@@ -168,15 +173,64 @@ impl BlobWriter {
         if found != digest {
             return Err(BlobError::Mismatch { expected: digest, found });
         }
-        let file = self.file.as_file();
-        let mut permissions = file.metadata()?.permissions();
-        permissions.set_readonly(true);
-        file.set_permissions(permissions)?;
-        file.sync_all()?;
-        self.file.persist(&self.path).map_err(|error| error.error)?;
-        sync_parent(&self.path)?;
+        settle(self.file, &self.path)?;
         Ok(())
     }
+}
+
+/// A blob in the making whose digest nobody promised. Dropped unfinished, nothing is left of it.
+#[derive(Debug)]
+pub struct UnknownBlobWriter {
+    file: tempfile::NamedTempFile,
+    blobs: Blobs,
+    hasher: Sha256,
+    written_bytes: u64,
+    /// Bytes there was room for when somebody last looked.
+    claimed_bytes: u64,
+}
+
+impl UnknownBlobWriter {
+    /// Appends.
+    ///
+    /// # Errors
+    ///
+    /// [`BlobError::Room`], [`BlobError::Io`].
+    pub fn push(&mut self, bytes: &[u8]) -> Result<(), BlobError> {
+        const CLAIM_BYTES: u64 = 16 << 20;
+        self.written_bytes += bytes.len() as u64;
+        if self.written_bytes > self.claimed_bytes {
+            self.blobs.room.claim(CLAIM_BYTES)?;
+            self.claimed_bytes = self.written_bytes + CLAIM_BYTES;
+        }
+        self.hasher.update(bytes);
+        Ok(self.file.write_all(bytes)?)
+    }
+
+    /// Gives the blob its name. Returns it, and the blob's length.
+    ///
+    /// # Errors
+    ///
+    /// [`BlobError::Io`].
+    pub fn finish(self) -> Result<(Digest, u64), BlobError> {
+        let digest = Digest::from(self.hasher);
+        let path = self.blobs.path(&digest);
+        // What is there already is whole, and may be being read.
+        if !fs::metadata(&path).is_ok_and(|stat| stat.len() == self.written_bytes) {
+            settle(self.file, &path)?;
+        }
+        Ok((digest, self.written_bytes))
+    }
+}
+
+/// Brings a finished file to the disk and to its name.
+fn settle(file: tempfile::NamedTempFile, path: &Path) -> io::Result<()> {
+    let handle = file.as_file();
+    let mut permissions = handle.metadata()?.permissions();
+    permissions.set_readonly(true);
+    handle.set_permissions(permissions)?;
+    handle.sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    sync_parent(path)
 }
 
 /// Makes a rename into the folder of `path` last.

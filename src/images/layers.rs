@@ -125,7 +125,11 @@ fn apply(
 }
 
 /// Inflates by what the bytes are: media types are known to lie.
-fn unpack<'a>(mut blob: impl BufRead + 'a) -> Result<Box<dyn Read + 'a>, Cause> {
+///
+/// # Errors
+///
+/// Those of reading the first bytes.
+pub fn unpack<'a>(mut blob: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
     const GZIP: &[u8] = &[0x1f, 0x8b];
     const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
     let start = blob.fill_buf()?;
