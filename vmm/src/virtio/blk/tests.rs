@@ -2,6 +2,7 @@ use std::fs::OpenOptions;
 use std::io::Write;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::LazyLock;
 
 use proptest::prelude::*;
 use rustix::fs::{Advice, fadvise};
@@ -36,14 +37,18 @@ fn spec(read_only: bool) -> DiskSpec {
     DiskSpec { id: "disk-0".to_owned(), read_only }
 }
 
-fn content() -> Vec<u8> {
-    (0..DISK_BYTES).map(|at| u8::try_from((at / 512 + at) % 251).unwrap()).collect()
+/// What is on a disk at first.
+fn content() -> &'static [u8] {
+    static CONTENT: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        (0..DISK_BYTES).map(|at| u8::try_from((at / 512 + at) % 251).unwrap()).collect()
+    });
+    &CONTENT
 }
 
 impl<'g> Rig<'g> {
     fn new(guest: &'g Guest, kind: EngineKind, read_only: bool) -> Self {
         let mut file = tempfile::tempfile().unwrap();
-        file.write_all(&content()).unwrap();
+        file.write_all(content()).unwrap();
         Self::over(guest, file, kind, read_only)
     }
 
