@@ -49,7 +49,7 @@ mod errors;
 pub mod image;
 mod jobs;
 mod layers;
-mod manifest;
+pub mod manifest;
 pub mod records;
 pub mod reference;
 pub mod registry;

@@ -1,10 +1,19 @@
 //! ovum: argv becomes a command; everything else lives elsewhere.
 
-#[expect(dead_code, reason = "its callers are on their way")]
+mod agent;
+mod api;
+mod config;
+mod control;
 mod disks;
-#[expect(dead_code, reason = "its callers are on their way")]
+mod duration;
+mod fleet;
 mod images;
-#[expect(dead_code, reason = "its callers are on their way")]
+mod initramfs;
+mod instances;
+mod logs;
 mod os;
+mod size;
+mod store;
+mod token;
 
 fn main() {}
