@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::images::blobs::{BlobError, Blobs};
@@ -95,7 +96,7 @@ impl Registry {
     /// [`RegistryError`].
     pub async fn resolve(&self) -> Result<Resolved, RegistryError> {
         let resolving = retry(RESOLVE_TRIES, || self.try_resolve());
-        let Ok(result) = tokio::time::timeout(RESOLVE_TIMEOUT, resolving).await else {
+        let Ok(result) = timeout(RESOLVE_TIMEOUT, resolving).await else {
             return Err(RegistryError::TimedOut { host: self.name.host().to_owned() });
         };
         result
@@ -210,7 +211,7 @@ impl Registry {
         let response = self.connection.get(&format!("blobs/{}", blob.digest)).await?;
         let (sender, mut receiver) = mpsc::channel::<Bytes>(CHUNKS_MAX);
         let (promised, blobs) = (blob.clone(), store.blobs.clone());
-        let (whole, is_whole) = std::sync::mpsc::channel::<()>();
+        let (whole, mut is_whole) = oneshot::channel();
         let writing = store.writers.spawn_blocking(move || {
             let mut writer = blobs.write(&promised)?;
             while let Some(chunk) = receiver.blocking_recv() {
@@ -305,7 +306,7 @@ where
             Err(error) if error.may_pass() => {
                 let asked = error.retry_after().unwrap_or(pause);
                 tracing::debug!(?error, "registry request will be tried again");
-                tokio::time::sleep(asked.min(PAUSE_MAX)).await;
+                sleep(asked.min(PAUSE_MAX)).await;
                 pause = (pause * 2).min(PAUSE_MAX);
             }
             result => return result,
