@@ -1,5 +1,7 @@
 //! ovum: argv becomes a command; everything else lives elsewhere.
 
+#![expect(unreachable_pub, reason = "a program has no outside: `pub` means for other modules")]
+
 mod agent;
 mod api;
 mod config;

@@ -15,7 +15,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use oci_client::errors::{DigestError, OciDistributionError};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::images::blobs::{BlobError, Blobs};
@@ -96,7 +97,7 @@ impl Registry {
     /// [`RegistryError`].
     pub async fn resolve(&self) -> Result<Resolved, RegistryError> {
         let resolving = retry(RESOLVE_TRIES, || self.try_resolve());
-        let Ok(result) = tokio::time::timeout(RESOLVE_TIMEOUT, resolving).await else {
+        let Ok(result) = timeout(RESOLVE_TIMEOUT, resolving).await else {
             return Err(RegistryError::TimedOut { host: self.name.host().to_owned() });
         };
         result
@@ -222,7 +223,7 @@ impl Registry {
         let mut chunks = self.connection.blob(&blob.digest).await?;
         let (sender, mut receiver) = mpsc::channel::<Bytes>(CHUNKS_MAX);
         let (promised, blobs) = (blob.clone(), store.blobs.clone());
-        let (whole, is_whole) = std::sync::mpsc::channel::<()>();
+        let (whole, mut is_whole) = oneshot::channel();
         let writing = store.writers.spawn_blocking(move || {
             let mut writer = blobs.write(&promised)?;
             while let Some(chunk) = receiver.blocking_recv() {
@@ -317,7 +318,7 @@ where
         match operation().await {
             Err(error) if error.may_pass() => {
                 tracing::debug!(?error, "registry request will be tried again");
-                tokio::time::sleep(pause).await;
+                sleep(pause).await;
                 pause = (pause * 2).min(PAUSE_MAX);
             }
             result => return result,
