@@ -17,6 +17,9 @@ pub const DATA_DIR: &str = "/var/lib/ovum";
 /// Where a server listens unless told otherwise.
 pub const LISTEN: &str = "127.0.0.1:8080";
 
+/// Where the KVM device is.
+pub const KVM: &str = "/dev/kvm";
+
 /// Where a package puts the kernel and the agent.
 const LIBRARY_DIR: &str = "/usr/lib/ovum";
 
@@ -77,6 +80,8 @@ pub struct Config {
     pub kernel: PathBuf,
     /// The guest agent.
     pub agent: PathBuf,
+    /// The KVM device.
+    pub kvm: PathBuf,
     /// What a request may ask for.
     pub limits: Limits,
     /// How images are had.
@@ -146,6 +151,7 @@ impl TryFrom<ConfigArgs> for Config {
             jwt_secret: jwt_secret(),
             kernel: kernel.unwrap_or_else(|| beside_executable("kernel/vmlinux", "vmlinux")),
             agent: agent.unwrap_or_else(|| beside_executable("agent/ovum-agent", "ovum-agent")),
+            kvm: PathBuf::from(KVM),
             limits: Limits {
                 vcpus_max: max_vcpus,
                 memory_bytes_max: max_memory.0,

@@ -1,21 +1,7 @@
-//! ovum: argv becomes a command; everything else lives elsewhere.
+//! ovum: argv becomes a command; everything else lives in the library.
 
-#![expect(unreachable_pub, reason = "a program has no outside: `pub` means for other modules")]
+use std::process::ExitCode;
 
-mod agent;
-mod api;
-mod config;
-mod control;
-mod disks;
-mod duration;
-mod fleet;
-mod images;
-mod initramfs;
-mod instances;
-mod logs;
-mod os;
-mod size;
-mod store;
-mod token;
-
-fn main() {}
+fn main() -> ExitCode {
+    ovum::cli::main()
+}

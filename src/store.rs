@@ -37,12 +37,7 @@ impl Store {
     ///
     /// [`StoreError`]; the file is as before.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let failed = |source| StoreError::Open { path: path.to_owned(), source };
-        let mut connection = Connection::open(path).map_err(failed)?;
-        connection.busy_timeout(BUSY_TIMEOUT).map_err(failed)?;
-        connection.pragma_update(None, "journal_mode", "wal").map_err(failed)?;
-        connection.pragma_update(None, "synchronous", "normal").map_err(failed)?;
-        connection.pragma_update(None, "foreign_keys", true).map_err(failed)?;
+        let mut connection = connect(path)?;
         migrate(&mut connection, path)?;
         Ok(Self { connection: Arc::new(Mutex::new(connection)) })
     }
@@ -65,6 +60,23 @@ impl Store {
         transaction.commit()?;
         Ok(result)
     }
+}
+
+/// Opens the file at `path` for one user of it, made if need be, as it is.
+///
+/// # Errors
+///
+/// [`StoreError::Open`].
+pub fn connect(path: &Path) -> Result<Connection, StoreError> {
+    let open = || {
+        let connection = Connection::open(path)?;
+        connection.busy_timeout(BUSY_TIMEOUT)?;
+        connection.pragma_update(None, "journal_mode", "wal")?;
+        connection.pragma_update(None, "synchronous", "normal")?;
+        connection.pragma_update(None, "foreign_keys", true)?;
+        Ok(connection)
+    };
+    open().map_err(|source| StoreError::Open { path: path.to_owned(), source })
 }
 
 fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {

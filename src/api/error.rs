@@ -234,9 +234,9 @@ impl From<RequestError> for ApiError {
     fn from(error: RequestError) -> Self {
         match &error {
             RequestError::Platform { .. } => Self::bad("invalid_platform", &error),
-            RequestError::OtherCredentials { .. } => Self::conflict("conflict", &error),
+            RequestError::TooLarge { .. } => Self::bad("invalid_request", &error),
             RequestError::Registry(source) => registry_error(source),
-            RequestError::Host(_) => Self::internal(&error),
+            RequestError::Blob(_) | RequestError::Host(_) => Self::internal(&error),
         }
     }
 }
@@ -293,7 +293,31 @@ impl From<TagError> for ApiError {
 
 impl From<ArchiveError> for ApiError {
     fn from(error: ArchiveError) -> Self {
-        match error {}
+        match &error {
+            ArchiveError::TooLarge { .. } => {
+                Self::new(StatusCode::PAYLOAD_TOO_LARGE, "archive_too_large", chain(&error))
+            }
+            ArchiveError::Manifest(ManifestError::Platform { .. }) => {
+                Self::missing("platform_not_available", &error)
+            }
+            ArchiveError::NotAnArchive
+            | ArchiveError::Missing { .. }
+            | ArchiveError::Name { .. }
+            | ArchiveError::Unnamed
+            | ArchiveError::Several { .. }
+            | ArchiveError::DocumentTooLarge { .. }
+            | ArchiveError::TooManyFiles
+            | ArchiveError::Manifest(
+                ManifestError::Json(_)
+                | ManifestError::Unsupported { .. }
+                | ManifestError::TooManyLayers { .. }
+                | ManifestError::LayerCount { .. }
+                | ManifestError::TooMuchText,
+            )
+            | ArchiveError::Tar(_)
+            | ArchiveError::Io(_) => Self::bad("invalid_source", &error),
+            ArchiveError::Blob(_) | ArchiveError::Host(_) => Self::internal(&error),
+        }
     }
 }
 
