@@ -158,8 +158,12 @@ impl Machine {
         }
     }
 
-    /// Ends the machine as if its power was cut: [`StopReason::Ordered`] follows.
+    /// Ends the machine as if its power was cut: when this returns it runs no more guest code, and
+    /// [`StopReason::Ordered`] follows unless it had ended by itself.
     pub fn stop(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.end();
+        }
         self.events.push(MachineEventKind::Stopped { reason: StopReason::Ordered });
     }
 
