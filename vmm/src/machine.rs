@@ -188,7 +188,8 @@ impl Machine {
             .each()
             .map(|slot| {
                 let task = slot.task().save().ok_or(SaveError::Ended)?;
-                Ok(DeviceSlotState { registers: slot.state().clone(), task })
+                let (registers, line) = (slot.state().clone(), slot.line().state());
+                Ok(DeviceSlotState { registers, line, task })
             })
             .collect::<Result<_, SaveError>>()?;
         Ok(MachineState { vcpus, clock, irqchips, devices })

@@ -132,9 +132,14 @@ impl Registers {
         Self { identity, state, task, line }
     }
 
-    /// What the driver has written, and how its device is.
+    /// What the driver has written.
     pub fn state(&self) -> &RegistersState {
         &self.state
+    }
+
+    /// The device's interrupt.
+    pub fn line(&self) -> &Line {
+        &self.line
     }
 
     /// The way to the device.
