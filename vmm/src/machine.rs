@@ -84,9 +84,9 @@ impl Machine {
         let devices = devices(spec, files.disks, files.vsock, files.console)?;
         let device_count = devices.len() as u64;
         let (tasks, registers) = place(&vm, &memory, devices)?;
-        let reactor = Reactor::start(tasks).map_err(BuildError::Thread)?;
+        let reactor = Reactor::start(tasks, Arc::clone(&events)).map_err(BuildError::Thread)?;
 
-        acpi::write_tables(memory.mem(), spec.vcpus, device_count)?;
+        acpi::write_tables(memory.mem(), spec.vcpus, device_count, spec.serial)?;
         let mut cmdline = String::from(CMDLINE);
         let words = if spec.serial { CMDLINE_SERIAL } else { CMDLINE_NO_SERIAL };
         write!(cmdline, " {words} {}", spec.cmdline).expect("a String takes all");
