@@ -84,9 +84,9 @@ impl Machine {
         let devices = devices(spec, files.disks, files.vsock, files.console)?;
         let device_count = devices.len() as u64;
         let (tasks, registers) = place(&vm, &memory, devices)?;
-        let reactor = Reactor::start(tasks).map_err(BuildError::Thread)?;
+        let reactor = Reactor::start(tasks, Arc::clone(&events)).map_err(BuildError::Thread)?;
 
-        acpi::write_tables(memory.mem(), spec.vcpus, device_count)?;
+        acpi::write_tables(memory.mem(), spec.vcpus, device_count, spec.serial)?;
         let mut cmdline = String::from(CMDLINE);
         let words = if spec.serial { CMDLINE_SERIAL } else { CMDLINE_NO_SERIAL };
         write!(cmdline, " {words} {}", spec.cmdline).expect("a String takes all");
@@ -158,8 +158,12 @@ impl Machine {
         }
     }
 
-    /// Ends the machine as if its power was cut: [`StopReason::Ordered`] follows.
+    /// Ends the machine as if its power was cut: when this returns it runs no more guest code, and
+    /// [`StopReason::Ordered`] follows unless it had ended by itself.
     pub fn stop(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.end();
+        }
         self.events.push(MachineEventKind::Stopped { reason: StopReason::Ordered });
     }
 
@@ -184,7 +188,8 @@ impl Machine {
             .each()
             .map(|slot| {
                 let task = slot.task().save().ok_or(SaveError::Ended)?;
-                Ok(DeviceSlotState { registers: slot.state().clone(), task })
+                let (registers, line) = (slot.state().clone(), slot.line().state());
+                Ok(DeviceSlotState { registers, line, task })
             })
             .collect::<Result<_, SaveError>>()?;
         Ok(MachineState { vcpus, clock, irqchips, devices })

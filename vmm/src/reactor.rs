@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::events::{Events as MachineEvents, MachineEventKind, StopReason};
 use crate::virtio::task::Task;
 
 /// Stack of the device thread. Devices keep their buffers elsewhere.
@@ -33,12 +34,13 @@ enum Subscriber {
 }
 
 impl Reactor {
-    /// Starts the thread with all its devices.
+    /// Starts the thread with all its devices. If it cannot go on, `events` is told that the machine
+    /// has ended: without devices a guest would only hang.
     ///
     /// # Errors
     ///
     /// What epoll_create(2), eventfd(2) or clone(2) says.
-    pub fn start(tasks: Vec<Task>) -> io::Result<Self> {
+    pub fn start(tasks: Vec<Task>, events: Arc<MachineEvents>) -> io::Result<Self> {
         let asked = Arc::new(AtomicBool::new(false));
         let signal = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         let stop = Stop { asked: Arc::clone(&asked), signal: signal.try_clone()? };
@@ -49,9 +51,10 @@ impl Reactor {
         }
         let run = move || {
             while !asked.load(Ordering::SeqCst) {
-                // Interrupted waits come back as zero events; an epoll that fails otherwise is a
-                // machine without devices, which the guest notices by itself.
-                if manager.run().is_err() {
+                // Interrupted waits come back as zero events.
+                if let Err(error) = manager.run() {
+                    let reason = StopReason::Fault(format!("device thread: {error}"));
+                    events.push(MachineEventKind::Stopped { reason });
                     break;
                 }
             }

@@ -128,6 +128,15 @@ impl Vcpu {
         }
     }
 
+    /// Ends the thread, wherever the guest was. It has ended when this returns.
+    pub fn end(&self) {
+        let _ = self.orders.send(Order::End);
+        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            self.kick();
+            thread::park_timeout(KICK_INTERVAL);
+        }
+    }
+
     fn kick(&self) {
         if let Some(thread) = &self.thread {
             // It fails only for a thread that has ended, which the caller notices by itself.
@@ -138,13 +147,11 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        let _ = self.orders.send(Order::End);
-        let Some(thread) = self.thread.take() else { return };
-        while !thread.is_finished() {
-            let _ = thread.kill(kick_signal());
-            thread::park_timeout(KICK_INTERVAL);
+        self.end();
+        if let Some(thread) = self.thread.take() {
+            // A vCPU thread that panicked has said so on standard error.
+            let _ = thread.join();
         }
-        let _ = thread.join();
     }
 }
 

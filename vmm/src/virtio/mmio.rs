@@ -132,9 +132,14 @@ impl Registers {
         Self { identity, state, task, line }
     }
 
-    /// What the driver has written, and how its device is.
+    /// What the driver has written.
     pub fn state(&self) -> &RegistersState {
         &self.state
+    }
+
+    /// The device's interrupt.
+    pub fn line(&self) -> &Line {
+        &self.line
     }
 
     /// The way to the device.
@@ -220,6 +225,8 @@ impl Registers {
         if value == 0 {
             return self.reset();
         }
+        // A driver adds to what it read, and so writes back bits that are ours.
+        let value = value & DRIVER_BITS;
         let added = value & !old;
         let needed = match added {
             ACKNOWLEDGE => 0,
@@ -229,13 +236,13 @@ impl Registers {
             FAILED => 0,
             _ => return,
         };
-        if old & !value & DRIVER_BITS != 0 || old & needed != needed || old & FAILED != 0 {
+        if old & !value != 0 || old & needed != needed || old & FAILED != 0 {
             return;
         }
         match added {
             FEATURES_OK if !self.features_are_acceptable() => {}
             DRIVER_OK => self.activate(value),
-            _ => self.state.status = value & DRIVER_BITS,
+            _ => self.state.status = value,
         }
     }
 
@@ -251,7 +258,7 @@ impl Registers {
             event_idx: features & 1 << VIRTIO_RING_F_EVENT_IDX != 0,
             queues: self.state.queues.clone(),
         };
-        self.state.status = status & DRIVER_BITS;
+        self.state.status = status;
         self.task.activate(activation);
     }
 
