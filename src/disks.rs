@@ -14,6 +14,7 @@ use std::time::Duration;
 use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
+use tokio::task::spawn_blocking;
 
 use crate::os::tool::{MKFS_EXT4, ToolError};
 
@@ -79,7 +80,7 @@ impl Disks {
     /// [`DiskError`]; nothing is left at `path`.
     pub async fn create(&self, path: &Path, size_bytes: u64) -> Result<Disk, DiskError> {
         let (disks, path) = (self.clone(), path.to_owned());
-        let making = tokio::task::spawn_blocking(move || disks.create_now(path, size_bytes));
+        let making = spawn_blocking(move || disks.create_now(path, size_bytes));
         making.await.expect("making a disk does not panic")
     }
 

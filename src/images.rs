@@ -17,6 +17,7 @@
 //! otherwise: instances may still run from them, and only the caller knows.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -38,7 +39,7 @@ use crate::images::reference::Reference;
 use crate::images::registry::{Auth, Registry, RegistryError};
 use crate::images::room::Room;
 use crate::images::roots::Roots;
-use crate::images::shelf::{Arrival, Shelf};
+use crate::images::shelf::{Arrival, Found, Shelf};
 
 pub mod archive;
 pub mod blobs;
@@ -62,7 +63,7 @@ mod testing;
 mod tree;
 
 pub use errors::{DeleteError, ImagesError, ReadyError, RequestError, TagError};
-pub use image::{Image, ImageSpec, ImageStatus, Progress, RootDisk};
+pub use image::{Image, ImageSpec, ImageStatus, RootDisk};
 
 /// What the images of a host are given, from the server's configuration.
 #[derive(Debug, Clone)]
@@ -129,7 +130,7 @@ impl Images {
         let dir = spec.dir.clone();
         let free_bytes_min = spec.limits.free_bytes_min;
         let opening = spawn_blocking(move || -> io::Result<(Blobs, Roots)> {
-            std::fs::create_dir_all(&dir)?;
+            fs::create_dir_all(&dir)?;
             let blobs = Blobs::open(&dir, Room::new(&dir, free_bytes_min)?)?;
             Ok((blobs, Roots::open(&dir)?))
         });
@@ -407,8 +408,8 @@ impl Images {
         let path = self.inner.roots.path(digest);
         match self.inner.roots.read(digest) {
             Ok((file, config)) => {
-                let (file, pin) = (Arc::new(file), shelf.hold(digest));
-                Ok(RootDisk { digest: *digest, file, path, config, pin })
+                let (file, _pin) = (Arc::new(file), shelf.hold(digest));
+                Ok(RootDisk { digest: *digest, file, path, config, _pin })
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 Err(ReadyError::Missing { name: digest.to_string() })
@@ -437,14 +438,15 @@ impl Images {
             tracing::warn!(name = row.name, "image row with an impossible name is ignored");
             return Ok(());
         };
-        let manifest = Roots::manifest(&self.inner.blobs, &row.digest);
+        let manifest = Roots::manifest(&self.inner.blobs, &row.digest).ok();
         let has_all = |manifest: &Manifest| manifest.blobs().all(|blob| self.inner.blobs.has(blob));
-        let is_complete = manifest.as_ref().is_ok_and(has_all);
-        let size_bytes = self.inner.roots.size_bytes(&row.digest).ok();
-        let mut shelf = self.shelf();
-        let lost =
-            shelf.restore(row, name, manifest.ok(), is_complete, size_bytes, &self.inner.closing);
-        match lost {
+        let found = Found {
+            is_complete: manifest.as_ref().is_some_and(has_all),
+            manifest,
+            size_bytes: self.inner.roots.size_bytes(&row.digest).ok(),
+        };
+        let changed = self.shelf().restore(row, name, found, &self.inner.closing);
+        match changed {
             Some(record) => self.keep(&record),
             None => Ok(()),
         }

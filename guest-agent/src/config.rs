@@ -7,6 +7,9 @@ use std::io::Read;
 use ovum_agent_proto::VERSION;
 use ovum_agent_proto::config::{CONFIG_BYTES_MAX, CONFIG_PATH, GuestConfig};
 
+/// Room for most configurations, so that one is read at once.
+const USUAL_BYTES: usize = 8 << 10;
+
 /// Why there is no configuration to go by.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigError {
@@ -22,7 +25,7 @@ pub(crate) enum ConfigError {
 
 /// Reads the configuration.
 pub(crate) fn read() -> Result<GuestConfig, ConfigError> {
-    let mut text = Vec::new();
+    let mut text = Vec::with_capacity(USUAL_BYTES);
     let most = u64::try_from(CONFIG_BYTES_MAX + 1).unwrap_or(u64::MAX);
     File::open(CONFIG_PATH)
         .and_then(|file| file.take(most).read_to_end(&mut text))

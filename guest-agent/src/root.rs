@@ -8,9 +8,9 @@
 //!
 //! Image files are not touched: what the image lacks, a mount point for instance, is made.
 
-use std::ffi::CString;
-use std::io;
+use std::ffi::CStr;
 use std::os::fd::OwnedFd;
+use std::{io, mem};
 
 use ovum_agent_proto::config::GuestConfig;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
@@ -31,43 +31,43 @@ const SCRATCH: &str = "/layer/scratch";
 
 /// `metacopy` lets a `chown -R` at start copy no data, `redirect_dir` lets directories of the image
 /// be renamed. Both are safe as long as nothing but this overlay writes to the layer.
-const OVERLAY: &str =
-    "lowerdir=/image,upperdir=/layer/changes,workdir=/layer/scratch,metacopy=on,redirect_dir=on";
+const OVERLAY: Mount<'static> = Mount {
+    source: "overlay",
+    kind: "overlay",
+    target: MERGED,
+    flags: MountFlags::NOATIME,
+    options: c"lowerdir=/image,upperdir=/layer/changes,workdir=/layer/scratch,\
+               metacopy=on,redirect_dir=on",
+    place: Place::New,
+};
 
 /// Neither initialise inode tables nor read ahead block bitmaps: both are work in the background of
 /// a boot, the first for blocks that a sparse file reads as zeroes anyway.
-const LAYER_OPTIONS: &str = "noinit_itable,no_prefetch_block_bitmaps";
+const LAYER_OPTIONS: &CStr = c"noinit_itable,no_prefetch_block_bitmaps";
 
-/// A file system of the kernel's, with its place in the root.
-struct Kernel {
-    kind: &'static str,
-    target: &'static str,
-    flags: MountFlags,
-    options: &'static str,
-    /// Without it nothing works; the others are missed by few.
-    required: bool,
-}
+/// The devices, in the initramfs and in the root.
+const DEVICES: Mount<'static> = kernel("devtmpfs", "/dev", NO_SUID, c"", Place::Usual);
 
-const SAFE: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
-
-/// Nothing is mounted on /run and /tmp: images bring directories there that their programs count
-/// on.
-#[rustfmt::skip]
-const KERNEL: [Kernel; 7] = [
-    Kernel { kind: "devtmpfs", target: "/dev", flags: MountFlags::NOSUID, options: "", required: true },
-    Kernel { kind: "proc", target: "/proc", flags: SAFE, options: "", required: true },
-    Kernel { kind: "sysfs", target: "/sys", flags: SAFE, options: "", required: true },
-    Kernel { kind: "cgroup2", target: "/sys/fs/cgroup", flags: SAFE, options: "", required: false },
-    Kernel {
-        kind: "devpts", target: "/dev/pts", flags: MountFlags::NOSUID.union(MountFlags::NOEXEC),
-        options: "gid=5,mode=620,ptmxmode=666", required: false,
-    },
-    Kernel {
-        kind: "tmpfs", target: "/dev/shm", flags: MountFlags::NOSUID.union(MountFlags::NODEV),
-        options: "mode=1777", required: false,
-    },
-    Kernel { kind: "mqueue", target: "/dev/mqueue", flags: SAFE, options: "", required: false },
+/// Without these nothing works. Nothing is mounted on /run and /tmp: images bring directories there
+/// that their programs count on.
+const NEEDED: [Mount<'static>; 3] = [
+    DEVICES,
+    kernel("proc", "/proc", SAFE, c"", Place::Usual),
+    kernel("sysfs", "/sys", SAFE, c"", Place::Usual),
 ];
+
+/// These are missed by few.
+const USEFUL: [Mount<'static>; 4] = [
+    kernel("cgroup2", "/sys/fs/cgroup", SAFE, c"", Place::Usual),
+    kernel("devpts", "/dev/pts", NO_EXEC, c"gid=5,mode=620,ptmxmode=666", Place::New),
+    kernel("tmpfs", "/dev/shm", NO_DEV, c"mode=1777", Place::New),
+    kernel("mqueue", "/dev/mqueue", SAFE, c"", Place::New),
+];
+
+const NO_SUID: MountFlags = MountFlags::NOSUID;
+const NO_DEV: MountFlags = NO_SUID.union(MountFlags::NODEV);
+const NO_EXEC: MountFlags = NO_SUID.union(MountFlags::NOEXEC);
+const SAFE: MountFlags = NO_DEV.union(MountFlags::NOEXEC);
 
 /// Anyone may make files, and delete their own.
 const EVERYONES: Mode = Mode::from_raw_mode(0o1777);
@@ -85,6 +85,24 @@ const LINKS: [(&str, &str); 4] = [
 pub(crate) struct Root {
     /// The writable layer's file system, which has no path any more.
     layer: OwnedFd,
+}
+
+/// Something to mount.
+struct Mount<'a> {
+    source: &'a str,
+    kind: &'static str,
+    target: &'static str,
+    flags: MountFlags,
+    options: &'static CStr,
+    place: Place,
+}
+
+/// What is known about a mount point.
+enum Place {
+    /// It is not there before we make it.
+    New,
+    /// The image or the kernel mostly has it; if not, it is made.
+    Usual,
 }
 
 /// Why there is no root.
@@ -109,16 +127,25 @@ pub(crate) enum RootError {
 impl Root {
     /// Mounts image and layer, enters the root and furnishes it. Needs /dev of the initramfs.
     pub(crate) fn enter(config: &GuestConfig) -> Result<Self, RootError> {
-        let read_only = MountFlags::RDONLY | MountFlags::NOATIME;
-        attach(&config.root_device, IMAGE, "erofs", read_only, "")?;
-        match &config.overlay_device {
-            Some(device) => attach(device, LAYER, "ext4", MountFlags::NOATIME, LAYER_OPTIONS)?,
-            None => attach("tmpfs", LAYER, "tmpfs", MountFlags::NOATIME, "mode=755")?,
+        Mount {
+            source: &config.root_device,
+            kind: "erofs",
+            target: IMAGE,
+            flags: MountFlags::RDONLY | MountFlags::NOATIME,
+            options: c"",
+            place: Place::New,
         }
+        .attach()?;
+        let (source, kind, options) = match &config.overlay_device {
+            Some(device) => (device.as_str(), "ext4", LAYER_OPTIONS),
+            None => ("tmpfs", "tmpfs", c"mode=755"),
+        };
+        let (flags, place) = (MountFlags::NOATIME, Place::New);
+        Mount { source, kind, target: LAYER, flags, options, place }.attach()?;
         for path in [CHANGES, SCRATCH] {
             directory(path).map_err(prepare(path))?;
         }
-        attach("overlay", MERGED, "overlay", MountFlags::NOATIME, OVERLAY)?;
+        OVERLAY.attach()?;
         let layer = fs::open(LAYER, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
             .map_err(prepare(LAYER))?;
 
@@ -127,12 +154,9 @@ impl Root {
         process::chroot(".").map_err(prepare("/"))?;
         let root = Self { layer };
 
-        for Kernel { kind, target, flags, options, required } in KERNEL {
-            match attach(kind, target, kind, flags, options) {
-                Err(error) if required => return Err(error),
-                Err(error) => console::say(format_args!("{}", chain(&error))),
-                Ok(()) => {}
-            }
+        NEEDED.iter().try_for_each(Mount::attach)?;
+        for error in USEFUL.iter().filter_map(|mount| mount.attach().err()) {
+            console::say(format_args!("{}", chain(&error)));
         }
         for (points_to, path) in LINKS {
             fs::symlink(points_to, path).map_err(prepare(path))?;
@@ -143,6 +167,13 @@ impl Root {
             fs::chmodat(CWD, "/tmp", EVERYONES, AtFlags::empty()).map_err(prepare("/tmp"))?;
         }
         Ok(root)
+    }
+}
+
+impl Root {
+    /// Leaves the root as it is: someone else ends this guest.
+    pub(crate) fn leave(self) {
+        mem::forget(self);
     }
 }
 
@@ -165,7 +196,7 @@ impl Drop for Root {
 
 /// Mounts the devices in the initramfs, where image and layer are found.
 pub(crate) fn devices() -> Result<(), RootError> {
-    attach("devtmpfs", "/dev", "devtmpfs", MountFlags::NOSUID, "")
+    DEVICES.attach()
 }
 
 /// Makes a directory unless it is there.
@@ -176,26 +207,36 @@ pub(crate) fn directory(path: &str) -> Result<(), Errno> {
     }
 }
 
-/// Mounts, and makes the mount point only if it turns out to be missing: it rarely is.
-fn attach(
-    source_name: &str,
-    target: &'static str,
-    kind: &'static str,
-    flags: MountFlags,
-    options: &str,
-) -> Result<(), RootError> {
-    let options = CString::new(options).unwrap_or_default();
-    let attempt = || mount::mount(source_name, target, kind, flags, options.as_c_str());
-    let mut outcome = attempt();
-    if outcome == Err(Errno::NOENT) {
-        outcome = directory(target).and_then(|()| attempt());
+impl Mount<'_> {
+    /// Mounts. A usual mount point is made only if it turns out to be missing.
+    fn attach(&self) -> Result<(), RootError> {
+        let attempt =
+            || mount::mount(self.source, self.target, self.kind, self.flags, self.options);
+        let with_place = || directory(self.target).and_then(|()| attempt());
+        let outcome = match self.place {
+            Place::New => with_place(),
+            Place::Usual => match attempt() {
+                Err(Errno::NOENT) => with_place(),
+                outcome => outcome,
+            },
+        };
+        outcome.map_err(|errno| RootError::Mount {
+            kind: self.kind,
+            source_name: self.source.to_owned(),
+            target: self.target,
+            source: errno.into(),
+        })
     }
-    outcome.map_err(|errno| RootError::Mount {
-        kind,
-        source_name: source_name.to_owned(),
-        target,
-        source: errno.into(),
-    })
+}
+
+const fn kernel(
+    kind: &'static str,
+    target: &'static str,
+    flags: MountFlags,
+    options: &'static CStr,
+    place: Place,
+) -> Mount<'static> {
+    Mount { source: kind, kind, target, flags, options, place }
 }
 
 fn prepare(path: &'static str) -> impl Fn(Errno) -> RootError {

@@ -1,6 +1,7 @@
 //! The workload: the process for which the guest exists, and how it ended.
 
-use std::fs::{create_dir_all, read_to_string};
+use std::fs::{File, create_dir_all};
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 
 use ovum_agent_proto::config::GuestConfig;
@@ -25,6 +26,9 @@ const FILES_MAX_HARD: u64 = 1 << 20;
 
 /// Exit statuses follow the shell: this plus the number of the signal that killed.
 const KILLED: i32 = 128;
+
+/// Room for /proc/vmstat, so that it is read at once.
+const VMSTAT_BYTES: usize = 8 << 10;
 
 /// Owner may read and write, everyone may write: a program that has dropped its privileges can
 /// still open /dev/stderr.
@@ -84,7 +88,10 @@ fn exit_code(status: Option<i32>, signal: Option<i32>) -> Option<u8> {
 /// The count for the whole guest, and not the one of a cgroup: the guest *is* the memory limit,
 /// and accounting the memory of a cgroup costs every allocation of the workload.
 fn oom_killed() -> bool {
-    read_to_string("/proc/vmstat").is_ok_and(|vmstat| oom_kills(&vmstat) > 0)
+    let mut vmstat = String::with_capacity(VMSTAT_BYTES);
+    File::open("/proc/vmstat")
+        .and_then(|mut file| file.read_to_string(&mut vmstat))
+        .is_ok_and(|_| oom_kills(&vmstat) > 0)
 }
 
 /// Reads the line `oom_kill N` of /proc/vmstat.
@@ -117,6 +124,8 @@ fn enter(path: &str) -> Result<(), StartError> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::read_to_string;
+
     use super::*;
 
     #[test]

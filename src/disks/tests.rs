@@ -1,7 +1,7 @@
 //! Disks checked by e2fsck and by the kernel that mounts them.
 
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::process::Output;
+use std::process::{Command, Output};
 
 use super::*;
 
@@ -10,7 +10,7 @@ const GIB: u64 = 1 << 30;
 /// Runs a tool that the tests need, and says which package has it if it is missing.
 #[expect(clippy::disallowed_methods, reason = "an oracle of a test, not a tool of the product")]
 fn run(package: &str, tool: &str, args: &[&str]) -> Output {
-    match std::process::Command::new(tool).args(args).output() {
+    match Command::new(tool).args(args).output() {
         Ok(output) => output,
         Err(error) => panic!("this test needs {tool} (Debian package {package}): {error}"),
     }

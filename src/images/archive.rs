@@ -7,11 +7,13 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, BufReader, Read};
+use std::slice;
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
 
 use crate::images::blobs::{BlobError, Blobs};
 use crate::images::digest::Digest;
@@ -62,7 +64,7 @@ pub async fn read<R: AsyncRead + Unpin>(
 ) -> Result<Vec<ArchivedImage>, ArchiveError> {
     let (sender, receiver) = mpsc::channel::<io::Result<Bytes>>(CHUNKS_MAX);
     let blobs = blobs.clone();
-    let reading = tokio::task::spawn_blocking(move || {
+    let reading = spawn_blocking(move || {
         let stream = BufReader::with_capacity(CHUNK_BYTES, ChannelReader::new(receiver));
         let files = Files::store(stream, &blobs, bytes_max)?;
         files.images()
@@ -239,7 +241,7 @@ impl<'a> Files<'a> {
         }
         let mut images: Vec<ArchivedImage> = Vec::new();
         for entry in entries {
-            if entry.platform.is_some() && select(std::slice::from_ref(&entry)).is_err() {
+            if entry.platform.is_some() && select(slice::from_ref(&entry)).is_err() {
                 continue;
             }
             let manifest = self.manifest(&entry.digest)?;

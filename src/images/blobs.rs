@@ -284,6 +284,9 @@ pub enum BlobError {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::mem;
+
     use super::*;
 
     fn store() -> (tempfile::TempDir, Blobs) {
@@ -294,7 +297,7 @@ mod tests {
 
     fn promise(content: &[u8], size_bytes: u64) -> Descriptor {
         let digest = Digest::of(content);
-        let annotations = std::collections::BTreeMap::new();
+        let annotations = BTreeMap::new();
         Descriptor { media_type: String::new(), digest, size_bytes, platform: None, annotations }
     }
 
@@ -368,7 +371,7 @@ mod tests {
         let (dir, blobs) = store();
         let mut writer = blobs.write(&promise(b"content", 7)).unwrap();
         writer.push(b"cont").unwrap();
-        std::mem::forget(writer);
+        mem::forget(writer);
         assert_eq!(files(dir.path()), 1);
 
         Blobs::open(dir.path(), Room::new(dir.path(), 0).unwrap()).unwrap();

@@ -92,7 +92,7 @@ pub struct RootDisk {
     /// What the image says about its processes.
     pub config: ImageConfig,
     /// Counts who holds it.
-    pub(super) pin: Arc<()>,
+    pub(super) _pin: Arc<()>,
 }
 
 impl Image {

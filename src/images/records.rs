@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use chrono::{DateTime, Utc};
+use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 
@@ -117,7 +118,7 @@ fn to_sql_error(error: serde_json::Error) -> rusqlite::Error {
 }
 
 fn from_sql_error(error: serde_json::Error) -> rusqlite::Error {
-    rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, error.into())
+    rusqlite::Error::FromSqlConversionFailure(0, Type::Text, error.into())
 }
 
 /// The image rows of one database, over a connection of their own.

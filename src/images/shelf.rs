@@ -99,6 +99,17 @@ pub(super) struct Arrival {
     pub(super) pull: Option<Pull>,
 }
 
+/// What an earlier server left of an image besides its row.
+#[derive(Debug)]
+pub(super) struct Found {
+    /// Its manifest, if that is in the store.
+    pub(super) manifest: Option<Manifest>,
+    /// Whether all blobs of the manifest are, too.
+    pub(super) is_complete: bool,
+    /// Disk use of its root disk, if there is one.
+    pub(super) size_bytes: Option<u64>,
+}
+
 impl Shelf {
     /// The entry of exactly that name.
     pub(super) fn find_exactly(&self, name: &Reference) -> Option<&Entry> {
@@ -210,11 +221,10 @@ impl Shelf {
         &mut self,
         row: ImageRecord,
         name: Reference,
-        manifest: Option<Manifest>,
-        is_complete: bool,
-        size_bytes: Option<u64>,
+        found: Found,
         closing: &CancellationToken,
     ) -> Option<ImageRecord> {
+        let Found { manifest, is_complete, size_bytes } = found;
         let before = row.clone();
         let (digest, origin) = (row.digest, row.origin);
         let has_way = is_complete || (manifest.is_some() && origin == Origin::Registry);

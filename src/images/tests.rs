@@ -2,12 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use axum::body::Body;
 use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
+use futures_util::stream;
 use rusqlite::Connection;
+use tokio::time::{sleep, timeout};
 
 use super::*;
 use crate::images::registry::Credentials;
@@ -51,7 +55,7 @@ impl Host {
     async fn settled(&self, name: &str) -> Image {
         let name = reference(name);
         let settled = self.images.settled(&name);
-        tokio::time::timeout(PATIENCE, settled).await.expect("it takes too long").unwrap()
+        timeout(PATIENCE, settled).await.expect("it takes too long").unwrap()
     }
 }
 
@@ -102,7 +106,8 @@ async fn an_image_becomes_a_root_disk() {
     let disk = host.images.ready(&reference(&name)).unwrap();
     assert_eq!((disk.digest, disk.config), (digest, ready.config));
     let on_disk = fs::metadata(&disk.path).unwrap();
-    assert_eq!(ready.size_bytes, Some(std::os::unix::fs::MetadataExt::blocks(&on_disk) * 512));
+    assert_eq!(ready.size_bytes, Some(on_disk.blocks() * 512));
+    assert_eq!(disk.file.metadata().unwrap().ino(), on_disk.ino());
     let mount = Mount::new(&disk.path);
     let paths: Vec<String> = listing(mount.path())
         .iter()
@@ -151,13 +156,13 @@ impl Gate {
             count.fetch_add(1, Ordering::Relaxed);
             // Nothing comes until the gate is open.
             let gate = Arc::clone(&gate);
-            let body = futures_util::stream::once(async move {
+            let body = stream::once(async move {
                 while !gate.load(Ordering::Relaxed) {
-                    tokio::time::sleep(Duration::from_millis(5)).await;
+                    sleep(Duration::from_millis(5)).await;
                 }
                 Ok::<_, io::Error>(content)
             });
-            Response::new(axum::body::Body::from_stream(body))
+            Response::new(Body::from_stream(body))
         };
         Self { server: Scripted::start(answer).await, blobs, open }
     }

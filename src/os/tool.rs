@@ -16,6 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 /// Where tools are.
@@ -144,7 +145,7 @@ impl Running {
             match poll(&mut fds, Some(&timeout)) {
                 Ok(0) => return Ok(None),
                 Ok(_) => break,
-                Err(rustix::io::Errno::INTR) => {}
+                Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno.into()),
             }
         }
@@ -250,6 +251,8 @@ pub enum ToolError {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     const SHELL: Tool = Tool { name: "sh", package: "dash", needed_for: "these tests" };
@@ -287,11 +290,19 @@ mod tests {
         assert_eq!(error.to_string(), text);
     }
 
+    #[test]
+    fn this_host_has_all_tools() {
+        let missing: Vec<&str> =
+            TOOLS.iter().filter(|tool| tool.find().is_none()).map(|tool| tool.package).collect();
+
+        assert_eq!(missing, [""; 0], "packages to install");
+    }
+
     fn assert_ends(pid: &Path) {
-        let child = std::fs::read_to_string(pid).unwrap();
+        let child = fs::read_to_string(pid).unwrap();
         let deadline = Instant::now() + LONG;
         let alive = || {
-            let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.trim()));
+            let stat = fs::read_to_string(format!("/proc/{}/stat", child.trim()));
             stat.is_ok_and(|stat| !stat.contains(") Z "))
         };
         while alive() {

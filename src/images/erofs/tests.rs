@@ -5,11 +5,13 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
+use rustix::fs::statvfs;
+
 use super::*;
 use crate::images::digest::Digest;
 use crate::images::layers::{Layer, Watch, merge};
 use crate::images::room::Room;
-use crate::images::testing::{Mount, TarBuilder, listing, run};
+use crate::images::testing::{Mount, TarBuilder, layer, listing, run};
 
 const UUID: [u8; 16] = [7; 16];
 
@@ -61,7 +63,7 @@ fn assert_same_as_tar(archive: &[u8]) {
     let output = run("tar", "tar", &flags);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 
-    let image = Image::of(vec![crate::images::testing::layer(archive)]);
+    let image = Image::of(vec![layer(archive)]);
     let mount = Mount::new(&image.path());
 
     let (expected, found) = (listing(&extracted), listing(mount.path()));
@@ -117,10 +119,12 @@ fn every_kind_of_file_is_what_tar_makes_of_it() {
 #[test]
 fn files_of_every_size_are_what_tar_makes_of_them() {
     let mut sizes = TarBuilder::new().mtime(1).dir("./");
-    for edge in [0, 1, 3072, 4032, 4096, 8192, 4096 + 3072, 1 << 20, (1 << 20) + 4096, 3 << 20] {
+    for edge in
+        [0_usize, 1, 3072, 4032, 4096, 8192, 4096 + 3072, 1 << 20, (1 << 20) + 4096, 3 << 20]
+    {
         for size in [edge, edge + 1, edge.max(1) - 1, edge + 2000] {
-            let content: Vec<u8> = (0..size).map(|i| (i * 31 % 251) as u8).collect();
-            sizes = sizes.mtime(size as u64).file(format!("{edge}-{size}"), content);
+            let content: Vec<u8> = (0..size).map(|i| u8::try_from(i * 31 % 251).unwrap()).collect();
+            sizes = sizes.mtime(size.try_into().unwrap()).file(format!("{edge}-{size}"), content);
         }
     }
 
@@ -209,7 +213,7 @@ fn attributes_longer_than_a_block_are_kept() {
         .file("dir/after", "body")
         .build();
 
-    let image = Image::of(vec![crate::images::testing::layer(&archive)]);
+    let image = Image::of(vec![layer(&archive)]);
     let mount = Mount::new(&image.path());
 
     let found = listing(mount.path());
@@ -231,9 +235,9 @@ fn attributes_longer_than_a_block_are_kept() {
 #[test]
 fn the_same_layers_give_the_same_bytes() {
     let layers = || {
-        let base = (0..300).fold(TarBuilder::new(), |tar, index| {
-            tar.mtime(index % 3)
-                .file(format!("d{}/f{index}", index % 7), "x".repeat(37 * index as usize))
+        let base = (0..300_usize).fold(TarBuilder::new(), |tar, index| {
+            tar.mtime(index.try_into().unwrap())
+                .file(format!("d{}/f{index}", index % 7), "x".repeat(37 * index))
         });
         let upper =
             TarBuilder::new().file("d1/.wh.f1", "").file("d2/f2", "new").hard_link("l", "d3/f3");
@@ -282,7 +286,7 @@ fn an_empty_image_is_an_empty_directory() {
 fn what_does_not_fit_is_refused_before_it_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let file = File::create_new(dir.path().join("image")).unwrap();
-    let all = rustix::fs::statvfs(dir.path()).unwrap();
+    let all = statvfs(dir.path()).unwrap();
     let reserve = all.f_bavail * all.f_frsize;
     let mut data = DataArea::new(file, Room::new(dir.path(), reserve).unwrap());
     let layers = vec![TarBuilder::new().file("f", vec![0; 2 << 20]).layer()];
