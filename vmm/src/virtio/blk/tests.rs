@@ -1,3 +1,5 @@
+//! A disk as its driver sees it, over real files and through both engines.
+
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::ops::Range;
