@@ -13,7 +13,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::client::Client;
 use crate::config::{Config, ConfigArgs, DATA_DIR};
-use crate::server;
+use crate::{server, worker};
 
 mod host;
 mod images;
@@ -91,7 +91,7 @@ pub fn main() -> ExitCode {
         Command::Token(args) => host::token(args).map(|()| ExitCode::SUCCESS),
         Command::Doctor(args) => host::doctor(args),
         Command::Initramfs(args) => host::initramfs(&args).map(|()| ExitCode::SUCCESS),
-        Command::Worker => worker().map(|()| ExitCode::SUCCESS),
+        Command::Worker => be_worker().map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| {
         // Whoever reads our output through `head` has seen enough.
@@ -112,9 +112,13 @@ fn serve(args: ConfigArgs) -> anyhow::Result<()> {
     Builder::new_multi_thread().enable_all().build()?.block_on(server::serve(config))
 }
 
-fn worker() -> anyhow::Result<()> {
+fn be_worker() -> anyhow::Result<()> {
     log_to_stderr("info");
-    anyhow::bail!("This build has no worker")
+    let ended = worker::main();
+    if let Err(error) = &ended {
+        tracing::error!("{error:#}");
+    }
+    ended
 }
 
 fn log_to_stderr(default: &str) {
