@@ -1,23 +1,28 @@
 //! The HTTP surface against a real server on a folder of its own, without KVM: everything up to
 //! the start of a worker.
 
+#![expect(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
+
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Method, Request, StatusCode};
 use futures_util::future::join_all;
 use ovum::api;
 use ovum::config::{Config, ImagesConfig, Limits};
+use ovum::images::digest::Digest;
 use ovum::server::Opened;
 use ovum::token::Secret;
+use rusqlite::Connection;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tower::ServiceExt;
 
 const SECRET: &str = "the secret of a test";
-const HOUR: std::time::Duration = std::time::Duration::from_secs(3600);
+const HOUR: Duration = Duration::from_secs(3600);
 
 /// The image that is loaded.
 const IMAGE: &str = "docker.io/library/tiny:latest";
@@ -87,7 +92,7 @@ impl Server {
         }
         let response = self.router.clone().oneshot(request.body(body).unwrap()).await.unwrap();
         let (parts, body) = response.into_parts();
-        let bytes = axum::body::to_bytes(body, usize::MAX).await.unwrap();
+        let bytes = to_bytes(body, usize::MAX).await.unwrap();
         let text = || Value::String(String::from_utf8_lossy(&bytes).into_owned());
         let body = serde_json::from_slice(&bytes).unwrap_or_else(|_| text());
         Answer { status: parts.status, headers: parts.headers, body }
@@ -152,7 +157,7 @@ fn archive() -> Vec<u8> {
     let mut layer = tar::Builder::new(Vec::new());
     append(&mut layer, "bin/tiny", b"#!tiny");
     let layer = layer.into_inner().unwrap();
-    let digest = ovum::images::digest::Digest::of(&layer);
+    let digest = Digest::of(&layer);
     let image = json!({
         "architecture": "amd64", "os": "linux", "config": { "Cmd": ["/bin/tiny"] },
         "rootfs": { "type": "layers", "diff_ids": [digest.to_string()] },
@@ -425,7 +430,7 @@ async fn what_a_killed_server_left_half_made_is_gone_after_the_next_start() {
     let server = Server::with_image().await;
     let dir = server.stop().await;
     let data = dir.path().join("data");
-    let digest = ovum::images::digest::Digest::of(b"any");
+    let digest = Digest::of(b"any");
     let record = |name: &str, phase: &str, end: Value| {
         json!({
             "id": name, "digest": digest.to_string(), "created_at": "2026-01-02T03:04:05Z",
@@ -441,7 +446,7 @@ async fn what_a_killed_server_left_half_made_is_gone_after_the_next_start() {
         "at": "2026-01-02T03:05:05Z", "started_at": null,
         "how": { "exit_code": 7, "exit_message": "exit code 7", "error": null },
     });
-    let records = rusqlite::Connection::open(data.join("records.db")).unwrap();
+    let records = Connection::open(data.join("records.db")).unwrap();
     let insert = "INSERT INTO instances (id, name, json) VALUES (?1, ?1, ?2)";
     for (name, phase, end) in [
         ("half-made", "creating", json!(null)),
@@ -516,11 +521,11 @@ async fn logs_come_as_events_from_the_end() {
 async fn stopped_instances(ids: &[&str]) -> Server {
     let dir = Server::start().await.stop().await;
     let data = dir.path().join("data");
-    let records = rusqlite::Connection::open(data.join("records.db")).unwrap();
+    let records = Connection::open(data.join("records.db")).unwrap();
     for id in ids {
         let name = format!("name-of-{id}");
         let record = json!({
-            "id": id, "digest": ovum::images::digest::Digest::of(b"any").to_string(),
+            "id": id, "digest": Digest::of(b"any").to_string(),
             "created_at": "2026-01-02T03:04:05Z", "phase": "kept", "timeline": {},
             "end": {
                 "at": "2026-01-02T03:05:05Z", "started_at": null,
