@@ -30,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::images::archive::{ArchiveError, ArchivedImage};
-use crate::images::blobs::Blobs;
+use crate::images::blobs::{BlobError, Blobs};
 use crate::images::digest::Digest;
 use crate::images::jobs::{AuthSource, Pull};
 use crate::images::manifest::{Manifest, PLATFORM};
@@ -109,8 +109,8 @@ struct Inner {
     records: Records,
     /// Names and work. Held for microseconds, never over an await.
     shelf: Mutex<Shelf>,
-    /// Read by who puts content into the store before a name refers to it; written by who removes
-    /// content that no name refers to. Taken before `shelf`.
+    /// Read while names are given to content; written while content without names is removed.
+    /// Never held while a client or registry is waited for. Taken before `shelf`.
     content: RwLock<()>,
     tasks: TaskTracker,
     closing: CancellationToken,
@@ -180,13 +180,14 @@ impl Images {
         if packed_bytes > packed_bytes_max {
             return Err(RequestError::TooLarge { packed_bytes, packed_bytes_max });
         }
-        let _content = self.inner.content.read().await;
         let blobs = self.inner.blobs.clone();
         let storing = spawn_blocking(move || {
-            blobs.put(&resolved.configuration_bytes)?;
-            blobs.put(&resolved.manifest_bytes)
+            let lease = blobs.lease();
+            blobs.put(&resolved.configuration_bytes, &lease)?;
+            blobs.put(&resolved.manifest_bytes, &lease)?;
+            Ok::<_, BlobError>(lease)
         });
-        storing.await.expect("storing a blob does not panic")?;
+        let _lease = storing.await.expect("storing a blob does not panic")?;
         let origin = match source {
             AuthSource::Host => Origin::Registry,
             AuthSource::Given(_) => Origin::RegistryWithCredentials,
@@ -199,6 +200,7 @@ impl Images {
             origin,
             pull: Some(Pull { name: spec.name, auth: source }),
         };
+        let _content = self.inner.content.read().await;
         Ok(self.admit(arrival)?)
     }
 
@@ -217,9 +219,9 @@ impl Images {
         name: Option<Reference>,
         tags: BTreeMap<String, String>,
     ) -> Result<Vec<Image>, ArchiveError> {
-        let _content = self.inner.content.read().await;
         let limit = self.inner.spec.limits.unpacked_bytes_max;
-        let found = archive::read(archive, &self.inner.blobs, limit).await?;
+        let (found, _lease) = archive::read(archive, &self.inner.blobs, limit).await?;
+        let _content = self.inner.content.read().await;
         let mut images = Vec::new();
         for ArchivedImage { names, manifest, configuration } in archive::named(found, name)? {
             for name in names {

@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
-use crate::images::blobs::{BlobError, Blobs};
+use crate::images::blobs::{BlobError, Blobs, Lease};
 use crate::images::digest::Digest;
 use crate::images::errors::ImagesError;
 use crate::images::layers::unpack;
@@ -52,7 +52,8 @@ pub struct ArchivedImage {
     pub configuration: Configuration,
 }
 
-/// Reads an archive of at most `bytes_max` bytes into the store and finds its images.
+/// Reads an archive of at most `bytes_max` bytes into the store and finds its images. The lease
+/// holds their blobs until they have names.
 ///
 /// # Errors
 ///
@@ -61,13 +62,13 @@ pub async fn read<R: AsyncRead + Unpin>(
     mut archive: R,
     blobs: &Blobs,
     bytes_max: u64,
-) -> Result<Vec<ArchivedImage>, ArchiveError> {
+) -> Result<(Vec<ArchivedImage>, Lease), ArchiveError> {
     let (sender, receiver) = mpsc::channel::<io::Result<Bytes>>(CHUNKS_MAX);
     let blobs = blobs.clone();
     let reading = spawn_blocking(move || {
         let stream = BufReader::with_capacity(CHUNK_BYTES, ChannelReader::new(receiver));
         let files = Files::store(stream, &blobs, bytes_max)?;
-        files.images()
+        Ok((files.images()?, files.lease))
     });
     loop {
         let mut chunk = Vec::with_capacity(CHUNK_BYTES);
@@ -148,6 +149,7 @@ enum Item {
 /// The files of an archive, by cleaned path, as blobs.
 struct Files<'a> {
     blobs: &'a Blobs,
+    lease: Lease,
     items: BTreeMap<String, Item>,
 }
 
@@ -161,7 +163,7 @@ impl<'a> Files<'a> {
         // One byte more than allowed, so that the end of the limit is not taken for the end.
         let limited = plain.take(bytes_max.saturating_add(1));
         let mut tar = TarReader::new(BufReader::with_capacity(CHUNK_BYTES, limited));
-        let mut files = Self { blobs, items: BTreeMap::new() };
+        let mut files = Self { blobs, lease: blobs.lease(), items: BTreeMap::new() };
         let result = files.store_entries(&mut tar);
         let drained = tar.drain();
         if tar.into_inner().into_inner().limit() == 0 {
@@ -185,7 +187,7 @@ impl<'a> Files<'a> {
                             read => writer.push(&buffer[..read])?,
                         }
                     }
-                    let (digest, size_bytes) = writer.finish()?;
+                    let (digest, size_bytes) = writer.finish(&self.lease)?;
                     check_name(&path, digest)?;
                     Item::File { digest, size_bytes }
                 }
@@ -309,7 +311,7 @@ impl<'a> Files<'a> {
         let Document::Manifest(manifest) = Document::parse(&bytes)? else {
             return Err(ArchiveError::NotAnArchive);
         };
-        self.blobs.put(&bytes)?;
+        self.blobs.put(&bytes, &self.lease)?;
         self.image(saved.names()?, manifest)
     }
 

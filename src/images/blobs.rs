@@ -3,11 +3,15 @@
 //! A blob appears in `blobs/sha256/<hex>` by rename, after its bytes were digested, counted and
 //! synced; what has a name there is whole and right. Temporary files live in `tmp` and belong to
 //! nobody after a restart.
+//!
+//! A sweep removes blobs that no image refers to. Who stores blobs before there is an image that
+//! could refer to them holds a [`Lease`] on them meanwhile.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest as _, Sha256};
 
@@ -21,6 +25,14 @@ pub struct Blobs {
     dir: PathBuf,
     tmp: PathBuf,
     room: Room,
+    leases: Arc<Mutex<Leases>>,
+}
+
+/// Who holds what. Locked while blobs get their name under a lease, and during a sweep.
+#[derive(Debug, Default)]
+struct Leases {
+    seen: u64,
+    held: HashMap<u64, HashSet<Digest>>,
 }
 
 impl Blobs {
@@ -30,7 +42,12 @@ impl Blobs {
     ///
     /// Those of the file system.
     pub fn open(data_dir: &Path, room: Room) -> io::Result<Self> {
-        let blobs = Self { dir: data_dir.join("blobs/sha256"), tmp: data_dir.join("tmp"), room };
+        let blobs = Self {
+            dir: data_dir.join("blobs/sha256"),
+            tmp: data_dir.join("tmp"),
+            room,
+            leases: Arc::default(),
+        };
         fs::create_dir_all(&blobs.dir)?;
         match fs::remove_dir_all(&blobs.tmp) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -47,6 +64,15 @@ impl Blobs {
     /// The free space of that file system.
     pub fn room(&self) -> &Room {
         &self.room
+    }
+
+    /// A lease on no blobs yet.
+    pub fn lease(&self) -> Lease {
+        let mut leases = lock(&self.leases);
+        leases.seen += 1;
+        let id = leases.seen;
+        leases.held.insert(id, HashSet::new());
+        Lease { leases: Arc::clone(&self.leases), id }
     }
 
     /// Whether the blob is here.
@@ -96,29 +122,33 @@ impl Blobs {
         })
     }
 
-    /// Stores a small blob.
+    /// Stores a small blob, under `lease`.
     ///
     /// # Errors
     ///
     /// As [`Blobs::write`].
-    pub fn put(&self, content: &[u8]) -> Result<Digest, BlobError> {
+    pub fn put(&self, content: &[u8], lease: &Lease) -> Result<Digest, BlobError> {
         let mut writer = self.write_unknown()?;
         writer.push(content)?;
-        Ok(writer.finish()?.0)
+        Ok(writer.finish(lease)?.0)
     }
 
-    /// Removes all blobs but those to keep. Returns how many were removed.
+    /// Removes all blobs but those to keep and those under a lease. Returns how many were removed.
     ///
     /// # Errors
     ///
     /// Those of the file system; some blobs may be removed already.
     pub fn sweep(&self, keep: &HashSet<Digest>) -> io::Result<usize> {
+        let leases = lock(&self.leases);
+        let is_kept = |digest: &Digest| {
+            keep.contains(digest) || leases.held.values().any(|held| held.contains(digest))
+        };
         let mut removed = 0;
         for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
             let name = entry.file_name();
             let digest = name.to_str().and_then(|name| Digest::from_hex(name).ok());
-            if digest.is_some_and(|digest| keep.contains(&digest)) {
+            if digest.as_ref().is_some_and(is_kept) {
                 continue;
             }
             fs::remove_file(entry.path())?;
@@ -206,20 +236,40 @@ impl UnknownBlobWriter {
         Ok(self.file.write_all(bytes)?)
     }
 
-    /// Gives the blob its name. Returns it, and the blob's length.
+    /// Gives the blob its name, under `lease`. Returns it, and the blob's length.
     ///
     /// # Errors
     ///
     /// [`BlobError::Io`].
-    pub fn finish(self) -> Result<(Digest, u64), BlobError> {
+    pub fn finish(self, lease: &Lease) -> Result<(Digest, u64), BlobError> {
         let digest = Digest::from(self.hasher);
         let path = self.blobs.path(&digest);
+        // First the lease: from here on no sweep takes it away.
+        lock(&lease.leases).held.entry(lease.id).or_default().insert(digest);
         // What is there already is whole, and may be being read.
         if !fs::metadata(&path).is_ok_and(|stat| stat.len() == self.written_bytes) {
             settle(self.file, &path)?;
         }
         Ok((digest, self.written_bytes))
     }
+}
+
+/// Keeps blobs from being swept until it is dropped.
+#[derive(Debug)]
+pub struct Lease {
+    leases: Arc<Mutex<Leases>>,
+    id: u64,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        lock(&self.leases).held.remove(&self.id);
+    }
+}
+
+fn lock(leases: &Mutex<Leases>) -> MutexGuard<'_, Leases> {
+    // Whoever panicked has at worst left blobs leased.
+    leases.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Brings a finished file to the disk and to its name.
@@ -320,7 +370,7 @@ mod tests {
         assert!(blobs.has(&blob));
         let content = io::read_to_string(blobs.read(&blob.digest).unwrap()).unwrap();
         assert_eq!(content, "content");
-        assert_eq!(blobs.put(b"content").unwrap(), blob.digest);
+        assert_eq!(blobs.put(b"content", &blobs.lease()).unwrap(), blob.digest);
     }
 
     #[test]
@@ -356,14 +406,30 @@ mod tests {
     #[test]
     fn a_sweep_keeps_what_it_is_told_and_nothing_else() {
         let (dir, blobs) = store();
-        let kept = blobs.put(b"kept").unwrap();
-        blobs.put(b"gone").unwrap();
+        let kept = blobs.put(b"kept", &blobs.lease()).unwrap();
+        blobs.put(b"gone", &blobs.lease()).unwrap();
         fs::write(dir.path().join("blobs/sha256/rubbish"), "").unwrap();
 
         assert_eq!(blobs.sweep(&HashSet::from([kept])).unwrap(), 2);
 
         assert_eq!(files(dir.path()), 1);
         assert!(blobs.read(&kept).is_ok());
+    }
+
+    #[test]
+    fn a_leased_blob_outlives_sweeps_as_long_as_the_lease() {
+        let (_dir, blobs) = store();
+        let (lease, other) = (blobs.lease(), blobs.lease());
+        let digest = blobs.put(b"content", &lease).unwrap();
+        blobs.put(b"content", &other).unwrap();
+
+        assert_eq!(blobs.sweep(&HashSet::new()).unwrap(), 0);
+        drop(lease);
+        assert_eq!(blobs.sweep(&HashSet::new()).unwrap(), 0);
+        drop(other);
+
+        assert_eq!(blobs.sweep(&HashSet::new()).unwrap(), 1);
+        assert!(blobs.read(&digest).is_err());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use axum::extract::Request;
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use rusqlite::Connection;
+use tokio::io::{AsyncWriteExt, duplex};
 use tokio::time::{sleep, timeout};
 
 use super::*;
@@ -535,4 +536,32 @@ async fn a_given_name_goes_to_the_only_image_of_an_archive() {
     assert_eq!(host.settled("mine").await.status, ImageStatus::Ready);
     host.images.delete(&reference("mine"), NOBODY).await.unwrap();
     assert_eq!((host.files("blobs/sha256"), host.files("tmp")), (0, 0));
+}
+
+/// An upload that stands still holds nobody up, and its blobs are not swept from under it.
+#[tokio::test]
+async fn a_slow_upload_stops_neither_deletes_nor_pulls() {
+    let registry = TestRegistry::start().await;
+    let mut layout = Layout::new();
+    let digest = image(&mut layout, "hello");
+    registry.push(&layout, digest, "app:v1");
+    layout.name(digest, "loaded:v1");
+    let name = format!("{}/app:v1", registry.host);
+    let host = Host::new().await;
+    let archive = layout.archive();
+    let (mut client, server) = duplex(1024);
+    let images = host.images.clone();
+    let loading =
+        tokio::spawn(async move { images.load(server, None, BTreeMap::new()).await.unwrap() });
+    let (start, rest) = archive.split_at(archive.len() - 1100);
+
+    client.write_all(start).await.unwrap();
+    host.pull(&name).await;
+    host.images.delete(&reference(&name), NOBODY).await.unwrap();
+    client.write_all(rest).await.unwrap();
+    drop(client);
+
+    let loaded = timeout(PATIENCE, loading).await.unwrap().unwrap();
+    assert_eq!(loaded[0].digest, digest);
+    assert_eq!(host.settled("loaded:v1").await.status, ImageStatus::Ready);
 }

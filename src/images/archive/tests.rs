@@ -28,7 +28,7 @@ impl Store {
     async fn read(&self, archive: &[u8]) -> Result<Vec<ArchivedImage>, ArchiveError> {
         let result = read(archive, &self.blobs, 64 << 20).await;
         assert_eq!(fs::read_dir(self.dir.path().join("tmp")).unwrap().count(), 0);
-        result
+        result.map(|(images, _)| images)
     }
 }
 

@@ -154,22 +154,24 @@ fn odd_names_are_kept_to_the_byte() {
     assert_same_as_tar(&odd.build());
 }
 
-/// Several directory blocks, one that is exactly full, and lookups in each of them.
+/// Several directory blocks, and some that are full to the byte or one byte more.
 #[test]
 fn large_directories_are_found_and_listed_whole() {
-    let mut large = TarBuilder::new().mtime(1).dir("./").mtime(2).dir("many");
-    for index in 0..5000 {
+    let mut large = TarBuilder::new().mtime(1).dir("./");
+    for index in 0..1000 {
         large = large.mtime(index).file(format!("many/{index:x}"), index.to_string());
     }
     large = large.mtime(2).dir("many");
-    // Entries of 12 bytes and their names that fill 4096 to the byte: dots 27, then 36 and 37.
-    for full in 100..118 {
-        let name = format!("full-{full}");
-        large = large.mtime(3).dir(&name);
-        for index in 0..full {
+    // Entries are 12 bytes and their names. The dots take 27, 112 names of 24 bytes 4032, so that
+    // one of 25 bytes fills a block of 4096.
+    for (name, lengths) in [("full", vec![25]), ("byte", vec![26]), ("entry", vec![25, 30])] {
+        for index in 0..112 {
             large = large.mtime(4).file(format!("{name}/{index:024}"), "");
         }
-        large = large.mtime(3).dir(&name);
+        for length in lengths {
+            large = large.mtime(4).file(format!("{name}/{:l>length$}", ""), "");
+        }
+        large = large.mtime(3).dir(name);
     }
     large = large.mtime(1).dir("./");
 

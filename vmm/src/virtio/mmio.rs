@@ -297,3 +297,6 @@ fn set_half(register: &mut u64, select: u32, value: u32) {
         _ => {}
     }
 }
+
+#[cfg(test)]
+mod tests;
