@@ -2,10 +2,13 @@
 
 use std::io::Write;
 use std::path::Path;
+use std::process;
 use std::thread;
 use std::time::Instant;
 
 use tempfile::TempDir;
+use tokio::process::Child;
+use tokio::task;
 
 use super::worker::{Happened, OrderError};
 use super::*;
@@ -45,7 +48,7 @@ impl Peer {
     }
 
     fn adopt_self(&self) -> Worker {
-        self.adopt(Identity::of(std::process::id()).unwrap())
+        self.adopt(Identity::of(process::id()).unwrap())
     }
 }
 
@@ -64,7 +67,7 @@ async fn next(worker: &mut Worker) -> Option<u64> {
     }
 }
 
-fn endless() -> (Identity, tokio::process::Child) {
+fn endless() -> (Identity, Child) {
     let (_ours, theirs) = packets::pair().unwrap();
     let log = tempfile::tempfile().unwrap();
     let child = spawn::start(Path::new(ENDLESS), "x", (&theirs.into(), LAUNCH_FD), log).unwrap();
@@ -75,7 +78,7 @@ async fn ends(identity: &Identity) {
     let deadline = Instant::now() + PATIENCE;
     while identity.find().unwrap().is_some() {
         assert!(Instant::now() < deadline, "process {} runs on", identity.pid);
-        tokio::task::yield_now().await;
+        task::yield_now().await;
     }
 }
 
@@ -115,7 +118,7 @@ async fn each_event_comes_once_and_in_order() {
 /// Waits until the server's end connects.
 async fn accept(peer: &Peer) -> PacketSocket {
     let listener = peer.control.as_fd().try_clone_to_owned().unwrap();
-    let accepted = tokio::task::spawn_blocking(move || PacketListener::from(listener).accept());
+    let accepted = task::spawn_blocking(move || PacketListener::from(listener).accept());
     accepted.await.unwrap().unwrap()
 }
 
@@ -126,7 +129,7 @@ async fn an_order_gets_its_answer_though_events_come_first() {
 
     let script = async {
         let connection = accept(&peer).await;
-        let answer = tokio::task::spawn_blocking(move || {
+        let answer = task::spawn_blocking(move || {
             let order = connection.recv().unwrap();
             send(&connection, &Reply::Event(event(0)));
             send(&connection, &Reply::Done { pid: 7, running: true });
