@@ -117,6 +117,3 @@ fn panicked(panic: Box<dyn Any + Send>) -> Response {
     tracing::error!(text, "A handler panicked");
     ApiError::panicked().into_response()
 }
-
-#[cfg(test)]
-mod tests;

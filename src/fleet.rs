@@ -326,3 +326,6 @@ pub struct AdoptError {
     #[source]
     pub source: io::Error,
 }
+
+#[cfg(test)]
+mod tests;

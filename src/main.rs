@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use ovum::cli;
+
 fn main() -> ExitCode {
-    ovum::cli::main()
+    cli::main()
 }

@@ -69,7 +69,8 @@ impl Singles {
 
     fn take(&mut self, role: FileRole) -> anyhow::Result<OwnedFd> {
         let place = self.0.iter().position(|(taken, _)| *taken == role);
-        let place = place.with_context(|| format!("The launch message has no file for {role:?}"))?;
+        let place =
+            place.with_context(|| format!("The launch message has no file for {role:?}"))?;
         Ok(self.0.swap_remove(place).1)
     }
 }

@@ -11,15 +11,15 @@ const LIMITS: Limits = Limits {
     body_bytes_max: 0,
 };
 
-fn spec(fields: Value) -> Result<InstanceSpec, SpecError> {
+fn spec(fields: &Value) -> Result<InstanceSpec, SpecError> {
     let mut body = json!({ "name": "web", "image": "nginx" });
     body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
     serde_json::from_value::<CreateInstance>(body).unwrap().into_spec(&LIMITS)
 }
 
 /// The field a body is refused for.
-fn refused(fields: Value) -> String {
-    match spec(fields.clone()) {
+fn refused(fields: &Value) -> String {
+    match spec(fields) {
         Err(
             SpecError::Schema { field, .. }
             | SpecError::Invalid { field, .. }
@@ -31,7 +31,7 @@ fn refused(fields: Value) -> String {
 
 #[test]
 fn name_and_image_are_enough() {
-    let spec = spec(json!({})).unwrap();
+    let spec = spec(&json!({})).unwrap();
 
     assert_eq!(spec.name.as_str(), "web");
     assert_eq!(spec.image.to_string(), "docker.io/library/nginx:latest");
@@ -42,7 +42,7 @@ fn name_and_image_are_enough() {
 
 #[test]
 fn what_is_given_is_taken() {
-    let spec = spec(json!({
+    let spec = spec(&json!({
         "platform": "linux/amd64", "size": "512 MiB", "overlay_size": "2g", "vcpus": 4,
         "env": { "A": "b=c" }, "tags": { "team": "one" }, "hypervisor": "qemu-microvm",
         "skip_guest_agent": true, "skip_kernel_headers": true, "entrypoint": ["a"], "cmd": ["b"],
@@ -65,13 +65,13 @@ fn what_asks_for_nothing_is_no_reason_to_refuse() {
         "health_check": { "type": "none" }, "restart_policy": { "policy": "never" },
     });
 
-    assert!(spec(nothing).is_ok());
+    assert!(spec(&nothing).is_ok());
 }
 
 #[test]
 fn what_is_not_there_yet_is_refused_by_name() {
     for (field, value) in asking() {
-        assert_eq!(spec(json!({ (field): value })), Err(SpecError::NotSupported { field }));
+        assert_eq!(spec(&json!({ (field): value })), Err(SpecError::NotSupported { field }));
     }
     let secret = json!({
         "env": { "KEY": "x" },
@@ -81,17 +81,17 @@ fn what_is_not_there_yet_is_refused_by_name() {
             "inject": [{ "as": { "header": "Authorization", "format": "Bearer ${value}" } }],
         } },
     });
-    assert_eq!(spec(secret), Err(SpecError::NotSupported { field: "network" }));
+    assert_eq!(spec(&secret), Err(SpecError::NotSupported { field: "network" }));
     for network in
         [json!({ "bandwidth_download": "1Gbps" }), json!({ "egress": { "enabled": true } })]
     {
-        assert_eq!(refused(json!({ "network": network })), "network");
+        assert_eq!(refused(&json!({ "network": network })), "network");
     }
 }
 
 #[test]
 fn what_is_malformed_goes_before_what_is_not_there_yet() {
-    assert_eq!(refused(json!({ "ttl": "1h", "size": "1.5GB" })), "size");
+    assert_eq!(refused(&json!({ "ttl": "1h", "size": "1.5GB" })), "size");
 }
 
 #[test]
@@ -120,7 +120,7 @@ fn values_out_of_range_are_refused_by_name() {
         ("ttl", json!("-1s")),
         ("expires_at", json!("2001-01-01T00:00:00Z")),
     ] {
-        assert_eq!(refused(json!({ (field): value })), field);
+        assert_eq!(refused(&json!({ (field): value })), field);
     }
 }
 
@@ -128,9 +128,9 @@ fn values_out_of_range_are_refused_by_name() {
 fn values_inside_of_what_is_not_there_yet_are_checked_too() {
     let mount = |path: &str| json!({ "volumes": [{ "volume_id": "v", "mount_path": path }] });
     for path in ["", "data", "/", "/etc", "/a/../b", "/a//b", "/a/"] {
-        assert_eq!(refused(mount(path)), "volumes.mount_path", "{path}");
+        assert_eq!(refused(&mount(path)), "volumes.mount_path", "{path}");
     }
-    assert_eq!(refused(mount("/etc/app")), "volumes");
+    assert_eq!(refused(&mount("/etc/app")), "volumes");
     for (fields, field) in [
         (json!({ "ttl": "1h", "expires_at": "2999-01-01T00:00:00Z" }), "ttl"),
         (json!({ "network": { "bandwidth_upload": "1.5" } }), "network.bandwidth_upload"),
@@ -171,25 +171,25 @@ fn values_inside_of_what_is_not_there_yet_are_checked_too() {
             "credentials",
         ),
     ] {
-        assert_eq!(refused(fields), field);
+        assert_eq!(refused(&fields), field);
     }
 }
 
 #[test]
 fn there_is_one_platform() {
     for platform in ["linux/arm64", "linux/arm64/v8", "linux/amd64/v3"] {
-        let refused = spec(json!({ "platform": platform }));
+        let refused = spec(&json!({ "platform": platform }));
         assert!(matches!(refused, Err(SpecError::OtherPlatform { .. })), "{platform}");
     }
     for platform in ["", "linux", "windows/amd64", "linux/AMD64", "linux/amd64/", "linux/s390x"] {
-        let refused = spec(json!({ "platform": platform }));
+        let refused = spec(&json!({ "platform": platform }));
         assert!(matches!(refused, Err(SpecError::Platform { .. })), "{platform}");
     }
 }
 
 #[test]
 fn an_image_name_that_is_none_is_refused() {
-    assert!(matches!(spec(json!({ "image": "a b" })), Err(SpecError::Image(_))));
+    assert!(matches!(spec(&json!({ "image": "a b" })), Err(SpecError::Image(_))));
 }
 
 /// A value that asks for something, for each field whose feature is not there yet.

@@ -1,0 +1,546 @@
+//! The HTTP surface against a real server on a folder of its own, without KVM: everything up to
+//! the start of a worker.
+
+#![expect(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, to_bytes};
+use axum::http::{HeaderMap, Method, Request, StatusCode};
+use futures_util::future::join_all;
+use ovum::api;
+use ovum::config::{Config, ImagesConfig, Limits};
+use ovum::images::digest::Digest;
+use ovum::server::Opened;
+use ovum::token::Secret;
+use rusqlite::Connection;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tower::ServiceExt;
+
+const SECRET: &str = "the secret of a test";
+const HOUR: Duration = Duration::from_secs(3600);
+
+/// The image that is loaded.
+const IMAGE: &str = "docker.io/library/tiny:latest";
+
+/// A server, asked without a network in between.
+struct Server {
+    dir: TempDir,
+    router: Router,
+    opened: Opened,
+    token: String,
+}
+
+/// An answer, read to its end.
+#[derive(Debug)]
+struct Answer {
+    status: StatusCode,
+    headers: HeaderMap,
+    body: Value,
+}
+
+impl Server {
+    async fn start() -> Self {
+        Self::start_in(tempfile::tempdir().unwrap()).await
+    }
+
+    async fn start_in(dir: TempDir) -> Self {
+        let opened = Opened::open(&config(dir.path())).await.unwrap();
+        let router = api::router(opened.app.clone());
+        let token = Secret::new(SECRET).mint("test", HOUR, None);
+        Self { dir, router, opened, token }
+    }
+
+    /// One with an image that is ready.
+    async fn with_image() -> Self {
+        let server = Self::start().await;
+        let path = "/images/from-archive?name=tiny";
+        let answer = server.send(Method::POST, path, Body::from(archive())).await;
+        assert_eq!(answer.status, StatusCode::ACCEPTED, "{answer:?}");
+        let name = IMAGE.parse().unwrap();
+        let image = server.opened.app.images.settled(&name).await.unwrap();
+        assert_eq!(image.error, None);
+        server
+    }
+
+    /// Ends it as a killed one, except that its tasks end; returns its folder.
+    async fn stop(self) -> TempDir {
+        drop(self.router);
+        self.opened.close().await;
+        self.dir
+    }
+
+    async fn send(&self, method: Method, path: &str, body: Body) -> Answer {
+        let authorization = format!("Bearer {}", self.token);
+        self.send_as(Some(&authorization), method, path, body).await
+    }
+
+    async fn send_as(
+        &self,
+        authorization: Option<&str>,
+        method: Method,
+        path: &str,
+        body: Body,
+    ) -> Answer {
+        let mut request = Request::builder().method(method).uri(path);
+        if let Some(authorization) = authorization {
+            request = request.header("authorization", authorization);
+        }
+        let response = self.router.clone().oneshot(request.body(body).unwrap()).await.unwrap();
+        let (parts, body) = response.into_parts();
+        let bytes = to_bytes(body, usize::MAX).await.unwrap();
+        let text = || Value::String(String::from_utf8_lossy(&bytes).into_owned());
+        let body = serde_json::from_slice(&bytes).unwrap_or_else(|_| text());
+        Answer { status: parts.status, headers: parts.headers, body }
+    }
+
+    async fn get(&self, path: &str) -> Answer {
+        self.send(Method::GET, path, Body::empty()).await
+    }
+
+    async fn delete(&self, path: &str) -> Answer {
+        self.send(Method::DELETE, path, Body::empty()).await
+    }
+
+    async fn post(&self, path: &str, body: &Value) -> Answer {
+        self.send(Method::POST, path, Body::from(body.to_string())).await
+    }
+
+    fn instance_folders(&self) -> Vec<String> {
+        let folders = fs::read_dir(self.dir.path().join("data/instances")).unwrap();
+        folders.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    }
+}
+
+impl Answer {
+    fn says(&self, status: StatusCode, code: &str) {
+        assert_eq!((self.status, &self.body["code"]), (status, &json!(code)), "{self:?}");
+        let retry = self.headers.get("x-should-retry").map(|value| value.to_str().unwrap());
+        assert_eq!(retry, Some("false"), "clients would ask again: {self:?}");
+    }
+
+    fn message(&self) -> &str {
+        self.body["message"].as_str().unwrap_or_default()
+    }
+}
+
+/// A configuration whose KVM device is not there.
+fn config(dir: &Path) -> Config {
+    let kernel = dir.join("vmlinux");
+    let agent = dir.join("ovum-agent");
+    fs::write(&kernel, b"no kernel").unwrap();
+    fs::write(&agent, b"no agent").unwrap();
+    Config {
+        data_dir: dir.join("data"),
+        listen: Vec::new(),
+        jwt_secret: Some(SECRET.to_owned()),
+        kernel,
+        agent,
+        kvm: dir.join("kvm"),
+        limits: Limits { body_bytes_max: 64 << 10, ..Limits::default() },
+        images: ImagesConfig {
+            insecure_registries: Vec::new(),
+            jobs_max: 1,
+            packed_bytes_max: 1 << 30,
+            unpacked_bytes_max: 1 << 30,
+            free_bytes_min: 0,
+        },
+    }
+}
+
+/// What `docker save` writes for an image of one layer with one file.
+fn archive() -> Vec<u8> {
+    let mut layer = tar::Builder::new(Vec::new());
+    append(&mut layer, "bin/tiny", b"#!tiny");
+    let layer = layer.into_inner().unwrap();
+    let digest = Digest::of(&layer);
+    let image = json!({
+        "architecture": "amd64", "os": "linux", "config": { "Cmd": ["/bin/tiny"] },
+        "rootfs": { "type": "layers", "diff_ids": [digest.to_string()] },
+    });
+    let manifest = json!([{
+        "Config": "config.json", "RepoTags": ["tiny:latest"], "Layers": ["layer.tar"],
+    }]);
+    let mut archive = tar::Builder::new(Vec::new());
+    append(&mut archive, "config.json", image.to_string().as_bytes());
+    append(&mut archive, "layer.tar", &layer);
+    append(&mut archive, "manifest.json", manifest.to_string().as_bytes());
+    archive.into_inner().unwrap()
+}
+
+fn append(archive: &mut tar::Builder<Vec<u8>>, path: &str, content: &[u8]) {
+    let mut header = tar::Header::new_ustar();
+    header.set_mode(0o755);
+    header.set_size(content.len() as u64);
+    archive.append_data(&mut header, path, content).unwrap();
+}
+
+#[tokio::test]
+async fn health_and_the_document_need_no_token() {
+    let server = Server::start().await;
+
+    let health = server.send_as(None, Method::GET, "/health", Body::empty()).await;
+    let document = server.send_as(None, Method::GET, "/spec.json", Body::empty()).await;
+
+    assert_eq!((health.status, health.body), (StatusCode::OK, json!({ "status": "ok" })));
+    let paths = document.body["paths"].as_object().unwrap().keys().collect::<Vec<_>>();
+    assert_eq!(
+        paths,
+        [
+            "/health",
+            "/images",
+            "/images/from-archive",
+            "/images/{name}",
+            "/images/{name}/tag",
+            "/instances",
+            "/instances/{id}",
+            "/instances/{id}/logs",
+            "/instances/{id}/wait",
+        ]
+    );
+    let create = &document.body["components"]["schemas"]["CreateInstance"];
+    assert_eq!(create["required"], json!(["image", "name"]));
+    assert_eq!(create["properties"]["vcpus"]["type"], json!(["integer", "null"]));
+}
+
+#[tokio::test]
+async fn who_may_do_what_is_said_by_the_token() {
+    let server = Server::start().await;
+    let get = async |authorization: Option<&str>| {
+        let answer = server.send_as(authorization, Method::GET, "/instances", Body::empty()).await;
+        (answer.status.as_u16(), answer.body)
+    };
+    let bearer = |scopes: Option<&str>| {
+        let scopes = scopes.map(|scope| vec![scope.to_owned()]);
+        format!("bearer {}", Secret::new(SECRET).mint("test", HOUR, scopes))
+    };
+    let unauthorized = |message: &str| (401, json!({ "code": "Unauthorized", "message": message }));
+
+    assert_eq!(get(None).await, unauthorized("authorization header required"));
+    assert_eq!(get(Some("Basic x")).await, unauthorized("invalid authorization header format"));
+    assert_eq!(get(Some("Bearer")).await, unauthorized("invalid authorization header format"));
+    assert_eq!(get(Some("Bearer x.y.z")).await, unauthorized("invalid token"));
+    assert_eq!(get(Some(&bearer(None))).await, (200, json!([])));
+    assert_eq!(get(Some(&bearer(Some("instance:read")))).await, (200, json!([])));
+    let message = "missing required scope: instance:read";
+    let forbidden = (403, json!({ "code": "Forbidden", "message": message }));
+    assert_eq!(get(Some(&bearer(Some("image:read")))).await, forbidden);
+}
+
+#[tokio::test]
+async fn what_is_not_routed_is_told_in_the_family_of_the_middleware() {
+    let server = Server::start().await;
+
+    server.get("/nothing").await.says(StatusCode::NOT_FOUND, "Not Found");
+    server.delete("/instances").await.says(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed");
+    let tagless = server.post("/images/tiny", &json!({ "target": "x" })).await;
+    tagless.says(StatusCode::NOT_FOUND, "Not Found");
+}
+
+#[tokio::test]
+async fn a_body_of_the_wrong_shape_is_told_which_field() {
+    let server = Server::start().await;
+    for (fields, word) in [
+        (json!({ "name": "a", "image": 7 }), "image"),
+        (json!({ "name": "a", "image": "b", "env": { "A": 1 } }), "env.A"),
+        (json!({ "name": "a", "image": "b", "vcpus": "two" }), "vcpus"),
+        (json!({ "name": "a", "image": "b", "hypervisor": "xen" }), "hypervisor"),
+        (json!({ "image": "b" }), "name"),
+        (json!(["a"]), "expected"),
+    ] {
+        let answer = server.post("/instances", &fields).await;
+        answer.says(StatusCode::BAD_REQUEST, "Bad Request");
+        assert!(answer.message().contains(word), "{fields}: {answer:?}");
+    }
+    let garbage = server.send(Method::POST, "/instances", Body::from("{\"name\"")).await;
+    garbage.says(StatusCode::BAD_REQUEST, "Bad Request");
+    let large = json!({ "name": "a", "image": "b", "cmd": ["x".repeat(100_000)] });
+    let large = server.post("/instances", &large).await;
+    large.says(StatusCode::PAYLOAD_TOO_LARGE, "Payload Too Large");
+}
+
+#[tokio::test]
+async fn each_bad_value_has_its_code() {
+    let server = Server::start().await;
+    for (field, value, status, code) in [
+        ("size", json!("1.5GB"), 400, "invalid_size"),
+        ("overlay_size", json!("10TB"), 400, "invalid_overlay_size"),
+        ("hotplug_size", json!("x"), 400, "invalid_hotplug_size"),
+        ("disk_io_bps", json!("x"), 400, "invalid_disk_io_bps"),
+        ("vcpus", json!(1000), 400, "invalid_request"),
+        ("platform", json!("Linux"), 400, "invalid_platform"),
+        ("platform", json!("linux/arm64"), 404, "platform_not_available"),
+        ("ttl", json!("soon"), 400, "invalid_ttl"),
+        ("network", json!({ "bandwidth_upload": "x" }), 400, "invalid_bandwidth_upload"),
+        ("auto_standby", json!({ "enabled": true }), 400, "invalid_auto_standby"),
+        ("health_check", json!({ "type": "tcp" }), 400, "invalid_health_check"),
+        ("restart_policy", json!({ "backoff": "x" }), 400, "invalid_restart_policy"),
+        (
+            "snapshot_policy",
+            json!({ "standby_compression_delay": "x" }),
+            400,
+            "invalid_snapshot_policy",
+        ),
+        ("image", json!("a b"), 400, "invalid_name"),
+        ("name", json!("Upper"), 400, "Bad Request"),
+        ("tags", json!({ "": "x" }), 400, "invalid_request"),
+        ("ttl", json!("1h"), 501, "not_supported"),
+        ("network", json!({ "enabled": true }), 501, "not_supported"),
+    ] {
+        let mut body = json!({ "name": "web", "image": "nginx" });
+        body[field] = value;
+        let answer = server.post("/instances", &body).await;
+        answer.says(StatusCode::from_u16(status).unwrap(), code);
+        assert!(answer.message().contains(field), "{answer:?}");
+    }
+    assert_eq!(server.instance_folders(), [""; 0]);
+}
+
+#[tokio::test]
+async fn an_image_is_read_however_its_name_is_encoded() {
+    let server = Server::with_image().await;
+
+    for name in [
+        "tiny",
+        IMAGE,
+        "docker.io%2Flibrary%2Ftiny:latest",
+        "docker.io%252Flibrary%252Ftiny:latest",
+    ] {
+        let answer = server.get(&format!("/images/{name}")).await;
+        assert_eq!(answer.status, StatusCode::OK, "{name}: {answer:?}");
+        assert_eq!(answer.body["name"], IMAGE);
+        assert_eq!(answer.body["status"], "ready");
+        assert_eq!(answer.body["cmd"], json!(["/bin/tiny"]));
+    }
+    server.get("/images/other").await.says(StatusCode::NOT_FOUND, "not_found");
+    server.get("/images/A%20B").await.says(StatusCode::BAD_REQUEST, "invalid_name");
+    let list = server.get("/images").await.body;
+    assert_eq!(list.as_array().unwrap().len(), 1);
+    assert_eq!(server.get("/images?tags[team]=one").await.body, json!([]));
+}
+
+#[tokio::test]
+async fn a_tag_is_another_name_until_it_is_deleted() {
+    let server = Server::with_image().await;
+    let tag = async |name: &str, target: &str| {
+        server.post(&format!("/images/{name}/tag"), &json!({ "target": target })).await
+    };
+
+    let tagged = tag("docker.io%2Flibrary%2Ftiny:latest", "other:v1").await;
+    let deleted = server.delete("/images/tiny").await;
+    let read = server.get("/images/other:v1").await;
+
+    assert_eq!(tagged.status, StatusCode::CREATED);
+    assert_eq!(tagged.body["name"], "docker.io/library/other:v1");
+    assert_eq!((deleted.status, deleted.body), (StatusCode::NO_CONTENT, json!("")));
+    assert_eq!(read.body["digest"], tagged.body["digest"]);
+    tag("tiny", "x").await.says(StatusCode::NOT_FOUND, "not_found");
+    let digest = read.body["digest"].as_str().unwrap();
+    tag("other:v1", &format!("x@{digest}")).await.says(StatusCode::BAD_REQUEST, "invalid_name");
+    server.delete("/images/tiny").await.says(StatusCode::NOT_FOUND, "not_found");
+}
+
+/// Nobody listens there, and the answer says where.
+#[tokio::test]
+async fn a_registry_that_cannot_be_reached_is_named() {
+    let server = Server::start().await;
+
+    let answer = server.post("/images", &json!({ "name": "127.0.0.1:1/none:here" })).await;
+
+    assert_eq!(answer.status, StatusCode::INTERNAL_SERVER_ERROR, "{answer:?}");
+    assert!(answer.message().contains("127.0.0.1:1"), "{answer:?}");
+    assert_eq!(answer.headers.get("x-should-retry"), None, "it may be there next time");
+}
+
+#[tokio::test]
+async fn a_host_without_kvm_says_so_and_keeps_nothing() {
+    let server = Server::with_image().await;
+    let body = json!({ "name": "web", "image": "tiny", "size": "128MB", "overlay_size": "64MB" });
+    let kvm = server.dir.path().join("kvm");
+
+    let missing = server.post("/instances", &body).await;
+    fs::write(&kvm, b"").unwrap();
+    let other = server.post("/instances", &body).await;
+
+    for answer in [missing, other] {
+        answer.says(StatusCode::INTERNAL_SERVER_ERROR, "internal_error");
+        assert!(answer.message().contains(&kvm.display().to_string()), "{answer:?}");
+    }
+    assert_eq!(server.instance_folders(), [""; 0]);
+    assert_eq!(server.get("/instances").await.body, json!([]));
+    let deleted = server.delete("/images/tiny").await;
+    assert_eq!(deleted.status, StatusCode::NO_CONTENT, "nothing holds the image: {deleted:?}");
+}
+
+/// All of them fail, for want of KVM, and none because another one held the name.
+#[tokio::test]
+async fn a_name_is_free_again_after_a_creation_that_failed() {
+    let server = Server::with_image().await;
+    let body = json!({ "name": "web", "image": "tiny", "size": "128MB", "overlay_size": "64MB" });
+
+    for _ in 0..3 {
+        let answer = server.post("/instances", &body).await;
+        answer.says(StatusCode::INTERNAL_SERVER_ERROR, "internal_error");
+    }
+    let at_once = join_all((0..4).map(|_| server.post("/instances", &body))).await;
+
+    for answer in at_once {
+        let code = answer.body["code"].as_str().unwrap();
+        assert!(["internal_error", "name_conflict"].contains(&code), "{answer:?}");
+    }
+    assert_eq!(server.instance_folders(), [""; 0]);
+}
+
+#[tokio::test]
+async fn an_instance_that_is_not_there_is_not_found() {
+    let server = Server::start().await;
+
+    for path in ["/instances/x", "/instances/x/logs", "/instances/x/wait?state=Running"] {
+        let answer = server.get(path).await;
+        answer.says(StatusCode::NOT_FOUND, "not_found");
+        assert_eq!(answer.message(), "resource not found");
+    }
+    server.delete("/instances/x").await.says(StatusCode::NOT_FOUND, "not_found");
+    server.get("/instances?state=running").await.says(StatusCode::BAD_REQUEST, "Bad Request");
+    let wait = server.get("/instances/x/wait?state=Somewhere").await;
+    wait.says(StatusCode::BAD_REQUEST, "invalid_state");
+    let wait = server.get("/instances/x/wait?state=Running&timeout=-1s").await;
+    wait.says(StatusCode::BAD_REQUEST, "invalid_timeout");
+}
+
+#[tokio::test]
+async fn a_second_server_on_the_same_folder_is_refused() {
+    let server = Server::start().await;
+
+    let second = Opened::open(&config(server.dir.path())).await;
+
+    let error = second.err().map(|error| error.to_string()).unwrap_or_default();
+    assert!(error.contains("in use by another server"), "{error}");
+    let dir = server.stop().await;
+    assert!(Opened::open(&config(dir.path())).await.is_ok());
+}
+
+/// What a killed server leaves of an instance that nobody was told of, and files of nobody.
+#[tokio::test]
+async fn what_a_killed_server_left_half_made_is_gone_after_the_next_start() {
+    let server = Server::with_image().await;
+    let dir = server.stop().await;
+    let data = dir.path().join("data");
+    let digest = Digest::of(b"any");
+    let record = |name: &str, phase: &str, end: Value| {
+        json!({
+            "id": name, "digest": digest.to_string(), "created_at": "2026-01-02T03:04:05Z",
+            "phase": phase, "timeline": { "asked": 1 }, "end": end,
+            "spec": {
+                "name": name, "image": IMAGE, "memory_bytes": 1 << 30, "overlay_bytes": 1 << 30,
+                "vcpus": 1, "env": {}, "tags": {}, "hypervisor": "native", "agent": true,
+                "entrypoint": [], "cmd": [],
+            },
+        })
+    };
+    let ended = json!({
+        "at": "2026-01-02T03:05:05Z", "started_at": null,
+        "how": { "exit_code": 7, "exit_message": "exit code 7", "error": null },
+    });
+    let records = Connection::open(data.join("records.db")).unwrap();
+    let insert = "INSERT INTO instances (id, name, json) VALUES (?1, ?1, ?2)";
+    for (name, phase, end) in [
+        ("half-made", "creating", json!(null)),
+        ("half-gone", "deleting", json!(null)),
+        ("ended", "kept", ended),
+        ("lost", "kept", json!(null)),
+    ] {
+        records.execute(insert, [name, &record(name, phase, end).to_string()]).unwrap();
+        fs::create_dir(data.join("instances").join(name)).unwrap();
+    }
+    records.execute(insert, ["unreadable", "{}"]).unwrap();
+    for name in ["unreadable", "nobodys"] {
+        fs::create_dir(data.join("instances").join(name)).unwrap();
+    }
+    drop(records);
+
+    let server = Server::start_in(dir).await;
+
+    let mut folders = server.instance_folders();
+    folders.sort();
+    assert_eq!(folders, ["ended", "lost", "unreadable"]);
+    let list = server.get("/instances").await.body;
+    assert_eq!(list.as_array().unwrap().len(), 2);
+    let ended = server.get("/instances/ended").await.body;
+    assert_eq!((&ended["state"], &ended["exit_code"]), (&json!("Stopped"), &json!(7)));
+    assert_eq!(ended["stopped_at"], "2026-01-02T03:05:05Z");
+    let lost = server.get("/instances/lost").await.body;
+    assert_eq!(lost["state"], "Stopped");
+    assert!(lost["state_error"].as_str().unwrap().contains("without a word"), "{lost}");
+    let wait = server.get("/instances/lost/wait?state=Running").await.body;
+    assert_eq!((&wait["state"], &wait["timed_out"]), (&json!("Stopped"), &json!(false)));
+    assert_eq!(server.delete("/instances/lost").await.status, StatusCode::NO_CONTENT);
+    assert_eq!(server.get("/instances/lost").await.status, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn instances_are_found_by_id_name_and_the_beginning_of_an_id() {
+    let server = stopped_instances(&["aaa-first", "aab-second"]).await;
+
+    let find = async |key: &str| server.get(&format!("/instances/{key}")).await;
+
+    assert_eq!(find("aaa-first").await.body["name"], "name-of-aaa-first");
+    assert_eq!(find("name-of-aab-second").await.body["id"], "aab-second");
+    assert_eq!(find("aab").await.body["id"], "aab-second");
+    find("aa").await.says(StatusCode::NOT_FOUND, "ambiguous");
+    find("b").await.says(StatusCode::NOT_FOUND, "not_found");
+}
+
+#[tokio::test]
+async fn logs_come_as_events_from_the_end() {
+    let server = stopped_instances(&["one"]).await;
+    let log = server.dir.path().join("data/instances/one/console.log");
+    server.get("/instances/one/logs").await.says(StatusCode::NOT_FOUND, "log_not_found");
+    fs::write(log, b"first\r\nsecond \"quoted\"\nlast").unwrap();
+
+    let tail = server.get("/instances/one/logs?tail=2").await;
+    let followed = server.get("/instances/one/logs?follow=true&until=Stopped&tail=1").await;
+
+    assert_eq!(tail.headers["content-type"], "text/event-stream");
+    assert_eq!(tail.headers["x-accel-buffering"], "no");
+    assert_eq!(tail.body, json!("data: \"second \\\"quoted\\\"\"\n\ndata: \"last\"\n\n"));
+    assert_eq!(followed.body, json!("data: \"last\"\n\n"));
+    for source in ["vmm", "hypeman"] {
+        let answer = server.get(&format!("/instances/one/logs?source={source}")).await;
+        answer.says(StatusCode::NOT_FOUND, "log_not_found");
+    }
+    let answer = server.get("/instances/one/logs?source=other").await;
+    answer.says(StatusCode::BAD_REQUEST, "Bad Request");
+}
+
+/// A server that finds these instances, stopped, when it starts.
+async fn stopped_instances(ids: &[&str]) -> Server {
+    let dir = Server::start().await.stop().await;
+    let data = dir.path().join("data");
+    let records = Connection::open(data.join("records.db")).unwrap();
+    for id in ids {
+        let name = format!("name-of-{id}");
+        let record = json!({
+            "id": id, "digest": Digest::of(b"any").to_string(),
+            "created_at": "2026-01-02T03:04:05Z", "phase": "kept", "timeline": {},
+            "end": {
+                "at": "2026-01-02T03:05:05Z", "started_at": null,
+                "how": { "exit_code": 0, "exit_message": "success", "error": null },
+            },
+            "spec": {
+                "name": name, "image": IMAGE, "memory_bytes": 1 << 30, "overlay_bytes": 1 << 30,
+                "vcpus": 1, "env": {}, "tags": {}, "hypervisor": "native", "agent": true,
+                "entrypoint": [], "cmd": [],
+            },
+        });
+        let insert = "INSERT INTO instances (id, name, json) VALUES (?1, ?2, ?3)";
+        records.execute(insert, (id, &name, &record.to_string())).unwrap();
+        fs::create_dir(data.join("instances").join(id)).unwrap();
+    }
+    drop(records);
+    Server::start_in(dir).await
+}
