@@ -41,13 +41,13 @@ use crate::virtio::vsock::Vsock;
 
 /// Words that every guest of this machine gets.
 ///
-/// No reboot but by ACPI, a panic ends the machine, the console is virtio, and whatever a machine
-/// like this does not have is not looked for.
-const CMDLINE: &str = "console=hvc0 quiet panic=-1 tsc=reliable no_timer_check \
-    random.trust_cpu=on";
-/// Without a 16550 there is none to look for.
-const CMDLINE_NO_SERIAL: &str = "8250.nr_uarts=0";
-/// With one the kernel speaks from its first line.
+/// A panic ends the machine, and whatever a machine like this does not have is not looked for:
+/// - `pci=off`: there is no bus, and finding that out takes over 200 exits;
+/// - `tsc=reliable no_timer_check`: there is no second clock or timer to check against.
+const CMDLINE: &str = "quiet panic=-1 pci=off tsc=reliable no_timer_check random.trust_cpu=on";
+/// Without a 16550 there is none to look for, and the console is virtio.
+const CMDLINE_NO_SERIAL: &str = "console=hvc0 8250.nr_uarts=0";
+/// With one the kernel speaks from its first line, and there only: both go to the same file.
 const CMDLINE_SERIAL: &str = "console=ttyS0 earlyprintk=ttyS0 ignore_loglevel";
 
 /// One machine.

@@ -1,6 +1,7 @@
 //! The transport as a driver has it: registers through [`Slots`], a device on a real thread.
 
 use std::os::fd::AsRawFd;
+use std::slice;
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -205,7 +206,7 @@ fn queues_are_set_up_between_features_and_the_start_only() {
     let unset = QueueSetup { size: 64, ..QueueSetup::default() };
 
     driver.set_up(&queue);
-    assert_eq!(state(), [unset.clone()], "before features");
+    assert_eq!(state(), slice::from_ref(&unset), "before features");
     assert_eq!(driver.start(&queue), RUNNING);
     driver.set_up(&other);
     assert_eq!(state(), [queue], "while it runs");
