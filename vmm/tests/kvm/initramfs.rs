@@ -65,8 +65,7 @@ impl Archive {
         let inode = self.entries;
         // Magic, then: ino mode uid gid nlink mtime filesize devmajor devminor rdevmajor rdevminor
         // namesize check.
-        let fields =
-            [inode, mode, 0, 0, 1, 0, content_bytes, 0, 0, major, minor, path_bytes, 0];
+        let fields = [inode, mode, 0, 0, 1, 0, content_bytes, 0, 0, major, minor, path_bytes, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
             self.bytes.extend_from_slice(format!("{field:08x}").as_bytes());
