@@ -15,12 +15,6 @@ use serde::{Deserialize, Serialize};
 /// Where a worker finds its launch socket.
 pub const LAUNCH_FD: i32 = 3;
 
-/// Most bytes of one message.
-pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
-
-/// Most files beside one message: the kernel allows 253 (SCM_MAX_FD).
-pub const FILES_MAX: usize = 64;
-
 /// The machine a worker shall be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -1,3 +1,183 @@
 //! PID 1 of a guest.
+//!
+//! The kernel starts this program from the initramfs. It reads its configuration there, enters the
+//! image's root, starts the workload, copies its output to the console, and when the workload has
+//! ended reports how and powers off. What it does until the workload runs is most of what a guest
+//! waits for at boot, so it is one thread, and each system call before that is there for a reason.
+//!
+//! It must not fail by ending: the kernel panics if PID 1 does.
 
-fn main() {}
+// The `main` of the standard library first prepares for signals and stack overflows that this
+// program does not have; that is a dozen system calls.
+#![cfg_attr(not(test), no_main)]
+#![cfg_attr(test, expect(dead_code, reason = "tests run without a guest around them"))]
+
+mod config;
+mod console;
+mod identity;
+mod init;
+#[expect(unsafe_code, reason = "vsock addresses, which rustix does not have")]
+mod listener;
+mod output;
+#[expect(unsafe_code, reason = "I/O port access")]
+mod port;
+mod program;
+mod root;
+mod serve;
+mod session;
+#[expect(unsafe_code, reason = "signal masks and signalfd, which rustix does not have")]
+mod signals;
+#[expect(unsafe_code, reason = "clone3 and execve")]
+mod spawn;
+mod workload;
+
+use std::error::Error;
+use std::{io, panic};
+
+use ovum_agent_proto::config::GuestConfig;
+use ovum_agent_proto::report::{Exit, Failure, Phase, Report};
+use rustix::io::Errno;
+use rustix::system::RebootCommand;
+use rustix::{fs, process, system};
+
+use crate::config::ConfigError;
+use crate::listener::Listener;
+use crate::output::Output;
+use crate::port::Port;
+use crate::program::{Program, ProgramError, Refusal};
+use crate::root::{Root, RootError};
+use crate::serve::{Agent, Charge};
+use crate::signals::Signals;
+use crate::workload::{StartError, Workload};
+
+/// Why the guest has no workload.
+#[derive(Debug, thiserror::Error)]
+enum AgentError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Program(#[from] ProgramError),
+    #[error(transparent)]
+    Root(#[from] RootError),
+    #[error("Failed to prepare {what}")]
+    System {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+}
+
+#[cfg(not(test))]
+#[expect(unsafe_code, reason = "the C library calls the symbol `main`, of which there is one")]
+#[unsafe(no_mangle)]
+extern "C" fn main() -> i32 {
+    run()
+}
+
+/// The whole life of a guest. Returns only if it cannot be ended, or never was ours.
+fn run() -> i32 {
+    if !process::getpid().is_init() {
+        console::say(format_args!(
+            "this program mounts and powers off: it is for PID 1 of a guest"
+        ));
+        return 1;
+    }
+    let port = Port::open();
+    port.report(Report::Phase(Phase::AgentStarted));
+    // PID 1 must not end, so neither by a mistake of ours.
+    panic::set_hook(Box::new(move |panic| {
+        console::say(format_args!("{panic}"));
+        port.report(Report::Failed(Failure::System));
+        power_off();
+    }));
+    if let Err(error) = live(port) {
+        console::say(format_args!("{}", chain(&error)));
+        port.report(Report::Failed(error.failure()));
+    }
+    power_off();
+    1
+}
+
+/// Boots, serves, and reports how the workload ended.
+fn live(port: Port) -> Result<(), AgentError> {
+    root::devices()?;
+    console::open().map_err(system("the console"))?;
+    let config = config::read()?;
+    let program = Program::new(&config)?;
+    // Dropped last: what was written is on the disk before the power goes.
+    let _root = Root::enter(&config)?;
+    port.report(Report::Phase(Phase::RootMounted));
+    identity::assume(&config);
+
+    let signals = Signals::open().map_err(system("signals"))?;
+    let listener = if config.listen { listen(port) } else { None };
+    let exit = match start(&program, &config, port) {
+        Ok(charge) => Agent { port, signals, listener, charge }.serve(),
+        Err(StartError::Refused(Refusal { code, message })) => {
+            // As it would have ended from a shell.
+            console::say(format_args!("{message}"));
+            Exit { code, oom: false }
+        }
+        Err(StartError::System(errno)) => return Err(system("the workload's process")(errno)),
+    };
+    port.report(Report::Exit(exit));
+    Ok(())
+}
+
+/// Starts what the guest exists for.
+fn start(program: &Program, config: &GuestConfig, port: Port) -> Result<Charge, StartError> {
+    if program.is_init_system() {
+        port.report(Report::Phase(Phase::WorkloadStarted));
+        let stop_signal = init::hand_over(program, port)?;
+        return Ok(Charge::Init { stop_signal });
+    }
+    let Workload { pid, output } = Workload::start(program, config)?;
+    port.report(Report::Phase(Phase::WorkloadStarted));
+    Ok(Charge::Workload { pid, output: Output::new(output, port) })
+}
+
+/// Listens for the server. A guest that cannot be reached still has a workload to run.
+fn listen(port: Port) -> Option<Listener> {
+    match Listener::open() {
+        Ok(listener) => {
+            port.report(Report::Phase(Phase::AgentReady));
+            Some(listener)
+        }
+        Err(errno) => {
+            console::say(format_args!("agent cannot be reached: {errno}"));
+            None
+        }
+    }
+}
+
+fn power_off() {
+    fs::sync();
+    if let Err(errno) = system::reboot(RebootCommand::PowerOff) {
+        console::say(format_args!("power stays on: {errno}"));
+    }
+}
+
+fn system(what: &'static str) -> impl Fn(Errno) -> AgentError {
+    move |errno| AgentError::System { what, source: errno.into() }
+}
+
+impl AgentError {
+    fn failure(&self) -> Failure {
+        match self {
+            Self::Config(_) | Self::Program(_) => Failure::Config,
+            Self::Root(_) => Failure::Mount,
+            Self::System { .. } => Failure::System,
+        }
+    }
+}
+
+/// An error with everything that led to it, in one line.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

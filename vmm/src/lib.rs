@@ -8,6 +8,22 @@
 //! IA-32 Architectures Software Developer's Manual", volume 3 (SDM); "ACPI 6.5"; the KVM API as
 //! in Documentation/virt/kvm/api.rst of Linux 6.12.
 
-pub mod memory;
+pub mod machine;
+pub mod machine_error;
+pub mod machine_state;
 pub mod spec;
+
+pub mod events;
+pub mod vcpu;
+pub mod vcpu_state;
+
+pub mod arch;
+pub mod layout;
+pub mod memory;
+pub mod ports;
+pub mod reactor;
+pub mod slots;
 pub mod virtio;
+
+#[cfg(test)]
+mod testing;

@@ -1,6 +1,185 @@
-//! Guest memory.
+//! Guest memory: the one place that knows where it is, and tells those who have to follow.
+//!
+//! RAM is one memfd, mapped in as many ranges as the layout has. Everyone who keeps a picture of
+//! it (KVM's slots today; DMA maps, a dirty log, snapshots) is a [`MemoryListener`] and hears of
+//! each range before the guest can reach it.
 
-use vm_memory::GuestMemoryMmap;
+use std::fs::File;
+use std::io;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::Errno;
+use rustix::mm::{Advice, madvise};
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{
+    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
+};
+
+use crate::layout;
 
 /// Guest memory as devices see it.
 pub type Mem = GuestMemoryMmap<()>;
+
+/// The name of the memfd, by which a host's tools can tell guest memory from the worker's own.
+pub const MEMFD_NAME: &str = "guest-memory";
+
+/// Someone who keeps a picture of guest memory.
+pub trait MemoryListener {
+    /// A range is about to become part of the guest.
+    ///
+    /// # Errors
+    ///
+    /// What kept the listener from following; the range is then not added.
+    fn added(&mut self, range: MemoryRange) -> io::Result<()>;
+}
+
+/// One range of guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryRange {
+    /// Where the guest has it.
+    pub guest_start: u64,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// Where this process has it.
+    pub host_start: u64,
+}
+
+/// The memory of one machine.
+#[derive(Debug)]
+pub struct Memory {
+    mem: Mem,
+}
+
+/// Why there is no memory for a guest.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The memfd could not be made.
+    #[error("Failed to reserve {bytes} bytes of guest memory")]
+    Reserve {
+        /// How much was asked for.
+        bytes: u64,
+        /// What the kernel says.
+        #[source]
+        source: io::Error,
+    },
+    /// A range could not be mapped.
+    #[error("Failed to map guest memory at {guest_start:#x}, {bytes} bytes")]
+    Map {
+        /// Where in the guest.
+        guest_start: u64,
+        /// How long.
+        bytes: u64,
+        /// What vm-memory says.
+        #[source]
+        source: MmapRegionError,
+    },
+    /// A listener did not follow.
+    #[error("Failed to add guest memory at {guest_start:#x}, {bytes} bytes")]
+    Listener {
+        /// Where in the guest.
+        guest_start: u64,
+        /// How long.
+        bytes: u64,
+        /// What the listener says.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl Memory {
+    /// Reserves `bytes` of memory and tells `listener` of each range. The host gives pages when
+    /// the guest first touches them.
+    ///
+    /// # Errors
+    ///
+    /// [`MemoryError`]; nothing stays reserved.
+    pub fn new(bytes: u64, listener: &mut dyn MemoryListener) -> Result<Self, MemoryError> {
+        let reserve = |source: Errno| MemoryError::Reserve { bytes, source: source.into() };
+        let file = memfd_create(MEMFD_NAME, MemfdFlags::CLOEXEC).map_err(reserve)?;
+        ftruncate(&file, bytes).map_err(reserve)?;
+        let file = File::from(file);
+        let mut regions = Vec::new();
+        let mut offset = 0;
+        for (guest_start, range_bytes) in layout::ram_ranges(bytes) {
+            let clone =
+                file.try_clone().map_err(|source| MemoryError::Reserve { bytes, source })?;
+            regions.push(map(FileOffset::new(clone, offset), guest_start, range_bytes)?);
+            offset += range_bytes;
+        }
+        let mem = Mem::from_regions(regions).expect("the layout's ranges are sorted and apart");
+        for region in mem.iter() {
+            let range = MemoryRange {
+                guest_start: region.start_addr().raw_value(),
+                bytes: region.len(),
+                host_start: region.as_ptr() as u64,
+            };
+            let MemoryRange { guest_start, bytes, .. } = range;
+            listener.added(range).map_err(|source| MemoryError::Listener {
+                guest_start,
+                bytes,
+                source,
+            })?;
+        }
+        Ok(Self { mem })
+    }
+
+    /// What devices and loaders work with.
+    pub fn mem(&self) -> &Mem {
+        &self.mem
+    }
+}
+
+fn map(file: FileOffset, guest_start: u64, bytes: u64) -> Result<GuestRegionMmap<()>, MemoryError> {
+    let length = usize::try_from(bytes).expect("usize is 64 bits wide");
+    let mapping = MmapRegion::from_file(file, length).map_err(|source| MemoryError::Map {
+        guest_start,
+        bytes,
+        source,
+    })?;
+    advise(&mapping);
+    Ok(GuestRegionMmap::new(mapping, GuestAddress(guest_start))
+        .expect("the layout's ranges end below 2^64"))
+}
+
+/// Huge pages where the host allows them, and no guest memory in a core dump.
+///
+/// Advice only: a kernel that was built without either is no reason not to run.
+fn advise(mapping: &MmapRegion<()>) {
+    for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump] {
+        let start = mapping.as_ptr().cast();
+        // SAFETY: the range is exactly that of a live mapping, and neither advice changes what
+        // the memory holds or whether it may be accessed.
+        #[expect(unsafe_code, reason = "madvise takes a raw range")]
+        let _ = unsafe { madvise(start, mapping.size(), advice) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    struct Seen(Vec<(u64, u64)>);
+
+    impl MemoryListener for Seen {
+        fn added(&mut self, range: MemoryRange) -> io::Result<()> {
+            self.0.push((range.guest_start, range.bytes));
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn six_gib_lie_around_the_hole_and_are_told_to_listeners() {
+        let mut seen = Seen(Vec::new());
+        let memory = Memory::new(6 << 30, &mut seen).unwrap();
+
+        assert_eq!(seen.0, layout::ram_ranges(6 << 30));
+        let mem = memory.mem();
+        mem.write_obj(7_u64, GuestAddress(layout::HOLE_START - 8)).unwrap();
+        mem.write_obj(8_u64, GuestAddress(layout::HIGH_RAM_START)).unwrap();
+        assert!(mem.write_obj(9_u64, GuestAddress(layout::HOLE_START)).is_err());
+        assert_eq!(mem.read_obj::<u64>(GuestAddress(layout::HOLE_START - 8)).unwrap(), 7);
+    }
+}

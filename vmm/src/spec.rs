@@ -71,3 +71,75 @@ pub struct MachineFiles {
     /// `CONNECT <port>\n` and reads `OK <host port>\n`. Needed if the spec has a vsock address.
     pub vsock: Option<UnixListener>,
 }
+
+/// Why no machine can be what a description asks for.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// No vCPU, or too many.
+    #[error("vcpus is {vcpus}: a machine has 1 to {VCPUS_MAX}")]
+    Vcpus {
+        /// What was asked for.
+        vcpus: u8,
+    },
+    /// Too little memory, too much, or not a whole number of steps.
+    #[error(
+        "memory_bytes is {bytes}: it has to be {MEMORY_BYTES_MIN} to {MEMORY_BYTES_MAX}, \
+         a multiple of {MEMORY_BYTES_STEP}"
+    )]
+    Memory {
+        /// What was asked for.
+        bytes: u64,
+    },
+    /// More disks than names for them.
+    #[error("{disks} disks: a machine has at most {DISKS_MAX}")]
+    Disks {
+        /// What was asked for.
+        disks: usize,
+    },
+    /// Disks and the files behind them do not match.
+    #[error("{disks} disks and {files} files for them")]
+    DiskFiles {
+        /// In the description.
+        disks: usize,
+        /// Handed over.
+        files: usize,
+    },
+    /// An address that is not a guest's.
+    #[error("vsock_cid is {cid}: guests have 3 to {}", u32::MAX - 1)]
+    VsockCid {
+        /// What was asked for.
+        cid: u32,
+    },
+    /// An address without a listening socket.
+    #[error("vsock_cid is set, and no listening socket came with it")]
+    VsockListener,
+}
+
+impl MachineSpec {
+    /// Whether a machine can be this, with these files.
+    ///
+    /// # Errors
+    ///
+    /// The first [`SpecError`] found.
+    pub fn check(&self, files: &MachineFiles) -> Result<(), SpecError> {
+        let Self { vcpus, memory_bytes, cmdline: _, disks, vsock_cid, serial: _ } = self;
+        if !(1..=VCPUS_MAX).contains(vcpus) {
+            return Err(SpecError::Vcpus { vcpus: *vcpus });
+        }
+        let in_range = (MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(memory_bytes);
+        if !in_range || !memory_bytes.is_multiple_of(MEMORY_BYTES_STEP) {
+            return Err(SpecError::Memory { bytes: *memory_bytes });
+        }
+        if disks.len() > DISKS_MAX {
+            return Err(SpecError::Disks { disks: disks.len() });
+        }
+        if disks.len() != files.disks.len() {
+            return Err(SpecError::DiskFiles { disks: disks.len(), files: files.disks.len() });
+        }
+        match vsock_cid {
+            Some(cid @ (0..=2 | u32::MAX)) => Err(SpecError::VsockCid { cid: *cid }),
+            Some(_) if files.vsock.is_none() => Err(SpecError::VsockListener),
+            _ => Ok(()),
+        }
+    }
+}

@@ -4,14 +4,24 @@
 //! being the same for every device. A [`Device`] says what it is and serves a queue when told to.
 //! Section numbers are those of "Virtual I/O Device (VIRTIO) Version 1.3".
 
+pub mod blk;
+#[expect(unsafe_code, reason = "hands guest memory to the kernel as iovecs")]
+pub mod buffers;
+pub mod console;
+pub mod entropy;
+pub mod mmio;
 pub mod ring;
+pub mod task;
+pub mod vsock;
 
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::BorrowedFd;
 
 use crate::memory::Mem;
+use blk::BlkState;
 use ring::Ring;
+use vsock::VsockState;
 
 /// One kind of virtio device, without its transport.
 ///
@@ -203,4 +213,8 @@ pub enum Fault {
 pub enum DeviceState {
     /// A device with nothing to remember beside its queues.
     Stateless,
+    /// A disk.
+    Blk(BlkState),
+    /// A vsock device.
+    Vsock(VsockState),
 }

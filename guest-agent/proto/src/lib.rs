@@ -12,3 +12,6 @@ pub mod report;
 /// Version of everything in this crate. Both sides come from one build; a guest that was started
 /// by an older server says so in its hello.
 pub const VERSION: u32 = 1;
+
+/// The vsock port on which the agent listens for the host.
+pub const AGENT_PORT: u32 = 1024;

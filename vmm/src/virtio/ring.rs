@@ -4,9 +4,11 @@
 //! order. The ring counts nothing itself: what is in flight is the device's to know.
 //! Virtio 1.3, 2.7 "Split Virtqueues".
 
-use virtio_queue::{DescriptorChain, Queue, QueueT};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 
-use super::Fault;
+use super::buffers::Buffers;
+use super::task::QueueState;
+use super::{Fault, Served};
 use crate::memory::Mem;
 
 /// Descriptors of one request, in guest memory.
@@ -30,6 +32,11 @@ impl Ring {
         &mut self.queue
     }
 
+    /// Where it stands.
+    pub fn state(&self) -> QueueState {
+        QueueState { next_avail: self.queue.next_avail(), next_used: self.queue.next_used() }
+    }
+
     /// Its number within the device.
     pub fn index(&self) -> u16 {
         self.index
@@ -43,6 +50,59 @@ impl Ring {
     /// Its size in descriptors, which also bounds one turn of service.
     pub fn size(&self) -> u16 {
         self.queue.size()
+    }
+
+    /// Serves what is available, at most one queue's worth: `each` is given the head and the memory
+    /// of one request after the other. The driver's kicks are off while this runs, and on again
+    /// once nothing is left; after [`Answer::Blocked`] they stay off, for the device knows best
+    /// when to go on.
+    ///
+    /// # Errors
+    ///
+    /// What `each` says, or a fault of the rings themselves.
+    pub fn serve<'m>(
+        &mut self,
+        mem: &'m Mem,
+        mut each: impl FnMut(u16, Buffers<'m>) -> Result<Answer, Fault>,
+    ) -> Result<Served, Fault> {
+        let mut served = Served::NOTHING;
+        if !self.ready() {
+            return Ok(served);
+        }
+        self.disarm(mem)?;
+        for _ in 0..self.size() {
+            let Some((head, buffers)) = self.take(mem)? else {
+                if self.arm(mem)? {
+                    self.disarm(mem)?;
+                    continue;
+                }
+                return Ok(served);
+            };
+            match each(head, buffers)? {
+                Answer::Used { written_bytes } => {
+                    self.push(mem, head, written_bytes)?;
+                    served = served.and(Served::used(self.index));
+                }
+                Answer::InFlight => {}
+                Answer::Blocked => {
+                    self.unpop();
+                    return Ok(served);
+                }
+            }
+        }
+        Ok(served.and(Served::again(self.index)))
+    }
+
+    /// Takes the next request, if there is one: its head and its memory.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Ring::pop`] and [`Buffers::walk`].
+    pub fn take<'m>(&mut self, mem: &'m Mem) -> Result<Option<(u16, Buffers<'m>)>, Fault> {
+        let Some(chain) = self.pop(mem)? else { return Ok(None) };
+        let head = chain.head_index();
+        let buffers = Buffers::walk(chain, mem, self.index, self.size())?;
+        Ok(Some((head, buffers)))
     }
 
     /// Takes the next request, if there is one.
@@ -104,4 +164,19 @@ impl Ring {
     fn fault(&self, source: virtio_queue::Error) -> Fault {
         Fault::Queue { index: self.index, source }
     }
+}
+
+/// What became of a request that [`Ring::serve`] handed out.
+#[must_use]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// Done, with so many bytes written to its device-writable part.
+    Used {
+        /// Counted from the front of the writable part.
+        written_bytes: u32,
+    },
+    /// Kept by the device, which pushes it later.
+    InFlight,
+    /// Not now: the request is still the next one. The device serves the queue again by itself.
+    Blocked,
 }

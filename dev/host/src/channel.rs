@@ -1,0 +1,150 @@
+//! The streams between us and the emulated host: sockets here, virtio-serial ports inside.
+//!
+//! Kernel messages go elsewhere, so nothing but what the command wrote comes through. QEMU holds
+//! the other end of each socket as the chardev of one port; port numbers are the ones `init.sh`
+//! opens.
+
+use std::io::{self, BufRead, BufReader, ErrorKind, IsTerminal, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::Sender;
+use std::thread;
+
+use anyhow::{Context, Result};
+use rustix::io::FdFlags;
+
+/// Bytes moved at once.
+const CHUNK_BYTES: usize = 64 << 10;
+
+/// Our end of a port, and QEMU's until it is started.
+#[derive(Debug)]
+pub struct Port {
+    ours: UnixStream,
+    theirs: OwnedFd,
+}
+
+impl Port {
+    /// Makes a pair whose far end a child process inherits.
+    ///
+    /// # Errors
+    ///
+    /// If the process has no fd left.
+    pub fn new() -> Result<Self> {
+        let (ours, theirs) = UnixStream::pair().context("Failed to make a socket pair")?;
+        let theirs = OwnedFd::from(theirs);
+        rustix::io::fcntl_setfd(&theirs, FdFlags::empty()).context("Failed to share a socket")?;
+        Ok(Self { ours, theirs })
+    }
+
+    /// The number under which QEMU finds its end.
+    #[must_use]
+    pub fn fd(&self) -> i32 {
+        self.theirs.as_raw_fd()
+    }
+
+    /// Gives up QEMU's end, so that the stream ends when QEMU does.
+    #[must_use]
+    pub fn started(self) -> UnixStream {
+        self.ours
+    }
+}
+
+/// What comes from inside, in the order it came on each port.
+#[derive(Debug)]
+pub enum Event {
+    /// The command is about to run.
+    Started,
+    /// The command ended, having written this many bytes.
+    Exited { status: u8, stdout_bytes: u64, stderr_bytes: u64 },
+    /// The machine is gone.
+    Gone,
+    /// This many bytes of the command's output reached ours.
+    Passed { stream: Stream, bytes: u64 },
+    /// Our own output takes no more, so that there is nobody left to run the command for.
+    Unheard,
+}
+
+/// One of the command's outputs.
+#[derive(Debug, Clone, Copy)]
+pub enum Stream {
+    Stdout,
+    Stderr,
+}
+
+/// Turns what PID 1 inside writes, one line each, into events.
+pub fn listen(port: UnixStream, events: Sender<Event>) {
+    thread::spawn(move || {
+        let lines = BufReader::new(port).lines().map_while(Result::ok);
+        for event in lines.filter_map(|line| parse(&line)).chain([Event::Gone]) {
+            if events.send(event).is_err() {
+                break;
+            }
+        }
+    });
+}
+
+fn parse(line: &str) -> Option<Event> {
+    let mut words = line.split_whitespace();
+    match words.next()? {
+        "started" => Some(Event::Started),
+        "exited" => Some(Event::Exited {
+            status: words.next()?.parse().ok()?,
+            stdout_bytes: words.next()?.parse().ok()?,
+            stderr_bytes: words.next()?.parse().ok()?,
+        }),
+        _ => None,
+    }
+}
+
+/// Copies one output of the command to the same one of ours, unbuffered.
+///
+/// When ours is slow the port fills up and the command inside waits.
+pub fn pass(stream: Stream, mut port: UnixStream, events: Sender<Event>) {
+    thread::spawn(move || {
+        let mut chunk = vec![0; CHUNK_BYTES];
+        loop {
+            let bytes = match port.read(&mut chunk) {
+                Ok(0) => break,
+                Ok(bytes) => bytes,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                // QEMU died with bytes unread; the status port says so too.
+                Err(_) => break,
+            };
+            let event = match write(stream, &chunk[..bytes]) {
+                Ok(()) => Event::Passed { stream, bytes: bytes as u64 },
+                Err(_) => Event::Unheard,
+            };
+            if events.send(event).is_err() {
+                break;
+            }
+        }
+    });
+}
+
+fn write(stream: Stream, bytes: &[u8]) -> io::Result<()> {
+    match stream {
+        Stream::Stdout => {
+            let mut stdout = io::stdout().lock();
+            stdout.write_all(bytes)?;
+            stdout.flush()
+        }
+        Stream::Stderr => io::stderr().lock().write_all(bytes),
+    }
+}
+
+/// Copies our stdin to `port`, then ends it. A terminal is not read: the command sees the end at
+/// once.
+///
+/// The end is a shutdown and the socket stays open as long as we live, because QEMU drops what it
+/// has not yet read from a socket that was closed.
+pub fn feed(mut port: UnixStream) {
+    thread::spawn(move || {
+        // If writing fails the machine is gone, and then there is nobody left to tell.
+        if !io::stdin().is_terminal() {
+            let _ = io::copy(&mut io::stdin().lock(), &mut port);
+        }
+        let _ = port.shutdown(Shutdown::Write);
+        thread::park();
+    });
+}

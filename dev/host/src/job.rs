@@ -1,0 +1,54 @@
+//! The command as the shell inside runs it: same words, same folder, the environment that matters.
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+
+use anyhow::{Context, Result};
+
+/// Variables that go along, and prefixes of more of them.
+const NAMES: &[&str] = &["PATH", "HOME", "TERM", "USER", "LANG", "NO_COLOR"];
+const PREFIXES: &[&str] = &["CARGO", "RUST", "OVUM", "LC_"];
+
+/// Returns a script that becomes `command`.
+///
+/// # Errors
+///
+/// If the working directory cannot be told.
+pub fn script(command: &[OsString]) -> Result<Vec<u8>> {
+    let folder = env::current_dir().context("Failed to read the working directory")?;
+    let mut script = Vec::new();
+    for (name, value) in env::vars_os().filter(|(name, _)| passes(name)) {
+        script.extend_from_slice(b"export ");
+        script.extend_from_slice(name.as_bytes());
+        script.push(b'=');
+        quote(&mut script, &value);
+        script.push(b'\n');
+    }
+    script.extend_from_slice(b"cd ");
+    quote(&mut script, folder.as_os_str());
+    script.extend_from_slice(b" || exit 126\nexec");
+    for word in command {
+        script.push(b' ');
+        quote(&mut script, word);
+    }
+    script.push(b'\n');
+    Ok(script)
+}
+
+fn passes(name: &OsStr) -> bool {
+    let Some(name) = name.to_str() else { return false };
+    let is_word = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+    is_word && (NAMES.contains(&name) || PREFIXES.iter().any(|prefix| name.starts_with(prefix)))
+}
+
+fn quote(script: &mut Vec<u8>, word: &OsStr) {
+    script.push(b'\'');
+    for &byte in word.as_bytes() {
+        match byte {
+            b'\'' => script.extend_from_slice(b"'\\''"),
+            _ => script.push(byte),
+        }
+    }
+    script.push(b'\'');
+}

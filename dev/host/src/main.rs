@@ -1,0 +1,76 @@
+//! Runs a command on a KVM host: this machine if it can, an emulated one otherwise.
+//!
+//! `options` reads what was asked and `host` decides where the command runs. If this machine
+//! cannot, `kernel`, `modules`, `initramfs` and `job` make what the emulated one boots (kept by
+//! `cache`, packed by `cpio`), `machine` runs it, and `channel` carries the command's streams.
+
+mod cache;
+mod channel;
+mod cpio;
+mod host;
+mod initramfs;
+mod job;
+mod kernel;
+mod machine;
+mod modules;
+mod options;
+
+use std::env;
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result};
+
+use crate::cache::Cache;
+use crate::host::Host;
+use crate::kernel::Kernel;
+use crate::machine::Machine;
+use crate::options::{Options, Request, USAGE};
+
+/// What Debian calls the things that the emulated host is made with.
+const PACKAGES: &[&str] = &["busybox-static", "e2fsprogs", "qemu-system-x86", "xz-utils"];
+/// Our own failure, as `ssh` and `chroot` have one apart from the command's.
+const STATUS_FAILED: u8 = 125;
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            eprintln!("in-host: {error:#}");
+            ExitCode::from(STATUS_FAILED)
+        }
+    }
+}
+
+fn run() -> Result<u8> {
+    let options = Options::parse(env::args_os().skip(1))?;
+    match &options.request {
+        Request::Help => print!("{USAGE}"),
+        Request::Packages => println!("{}", PACKAGES.join(" ")),
+        Request::Run(command) => {
+            let choice = host::choose()?;
+            eprintln!("in-host: {}", choice.reason);
+            return match choice.host {
+                Host::Native => native(command),
+                Host::Emulated => emulated(&options, command),
+            };
+        }
+    }
+    Ok(0)
+}
+
+/// Becomes the command; returns only if that fails.
+fn native(command: &[OsString]) -> Result<u8> {
+    let (program, arguments) = command.split_first().context("No command given")?;
+    let error = Command::new(program).args(arguments).exec();
+    Err(error).with_context(|| format!("Failed to run {}", program.display()))
+}
+
+fn emulated(options: &Options, command: &[OsString]) -> Result<u8> {
+    let cache = Cache::open()?;
+    let kernel = Kernel::ready(&cache)?;
+    let initramfs = initramfs::ready(&cache, &kernel)?;
+    let initramfs = initramfs::with_job(&initramfs, &job::script(command)?)?;
+    Machine::start(options, &kernel, &initramfs)?.wait()
+}

@@ -1,0 +1,112 @@
+//! Who the guest is: its name, its address to itself, its time.
+//!
+//! None of this can fail a boot. What is refused is said on the console.
+
+use std::fs;
+use std::io::ErrorKind;
+
+use ovum_agent_proto::config::GuestConfig;
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::time::{ClockId, Timespec};
+use rustix::{net, system, time};
+
+use crate::console;
+
+/// A clock that is less than this wrong is left alone, being more exact than the configuration:
+/// that was written before the machine was built.
+const CLOCK_ERROR_NS_MAX: i128 = 1_000_000_000;
+
+const NS_PER_S: i128 = 1_000_000_000;
+
+/// Gives the guest its identity.
+pub(crate) fn assume(config: &GuestConfig) {
+    let steps = [
+        ("host name", system::sethostname(config.hostname.as_bytes())),
+        ("loopback", loopback_up()),
+        ("clock", set_clock(config.realtime_ns)),
+    ];
+    for (what, done) in steps {
+        if let Err(errno) = done {
+            console::say(format_args!("{what} is not set: {errno}"));
+        }
+    }
+    name_files(&config.hostname);
+}
+
+/// Writes /etc/hostname, and /etc/hosts if the image has none: programs look up their own name.
+fn name_files(hostname: &str) {
+    let name = format!("{hostname}\n");
+    let hosts = format!(
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{hostname}\n"
+    );
+    // What an image says about its host name is where it was built.
+    let named = fs::read("/etc/hostname").is_ok_and(|present| present == name.as_bytes());
+    let has_hosts = fs::metadata("/etc/hosts").is_ok_and(|file| file.len() > 0);
+    let wanted = [("/etc/hostname", named, name), ("/etc/hosts", has_hosts, hosts)];
+    for (path, present, content) in wanted {
+        if present {
+            continue;
+        }
+        match fs::write(path, content) {
+            // Without /etc there is no program that reads it.
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                console::say(format_args!("{path} is not written: {error}"));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Sets the clock if the kernel found none, or a wrong one.
+fn set_clock(realtime_ns: u64) -> Result<(), Errno> {
+    let Timespec { tv_sec, tv_nsec } = time::clock_gettime(ClockId::Realtime);
+    let wanted_ns = i128::from(realtime_ns);
+    let error_ns = wanted_ns - (i128::from(tv_sec) * NS_PER_S + i128::from(tv_nsec));
+    if error_ns.abs() <= CLOCK_ERROR_NS_MAX {
+        return Ok(());
+    }
+    let whole = |ns| i64::try_from(ns).map_err(|_| Errno::INVAL);
+    let wanted =
+        Timespec { tv_sec: whole(wanted_ns / NS_PER_S)?, tv_nsec: whole(wanted_ns % NS_PER_S)? };
+    time::clock_settime(ClockId::Realtime, wanted)
+}
+
+/// Sets the loopback interface up. The kernel then gives it its addresses by itself.
+///
+/// One RTM_NEWLINK request (rtnetlink(7)), for interface 1: loopback is the first in every network
+/// namespace.
+fn loopback_up() -> Result<(), Errno> {
+    const RTM_NEWLINK: u16 = 16;
+    const NLM_F_REQUEST_ACK: u16 = 0x1 | 0x4;
+    const IFF_UP: u32 = 1;
+    const REQUEST_BYTES: u32 = 32;
+    const ERROR_AT: usize = 16;
+
+    let mut request = Vec::with_capacity(32);
+    // struct nlmsghdr: length, type, flags, sequence, port
+    request.extend_from_slice(&REQUEST_BYTES.to_ne_bytes());
+    request.extend_from_slice(&RTM_NEWLINK.to_ne_bytes());
+    request.extend_from_slice(&NLM_F_REQUEST_ACK.to_ne_bytes());
+    request.extend_from_slice(&[0; 8]);
+    // struct ifinfomsg: family and type unspecified, index, flags, which flags to change
+    request.extend_from_slice(&[0; 4]);
+    request.extend_from_slice(&1_i32.to_ne_bytes());
+    request.extend_from_slice(&IFF_UP.to_ne_bytes());
+    request.extend_from_slice(&IFF_UP.to_ne_bytes());
+
+    // Without a protocol, which is number 0: NETLINK_ROUTE.
+    let socket =
+        net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
+    net::send(&socket, &request, SendFlags::empty())?;
+    // The request was carried out within `send`; the answer is there.
+    let mut answer = [0; 256];
+    let (bytes, _) = net::recv(&socket, &mut answer, RecvFlags::DONTWAIT)?;
+    match answer[..bytes].get(ERROR_AT..).and_then(|rest| rest.first_chunk()) {
+        Some(error) => match i32::from_ne_bytes(*error) {
+            0 => Ok(()),
+            error => Err(Errno::from_raw_os_error(-error)),
+        },
+        None => Err(Errno::PROTO),
+    }
+}

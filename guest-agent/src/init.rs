@@ -1,0 +1,64 @@
+//! Init systems: images whose program insists on being PID 1.
+//!
+//! The agent forks. The parent, PID 1, becomes the init system, on the console, without a pipe; the
+//! child goes on serving. Two things are lost by that. Output passes the agent by, so the first of
+//! it is not reported; and PID 1 does not end before the guest does, so there is no exit status:
+//! when the init system tells everything to end, the agent reports success in its name.
+
+use std::fs;
+
+use rustix::process;
+use rustix::process::Signal;
+
+use crate::port::Port;
+use crate::program::{Program, Search};
+use crate::workload::StartError;
+use crate::{console, spawn};
+
+/// systemd powers off at SIGRTMIN+4 (systemd(1), "Signals"); SIGTERM makes it start over.
+const SYSTEMD_STOP: u8 = 34 + 4;
+
+/// The init of busybox powers off at SIGUSR2. Others are killed when their grace is over.
+const OTHER_STOP: u8 = 12;
+
+/// Divides this process in two. Returns in the child, with the signal at which the init system
+/// powers the guest off; the parent becomes `program`.
+///
+/// # Errors
+///
+/// In the parent, with the child gone, if the program cannot be run.
+pub(crate) fn hand_over(program: &Program, port: Port) -> Result<u8, StartError> {
+    match spawn::fork().map_err(StartError::System)? {
+        None => {
+            // The kernel never kills PID 1 for its memory; its child has to ask.
+            if let Err(error) = fs::write("/proc/self/oom_score_adj", "-1000") {
+                console::say(format_args!("agent may be killed if memory is short: {error}"));
+            }
+            process::setsid().map_err(StartError::System)?;
+            Ok(stop_signal(program.name()))
+        }
+        Some(child) => {
+            let search = become_init(program);
+            // Still here, so there is nothing to serve for the child, and our own reports go on.
+            let _ = process::kill_process(child, Signal::KILL);
+            port.reopen();
+            Err(StartError::Refused(program.refusal(search)))
+        }
+    }
+}
+
+/// Returns only if the program cannot be run.
+fn become_init(program: &Program) -> Search {
+    if let Err(errno) = console::take_input() {
+        console::say(format_args!("init system has no terminal: {errno}"));
+    }
+    spawn::exec(program)
+}
+
+/// The signal at which the init system at `path` powers the guest off.
+fn stop_signal(path: &str) -> u8 {
+    match fs::canonicalize(path) {
+        Ok(program) if program.ends_with("systemd") => SYSTEMD_STOP,
+        _ => OTHER_STOP,
+    }
+}

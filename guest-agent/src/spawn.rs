@@ -1,0 +1,280 @@
+//! Starting a program: `clone3`, a few calls in the child, `execve`.
+//!
+//! The child borrows our memory until it has become the program, and we sleep until then, as with
+//! `vfork`: no page table is copied and no page is copied on a write afterwards, which at this
+//! point of a boot would be most of the cost. The kernel puts the child into its cgroup on the
+//! way: moving it later would wait for an RCU grace period.
+//!
+//! Borrowing memory also makes the error path short: the child writes why `execve` was refused
+//! into a variable of ours.
+
+use std::arch::asm;
+use std::ffi::{CString, c_char};
+use std::io::Error;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
+
+use rustix::io::Errno;
+use rustix::process::Pid;
+use rustix::{process, stdio};
+
+use crate::port::Port;
+use crate::program::{Program, Search};
+use crate::signals;
+
+/// Stack of the child: it calls a handful of system calls and, in a debug build, not much more.
+const STACK_BYTES: usize = 64 << 10;
+
+/// The ABI wants stacks aligned to this many bytes at a call.
+const STACK_ALIGN: usize = 16;
+
+/// CLONE_INTO_CGROUP (clone(2)), for which the libc crate has too narrow a type.
+const CLONE_INTO_CGROUP: u64 = 1 << 33;
+
+/// Exit status of a child that became no program. Nobody sees it: `Plan::refused` says more.
+const NOTHING_RAN: i32 = 127;
+
+/// `struct clone_args` (clone(2)).
+#[repr(C)]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// Everything the child needs, made by the parent: the child may not allocate.
+struct Plan<'a> {
+    program: &'a Program,
+    argv: Vec<*const c_char>,
+    env: Vec<*const c_char>,
+    output: BorrowedFd<'a>,
+    /// Written by the child, if it became no program.
+    refused: Option<Search>,
+}
+
+/// Why no process runs the program.
+#[derive(Debug)]
+pub(crate) enum SpawnError {
+    /// There was no process.
+    Clone(Errno),
+    /// There was one, and the kernel refused to run the program in it.
+    Exec(Search),
+}
+
+/// Runs `program` in a new process and session, in the working directory of this one, with
+/// `output` as standard output and error and our standard input. No other descriptor of ours
+/// reaches it, since all of them close on exec.
+pub(crate) fn spawn(
+    program: &Program,
+    output: BorrowedFd<'_>,
+    cgroup: Option<BorrowedFd<'_>>,
+) -> Result<Pid, SpawnError> {
+    let mut plan = Plan {
+        program,
+        argv: pointers(program.argv()),
+        env: pointers(program.env()),
+        output,
+        refused: None,
+    };
+    let mut stack = Vec::<u8>::with_capacity(STACK_BYTES + STACK_ALIGN);
+    let misaligned = stack.as_ptr().align_offset(STACK_ALIGN);
+    let stack_start = stack.as_mut_ptr().wrapping_add(misaligned);
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK;
+    let mut args = CloneArgs {
+        flags: u64::from(flags.unsigned_abs()),
+        exit_signal: u64::from(libc::SIGCHLD.unsigned_abs()),
+        stack: stack_start.addr() as u64,
+        stack_size: STACK_BYTES as u64,
+        ..CloneArgs::default()
+    };
+    if let Some(cgroup) = cgroup {
+        args.flags |= CLONE_INTO_CGROUP;
+        args.cgroup = u64::from(cgroup.as_raw_fd().unsigned_abs());
+    }
+
+    let pid = clone_into(&args, &mut plan).map_err(SpawnError::Clone)?;
+    drop(stack);
+    match plan.refused {
+        None => Ok(pid),
+        Some(search) => Err(SpawnError::Exec(search)),
+    }
+}
+
+/// Becomes `program`, in this process. Returns only if that is refused.
+pub(crate) fn exec(program: &Program) -> Search {
+    Plan {
+        program,
+        argv: pointers(program.argv()),
+        env: pointers(program.env()),
+        output: stdio::stdout(),
+        refused: None,
+    }
+    .exec()
+}
+
+/// Duplicates this process, with its memory. Returns the child's id, and nothing in the child.
+pub(crate) fn fork() -> Result<Option<Pid>, Errno> {
+    // SAFETY: this program has one thread, so the child finds no lock that nobody will release.
+    match unsafe { libc::fork() } {
+        -1 => Err(Errno::AGAIN),
+        pid => Ok(Pid::from_raw(pid)),
+    }
+}
+
+/// `clone3` with a child that runs [`child`] on a stack of its own.
+fn clone_into(args: &CloneArgs, plan: &mut Plan<'_>) -> Result<Pid, Errno> {
+    let returned: i64;
+    // SAFETY: the child runs on `args.stack`, which the caller keeps alive and uses for nothing
+    // else, so no frame of ours changes; it starts with a call to `child`, which gets the plan
+    // that we lend it and never returns. Until it has executed a program or exited we are stopped
+    // (CLONE_VFORK), so nobody else uses the plan, or the rest of our memory, meanwhile.
+    unsafe {
+        asm!(
+            "syscall",
+            "test rax, rax",
+            "jnz 2f",
+            "xor ebp, ebp",
+            "mov rdi, r12",
+            "call r13",
+            "ud2",
+            "2:",
+            inlateout("rax") libc::SYS_clone3 => returned,
+            in("rdi") ptr::from_ref(args),
+            in("rsi") size_of::<CloneArgs>(),
+            in("r12") ptr::from_mut(plan),
+            in("r13") child as extern "C" fn(&mut Plan<'_>) -> !,
+            lateout("rcx") _,
+            lateout("r11") _,
+        );
+    }
+    let returned = i32::try_from(returned).map_err(|_| Errno::INVAL)?;
+    Pid::from_raw(returned)
+        .filter(|_| returned > 0)
+        .ok_or_else(|| Errno::from_raw_os_error(returned.wrapping_neg()))
+}
+
+/// What the child does.
+extern "C" fn child(plan: &mut Plan<'_>) -> ! {
+    let ready = process::setsid()
+        .and_then(|_| stdio::dup2_stdout(plan.output))
+        .and_then(|()| stdio::dup2_stderr(plan.output));
+    let search = match ready {
+        Ok(()) => plan.exec(),
+        Err(errno) => Search::ended(errno),
+    };
+    plan.refused = Some(search);
+    // SAFETY: ends this process without running what the parent registered for its own exit.
+    unsafe { libc::_exit(NOTHING_RAN) }
+}
+
+impl Plan<'_> {
+    /// Becomes the program. Returns only if that is refused.
+    fn exec(&self) -> Search {
+        Port::close();
+        signals::unblock();
+        let mut search = Search::default();
+        for path in self.program.candidates() {
+            // SAFETY: the path and the strings behind both arrays end in a NUL and the arrays in a
+            // null pointer; the program owns the strings and the plan the arrays.
+            unsafe { libc::execve(path.as_ptr(), self.argv.as_ptr(), self.env.as_ptr()) };
+            let errno = Errno::from_io_error(&Error::last_os_error()).unwrap_or(Errno::IO);
+            if !search.refused(errno) {
+                break;
+            }
+        }
+        search
+    }
+}
+
+fn pointers(strings: &[CString]) -> Vec<*const c_char> {
+    strings.iter().map(|string| string.as_ptr()).chain([ptr::null()]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::read_to_string;
+    use std::os::fd::AsFd;
+
+    use ovum_agent_proto::config::GuestConfig;
+    use rustix::pipe::{PipeFlags, pipe_with};
+    use rustix::process::{WaitOptions, waitpid};
+
+    use super::*;
+    use crate::signals::Signals;
+
+    /// Runs `argv`, found by `path`; returns what it wrote and its exit status, or its refusal's.
+    fn run(argv: &[&str], path: &str) -> Result<(String, i32), (u8, String)> {
+        let config = GuestConfig {
+            version: 1,
+            hostname: "guest".into(),
+            root_device: "/dev/vda".into(),
+            overlay_device: None,
+            argv: argv.iter().map(ToString::to_string).collect(),
+            env: vec![("PATH".into(), path.into()), ("GREETING".into(), "hello".into())],
+            working_dir: "/".into(),
+            listen: false,
+            realtime_ns: 0,
+        };
+        let program = Program::new(&config).unwrap();
+        let (output, input) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let pid = match spawn(&program, input.as_fd(), None) {
+            Ok(pid) => pid,
+            Err(SpawnError::Exec(search)) => {
+                let refusal = program.refusal(search);
+                return Err((refusal.code, refusal.message));
+            }
+            Err(SpawnError::Clone(errno)) => panic!("{errno}"),
+        };
+        drop(input);
+        let output = read_to_string(File::from(output)).unwrap();
+        let (_, status) = waitpid(Some(pid), WaitOptions::empty()).unwrap().unwrap();
+        Ok((output, status.exit_status().unwrap()))
+    }
+
+    #[test]
+    fn a_program_gets_its_arguments_environment_and_both_streams() {
+        let script = "echo $GREETING $1; echo there >&2; exit 7";
+
+        let ran = run(&["/bin/sh", "-c", script, "sh", "you"], "/bin").unwrap();
+
+        assert_eq!(ran, ("hello you\nthere\n".to_owned(), 7));
+    }
+
+    /// Candidates that fail before the right one leave no trace.
+    #[test]
+    fn the_search_goes_on_until_a_program_runs() {
+        let ran = run(&["sh", "-c", "echo found"], "/nowhere:/etc/passwd:/etc:/bin").unwrap();
+
+        assert_eq!(ran, ("found\n".to_owned(), 0));
+    }
+
+    #[test]
+    fn a_child_that_became_no_program_says_why() {
+        assert_eq!(run(&["sh"], "/nowhere"), Err((127, "sh: not found".to_owned())));
+        assert_eq!(
+            run(&["/etc/passwd"], ""),
+            Err((126, "/etc/passwd: permission denied".to_owned()))
+        );
+    }
+
+    #[test]
+    fn the_program_leads_a_session_and_hears_every_signal() {
+        let _blocks = Signals::open().unwrap();
+        let script = "cd /proc/$$; grep SigBlk status; read pid _ _ _ _ sid _ < stat; \
+                      test $pid = $sid && echo leads";
+
+        let (output, _) = run(&["/bin/sh", "-c", script], "/bin").unwrap();
+
+        assert_eq!(output, "SigBlk:\t0000000000000000\nleads\n");
+    }
+}

@@ -1,0 +1,4 @@
+//! wip
+/// Why.
+#[derive(Debug, thiserror::Error)]
+pub enum ArchiveError {}

@@ -1,0 +1,4 @@
+//! wip
+/// Records.
+#[derive(Debug)]
+pub struct Records {}

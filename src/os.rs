@@ -1,0 +1,4 @@
+//! Everything the server and the worker ask of the kernel that the standard library does not offer.
+
+pub mod packets;
+pub mod process;

@@ -1,0 +1,49 @@
+//! A process that is not necessarily our child, held so that its number cannot be taken for
+//! another's.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::process::{self, Pid, PidfdFlags, Signal};
+
+/// A running process. Its file becomes readable when the process ends (pidfd_open(2)).
+#[derive(Debug)]
+pub struct Process(OwnedFd);
+
+impl Process {
+    /// Takes hold of process `pid`.
+    ///
+    /// The caller makes sure afterwards that it is the process it means: until then the number
+    /// may have been given to another.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` if there is none; else what pidfd_open(2) says.
+    pub fn open(pid: u32) -> io::Result<Self> {
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
+        match process::pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(file) => Ok(Self(file)),
+            Err(rustix::io::Errno::SRCH) => Err(io::ErrorKind::NotFound.into()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Kills it. One that has ended already is as good as killed.
+    ///
+    /// # Errors
+    ///
+    /// What pidfd_send_signal(2) says.
+    pub fn kill(&self) -> io::Result<()> {
+        match process::pidfd_send_signal(&self.0, Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl AsFd for Process {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}

@@ -1,0 +1,243 @@
+//! The worker: one process, one machine.
+//!
+//! Reads its [`Launch`] from the socket it was born with, builds the machine, and from then on
+//! does three things in one loop: it writes what happens to the events file, passes it on to
+//! whoever is connected, and follows orders. It ends when the machine ends. It opens no path.
+//!
+//! The server may come and go. A connection that does not keep up is dropped: the events file has
+//! everything, and the server can connect again.
+
+mod files;
+mod journal;
+
+use std::io;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+
+use anyhow::{Context, anyhow, bail};
+use ovum_vmm::layout::REPORT_PORT;
+use ovum_vmm::machine::{Machine, MachineEvent, MachineEventKind, StopReason};
+use rustix::event::{self, PollFd, PollFlags};
+
+use crate::control::{Event, Happening, LAUNCH_FD, Launch, Order, Reply, StopCause};
+use crate::os::packets::{Packet, PacketListener, PacketSocket};
+use files::Files;
+use journal::{Journal, now_ns};
+
+/// Most control connections at a time; one more is turned away.
+const CONNECTIONS_MAX: usize = 8;
+
+/// Most report words of a guest that are kept: a boot writes fewer than ten.
+const REPORTS_MAX: usize = 64;
+
+// The machine listens where the agent writes.
+const _: () = assert!(REPORT_PORT == ovum_agent_proto::report::REPORT_PORT);
+
+/// A machine with everyone who watches it.
+#[derive(Debug)]
+struct Worker {
+    machine: Machine,
+    journal: Journal,
+    control: PacketListener,
+    connections: Vec<PacketSocket>,
+    running: bool,
+    reports: usize,
+}
+
+/// Runs the machine that the launch socket describes, until it ends.
+///
+/// # Errors
+///
+/// Everything that kept the machine from starting, which the server was also told, and failures
+/// of the worker itself afterwards.
+pub fn main() -> anyhow::Result<()> {
+    // SAFETY: whoever starts a worker hands it this descriptor (`control::LAUNCH_FD`) and nothing
+    // in this process has touched it; were it closed, the first receive would say so.
+    #[expect(unsafe_code, reason = "an inherited descriptor has no owner until it is given one")]
+    let launch = unsafe { OwnedFd::from_raw_fd(LAUNCH_FD) };
+    let launch = PacketSocket::from(launch);
+    rustix::io::fcntl_setfd(&launch, rustix::io::FdFlags::CLOEXEC)
+        .context("No launch socket: a worker is started by the server, not by hand")?;
+    let packet = launch.recv().context("Failed to receive the launch message")?;
+    let launched_ns = now_ns();
+    match start(packet, launched_ns) {
+        Ok((mut worker, past)) => {
+            worker.welcome(launch, &past);
+            worker.run()
+        }
+        Err(error) => {
+            let reply = Reply::Failed { message: format!("{error:#}") };
+            send(&launch, &reply).context("Failed to say why the machine did not start")?;
+            Err(error)
+        }
+    }
+}
+
+/// Builds and boots the machine; returns it with the events that went before.
+fn start(packet: Packet, launched_ns: u64) -> anyhow::Result<(Worker, [Event; 2])> {
+    if packet.bytes.is_empty() {
+        bail!("The server went away before it sent a launch message");
+    }
+    let launch: Launch =
+        serde_json::from_slice(&packet.bytes).context("Malformed launch message")?;
+    let Files { machine: files, events, control } = Files::sort(&launch.files, packet.files)?;
+    let mut journal = Journal::new(events);
+    let launched = journal.append(launched_ns, Happening::Launched);
+    let mut machine =
+        Machine::build(&launch.machine, files).context("Failed to build the machine")?;
+    let built = journal.append(now_ns(), Happening::Built);
+    machine.boot().context("Failed to start the vCPUs")?;
+    let connections = Vec::new();
+    let worker = Worker { machine, journal, control, connections, running: true, reports: 0 };
+    Ok((worker, [launched, built]))
+}
+
+impl Worker {
+    /// The first connection is the one the worker was launched through. It misses nothing.
+    fn welcome(&mut self, launch: PacketSocket, past: &[Event]) {
+        let past = past.iter().cloned().map(Reply::Event);
+        let mut greeting = [self.status()].into_iter().chain(past);
+        if greeting.all(|reply| send(&launch, &reply).is_ok()) {
+            self.connections.push(launch);
+        }
+    }
+
+    fn run(mut self) -> anyhow::Result<()> {
+        loop {
+            let ready = self.wait()?;
+            if ready.machine {
+                while let Some(event) = self.machine.next_event() {
+                    if self.follow(event) {
+                        return Ok(());
+                    }
+                }
+            }
+            for index in ready.connections.into_iter().rev() {
+                if let Err(error) = self.serve(index) {
+                    tracing::debug!(%error, "Control connection closed");
+                    self.connections.swap_remove(index);
+                }
+            }
+            if ready.control {
+                self.accept();
+            }
+        }
+    }
+
+    /// Passes an event of the machine on; true if it was the last.
+    fn follow(&mut self, event: MachineEvent) -> bool {
+        let MachineEvent { at_ns, kind } = event;
+        let what = match kind {
+            MachineEventKind::Started => Happening::Booted,
+            MachineEventKind::Reported { word } => {
+                self.reports += 1;
+                if self.reports > REPORTS_MAX {
+                    return false;
+                }
+                Happening::Reported { word }
+            }
+            MachineEventKind::Stopped { reason } => {
+                let (cause, detail) = match reason {
+                    StopReason::PowerOff => (StopCause::PowerOff, String::new()),
+                    StopReason::Reboot => (StopCause::Reboot, String::new()),
+                    StopReason::Panic => (StopCause::Panic, String::new()),
+                    StopReason::Ordered => (StopCause::Ordered, String::new()),
+                    StopReason::Fault(detail) => (StopCause::Fault, detail),
+                };
+                Happening::Stopped { cause, detail }
+            }
+        };
+        let last = matches!(what, Happening::Stopped { .. });
+        let event = self.journal.append(at_ns, what);
+        self.tell(&event);
+        last
+    }
+
+    fn tell(&mut self, event: &Event) {
+        let reply = Reply::Event(event.clone());
+        self.connections.retain(|connection| send(connection, &reply).is_ok());
+    }
+
+    fn accept(&mut self) {
+        match self.control.accept() {
+            Ok(connection) if self.connections.len() < CONNECTIONS_MAX => {
+                self.connections.push(connection);
+            }
+            Ok(_turned_away) => {}
+            Err(error) => tracing::warn!(%error, "Failed to accept a control connection"),
+        }
+    }
+
+    /// Serves one order of connection `index`.
+    fn serve(&mut self, index: usize) -> anyhow::Result<()> {
+        let connection = self.connections.get(index).context("No such connection")?;
+        let packet = match connection.try_recv() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+            received => received?,
+        };
+        if packet.bytes.is_empty() {
+            bail!("Closed by the other end");
+        }
+        let reply = match serde_json::from_slice(&packet.bytes) {
+            Ok(order) => self.obey(order),
+            Err(error) => Err(anyhow!(error).context("Malformed order")),
+        };
+        let reply = reply.unwrap_or_else(|error| Reply::Failed { message: format!("{error:#}") });
+        let connection = self.connections.get(index).context("No such connection")?;
+        Ok(send(connection, &reply)?)
+    }
+
+    fn obey(&mut self, order: Order) -> anyhow::Result<Reply> {
+        match order {
+            Order::Status => {}
+            Order::Pause => {
+                self.machine.pause().context("Failed to pause the vCPUs")?;
+                self.running = false;
+            }
+            Order::Resume => {
+                self.machine.resume().context("Failed to resume the vCPUs")?;
+                self.running = true;
+            }
+            // The end itself arrives as an event.
+            Order::Stop => self.machine.stop(),
+        }
+        Ok(self.status())
+    }
+
+    fn status(&self) -> Reply {
+        Reply::Done { pid: std::process::id(), running: self.running }
+    }
+
+    fn wait(&self) -> anyhow::Result<Ready> {
+        let machine = self.machine.events_fd();
+        let mut files = vec![
+            PollFd::from_borrowed_fd(machine, PollFlags::IN),
+            PollFd::from_borrowed_fd(self.control.as_fd(), PollFlags::IN),
+        ];
+        files.extend(
+            self.connections.iter().map(|c| PollFd::from_borrowed_fd(c.as_fd(), PollFlags::IN)),
+        );
+        match event::poll(&mut files, None) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
+            Err(error) => return Err(error).context("Failed to wait for events"),
+        }
+        let mut ready = files.iter().map(|file| !file.revents().is_empty());
+        Ok(Ready {
+            machine: ready.next().unwrap_or_default(),
+            control: ready.next().unwrap_or_default(),
+            connections: ready.enumerate().filter(|(_, is)| *is).map(|(index, _)| index).collect(),
+        })
+    }
+}
+
+/// What [`Worker::wait`] found to do.
+#[derive(Debug, Default)]
+struct Ready {
+    machine: bool,
+    control: bool,
+    connections: Vec<usize>,
+}
+
+fn send(connection: &PacketSocket, reply: &Reply) -> io::Result<()> {
+    connection.send(&serde_json::to_vec(reply)?, &[])
+}

@@ -1,0 +1,126 @@
+//! kill -9 at bad moments: nothing acknowledged is lost, nothing half-made stays.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use reqwest::Method;
+use serde_json::json;
+use tokio::time;
+
+use crate::cases;
+use ovum_test_host::{BUSYBOX, DEBIAN, Server, TestHost, workers};
+
+cases![
+    guests_outlive_the_server_and_are_found_again,
+    an_exit_without_a_server_is_told_by_the_next_one,
+    a_killed_worker_is_seen_at_once,
+    a_server_killed_during_a_pull_leaves_an_image_that_can_be_pulled,
+    a_server_killed_during_creations_keeps_all_or_nothing,
+];
+
+fn data_dir(name: &str) -> PathBuf {
+    Path::new("/var/lib/ovum").join(name)
+}
+
+async fn guests_outlive_the_server_and_are_found_again(_: &TestHost) {
+    let mut server = Server::start("outlive").await;
+    server.pull(BUSYBOX).await;
+    let script = "echo before; sleep 4; echo after; sleep 1000";
+    let body =
+        json!({ "name": "stays", "image": BUSYBOX, "size": "128MB", "cmd": ["sh", "-c", script] });
+    let created = server.create(body).await;
+    server.wait("stays", "Running").await;
+
+    server.kill();
+    let survivors = workers();
+    let mut server = Server::start_at(&data_dir("outlive")).await;
+    let found = server.get("/instances/stays").await;
+    server.follow_until("stays", "after").await;
+
+    assert_eq!(survivors.len(), 1, "{survivors:?}");
+    assert_eq!((&found["id"], &found["state"]), (&created["id"], &json!("Running")));
+    server.delete("stays").await;
+    server.kill();
+}
+
+async fn an_exit_without_a_server_is_told_by_the_next_one(_: &TestHost) {
+    let mut server = Server::start("unseen").await;
+    server.pull(BUSYBOX).await;
+    let script = "sleep 2; echo last words; exit 5";
+    let body =
+        json!({ "name": "ends", "image": BUSYBOX, "size": "128MB", "cmd": ["sh", "-c", script] });
+    server.create(body).await;
+    server.wait("ends", "Running").await;
+
+    server.kill();
+    while !workers().is_empty() {
+        time::sleep(Duration::from_millis(50)).await;
+    }
+    let mut server = Server::start_at(&data_dir("unseen")).await;
+    let ended = server.wait("ends", "Stopped").await;
+
+    assert_eq!(ended["exit_code"], 5, "{ended}");
+    assert!(server.log("ends").await.contains("last words\n"));
+    server.delete("ends").await;
+    server.kill();
+}
+
+async fn a_killed_worker_is_seen_at_once(host: &TestHost) {
+    let body =
+        json!({ "name": "victim", "image": BUSYBOX, "size": "128MB", "cmd": ["sleep", "999"] });
+    host.server.create(body).await;
+    host.server.wait("victim", "Running").await;
+
+    let killed = Command::new("pkill").args(["-9", "-f", "(ovum|exe) worker"]).status().unwrap();
+    let answer = host.server.get("/instances/victim/wait?state=Stopped&timeout=5s").await;
+
+    assert!(killed.success());
+    assert_eq!((&answer["state"], &answer["timed_out"]), (&json!("Stopped"), &json!(false)));
+    let instance = host.server.get("/instances/victim").await;
+    assert!(instance["state_error"].is_string(), "{instance}");
+    host.server.delete("victim").await;
+}
+
+async fn a_server_killed_during_a_pull_leaves_an_image_that_can_be_pulled(_: &TestHost) {
+    let mut server = Server::start("pulling").await;
+    for delay_ms in [20, 150, 600] {
+        server.call(Method::POST, "/images", Some(json!({ "name": DEBIAN }))).await;
+        time::sleep(Duration::from_millis(delay_ms)).await;
+        server.kill();
+        server = Server::start_at(&data_dir("pulling")).await;
+    }
+    let image = server.pull(DEBIAN).await;
+    let (log, _) = server.run("after-pull", DEBIAN, &["cat", "/etc/debian_version"]).await;
+
+    assert_eq!(image["status"], "ready");
+    assert!(log.contains("12."), "{log}");
+    server.kill();
+}
+
+async fn a_server_killed_during_creations_keeps_all_or_nothing(_: &TestHost) {
+    let mut server = Server::start("creating").await;
+    server.pull(BUSYBOX).await;
+    for round in 0..6_u64 {
+        let name = format!("round-{round}");
+        let body =
+            json!({ "name": name, "image": BUSYBOX, "size": "128MB", "cmd": ["sleep", "999"] });
+        let create = server.call(Method::POST, "/instances", Some(body));
+        let answer = time::timeout(Duration::from_millis(15 * round), create).await;
+        let acknowledged = answer.is_ok_and(|(status, _)| status.is_success());
+        server.kill();
+        server = Server::start_at(&data_dir("creating")).await;
+        let list = server.get("/instances").await;
+        let there = list.as_array().unwrap().iter().any(|instance| instance["name"] == *name);
+        assert!(there || !acknowledged, "round {round}: acknowledged and lost");
+        if there {
+            server.wait(&name, "Running").await;
+            server.delete(&name).await;
+        }
+        let folders = fs::read_dir(data_dir("creating").join("instances")).unwrap().count();
+        assert_eq!(folders, 0, "round {round} left a folder");
+        assert_eq!(workers(), Vec::<String>::new(), "round {round} left a worker");
+    }
+    server.kill();
+}

@@ -1,0 +1,87 @@
+//! The product from outside: a real server, real guests, a real registry.
+//!
+//! Runs where there is a real /dev/kvm: `dev/in-host` provides one. Each case gets the same
+//! server and registry, and leaves nothing behind, which is checked after every one of them.
+//! Arguments are parts of case names; without any, all cases run.
+
+#![expect(clippy::print_stdout, reason = "a verdict on each case")]
+#![expect(clippy::unwrap_used, reason = "a step that fails is a case that fails")]
+#![expect(clippy::disallowed_methods, reason = "programs are started as a user would")]
+
+mod api;
+mod boot;
+mod crash;
+mod images;
+mod refusals;
+
+use std::env;
+use std::panic::AssertUnwindSafe;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+use futures_util::future::LocalBoxFuture;
+use ovum_test_host::TestHost;
+use tokio::runtime::Builder;
+use tokio::time;
+
+/// Longest that one case may take, in the emulated host on a busy machine.
+const CASE_TIMEOUT: Duration = Duration::from_secs(180);
+
+/// One claim about the product.
+struct Case {
+    name: &'static str,
+    run: for<'h> fn(&'h TestHost) -> LocalBoxFuture<'h, ()>,
+}
+
+/// Lists async functions as cases.
+macro_rules! cases {
+    ($($name:ident),* $(,)?) => {
+        pub(crate) const CASES: &[crate::Case] = &[$(crate::Case {
+            name: concat!(module_path!(), "::", stringify!($name)),
+            run: |host| Box::pin($name(host)),
+        }),*];
+    };
+}
+pub(crate) use cases;
+
+fn main() -> ExitCode {
+    let filters: Vec<String> = env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
+    let chosen: Vec<&Case> =
+        [boot::CASES, api::CASES, images::CASES, refusals::CASES, crash::CASES]
+            .into_iter()
+            .flatten()
+            .filter(|case| filters.is_empty() || filters.iter().any(|f| case.name.contains(f)))
+            .collect();
+    let runtime = Builder::new_current_thread().enable_all().build();
+    let failed = runtime.expect("a runtime needs only memory").block_on(run(&chosen));
+    println!("\nend to end: {} passed, {} failed", chosen.len() - failed.len(), failed.len());
+    for name in &failed {
+        println!("failed: {name}");
+    }
+    if failed.is_empty() && !chosen.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+async fn run(chosen: &[&Case]) -> Vec<&'static str> {
+    let host = TestHost::start().await;
+    let mut failed = Vec::new();
+    for case in chosen {
+        let started = Instant::now();
+        let outcome = time::timeout(CASE_TIMEOUT, async {
+            AssertUnwindSafe((case.run)(&host)).catch_unwind().await.is_ok()
+                && AssertUnwindSafe(host.check_nothing_is_left()).catch_unwind().await.is_ok()
+        });
+        let verdict = match outcome.await {
+            Ok(true) => "ok",
+            Ok(false) => "FAILED",
+            Err(_) => "FAILED (timed out)",
+        };
+        println!("test {} ... {verdict} ({:.1} s)", case.name, started.elapsed().as_secs_f32());
+        if verdict != "ok" {
+            failed.push(case.name);
+            host.clear().await;
+        }
+    }
+    host.stop().await;
+    failed
+}

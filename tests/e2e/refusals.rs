@@ -1,0 +1,175 @@
+//! Bad input: each gives one clear error that names what to do, and leaves nothing behind.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use futures_util::future::join_all;
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::cases;
+use ovum_test_host::{BUSYBOX, Server, TestHost, ovum};
+
+cases![
+    sizes_out_of_range_are_refused_by_name,
+    wrong_types_are_refused_by_name,
+    what_is_not_there_yet_is_refused_by_name,
+    a_name_can_be_taken_only_once,
+    names_that_are_no_host_names_are_refused,
+    a_body_that_never_ends_is_refused,
+    a_host_without_kvm_says_so,
+    a_disk_without_room_says_so,
+    a_second_server_on_the_same_folder_is_refused,
+    an_image_that_nobody_has_is_not_found,
+];
+
+/// What `POST /instances` says to the usual body with these fields on top.
+async fn refusal(host: &TestHost, fields: Value) -> (StatusCode, Value) {
+    let mut body = json!({ "name": "refused", "image": BUSYBOX, "size": "128MB" });
+    let fields = fields.as_object().expect("fields are an object").clone();
+    body.as_object_mut().expect("a body is an object").extend(fields);
+    host.server.call(Method::POST, "/instances", Some(body)).await
+}
+
+async fn sizes_out_of_range_are_refused_by_name(host: &TestHost) {
+    for (field, value, code) in [
+        ("size", json!("0"), "invalid_size"),
+        ("size", json!("10TB"), "invalid_size"),
+        ("size", json!("1.5GB"), "invalid_size"),
+        ("size", json!("99999999999999999999GB"), "invalid_size"),
+        ("overlay_size", json!("0"), "invalid_overlay_size"),
+        ("overlay_size", json!("10TB"), "invalid_overlay_size"),
+        ("vcpus", json!(0), "invalid_request"),
+        ("vcpus", json!(1000), "invalid_request"),
+    ] {
+        let (status, body) = refusal(host, json!({ (field): value })).await;
+
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{field} {value}: {body}");
+        let message = body["message"].as_str().unwrap_or_default();
+        assert!(message.contains(field), "{field} is not named: {body}");
+        assert!(body["code"] == code || body["code"] == "Bad Request", "{field} {value}: {body}");
+    }
+}
+
+async fn wrong_types_are_refused_by_name(host: &TestHost) {
+    for (field, value) in
+        [("size", json!(5)), ("vcpus", json!("two")), ("env", json!([])), ("cmd", json!("sh"))]
+    {
+        let (status, body) = refusal(host, json!({ (field): value })).await;
+
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{field}: {body}");
+        assert_eq!(body["code"], "Bad Request", "{body}");
+        assert!(body["message"].as_str().unwrap_or_default().contains(field), "{body}");
+    }
+}
+
+async fn what_is_not_there_yet_is_refused_by_name(host: &TestHost) {
+    for (field, value) in [
+        ("network", json!({ "enabled": true })),
+        ("hotplug_size", json!("1GB")),
+        ("disk_io_bps", json!("10MB/s")),
+        ("volumes", json!([{ "volume_id": "v", "mount_path": "/mnt/v" }])),
+        ("devices", json!(["gpu"])),
+        ("gpu", json!({ "profile": "L40S-1Q" })),
+        ("ttl", json!("1h")),
+        ("restart_policy", json!({ "policy": "always" })),
+    ] {
+        let (status, body) = refusal(host, json!({ (field): value })).await;
+
+        assert_eq!(status, StatusCode::NOT_IMPLEMENTED, "{field}: {body}");
+        assert_eq!(body["code"], "not_supported", "{body}");
+        assert!(body["message"].as_str().unwrap_or_default().contains(field), "{body}");
+    }
+}
+
+async fn a_name_can_be_taken_only_once(host: &TestHost) {
+    let body = json!({ "name": "once", "image": BUSYBOX, "size": "128MB", "cmd": ["sleep", "99"] });
+    let attempts = (0..4)
+        .map(|_| host.server.call(Method::POST, "/instances", Some(body.clone())))
+        .collect::<Vec<_>>();
+
+    let answers = join_all(attempts).await;
+
+    let created = answers.iter().filter(|(status, _)| *status == StatusCode::CREATED).count();
+    let taken = answers.iter().filter(|(_, body)| body["code"] == "name_conflict").count();
+    assert_eq!((created, taken), (1, 3), "{answers:?}");
+    host.server.delete("once").await;
+}
+
+async fn names_that_are_no_host_names_are_refused(host: &TestHost) {
+    let long = "a".repeat(64);
+    for name in ["", "Upper", "-dash", "dash-", "under_score", "../up", "a/b", "ü", long.as_str()]
+    {
+        let (status, body) = refusal(host, json!({ "name": name })).await;
+
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{name:?}: {body}");
+        assert!(body["message"].as_str().unwrap_or_default().contains("name"), "{body}");
+    }
+}
+
+async fn a_body_that_never_ends_is_refused(host: &TestHost) {
+    let (status, body) = refusal(host, json!({ "cmd": ["x".repeat(64 << 20)] })).await;
+
+    assert_eq!(status, StatusCode::PAYLOAD_TOO_LARGE, "{body}");
+}
+
+async fn a_host_without_kvm_says_so(_: &TestHost) {
+    let data_dir = Path::new("/var/lib/ovum/no-kvm");
+    // In a mount namespace of its own the server sees a /dev/kvm that is none.
+    let mut command = Command::new("unshare");
+    let hide = r#"mount --bind /dev/null /dev/kvm && exec "$0" "$@""#;
+    command.args(["--mount", "sh", "-c", hide]).arg(ovum());
+    let mut server = Server::start_as(data_dir, command).await;
+    server.pull(BUSYBOX).await;
+
+    let body = json!({ "name": "no-kvm", "image": BUSYBOX, "size": "128MB" });
+    let (status, answer) = server.call(Method::POST, "/instances", Some(body)).await;
+
+    assert!(status.is_server_error(), "{answer}");
+    assert!(answer["message"].as_str().unwrap_or_default().contains("/dev/kvm"), "{answer}");
+    assert_eq!(server.get("/instances").await, json!([]));
+    server.kill();
+}
+
+async fn a_disk_without_room_says_so(_: &TestHost) {
+    let data_dir = Path::new("/var/lib/ovum/no-room");
+    fs::create_dir_all(data_dir).unwrap();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=6m", "none"])
+        .arg(data_dir)
+        .status()
+        .unwrap();
+    assert!(mounted.success());
+    let mut server = Server::start_at(data_dir).await;
+
+    let image = server.pull_to_the_end(ovum_test_host::DEBIAN).await;
+
+    assert_eq!(image["status"], "failed", "{image}");
+    let error = image["error"].as_str().unwrap_or_default();
+    assert!(error.contains("space") || error.contains("room"), "{image}");
+    assert_eq!(server.get("/health").await, json!({ "status": "ok" }));
+    server.kill();
+    assert!(Command::new("umount").arg(data_dir).status().unwrap().success());
+}
+
+async fn a_second_server_on_the_same_folder_is_refused(host: &TestHost) {
+    let second = Command::new(ovum())
+        .args(["serve", "--listen", "127.0.0.1:0", "--data-dir"])
+        .arg(&host.server.data_dir)
+        .output()
+        .unwrap();
+
+    assert!(!second.status.success());
+    let message = String::from_utf8_lossy(&second.stderr);
+    assert!(message.contains("in use") || message.contains("another"), "{message}");
+}
+
+async fn an_image_that_nobody_has_is_not_found(host: &TestHost) {
+    let name = "127.0.0.1:5000/nothing:here";
+    let (status, body) = refusal(host, json!({ "image": name })).await;
+
+    assert_eq!((status, &body["code"]), (StatusCode::NOT_FOUND, &json!("not_found")), "{body}");
+    let path = format!("/images/{}", name.replace('/', "%2F"));
+    host.server.call(Method::DELETE, &path, None).await;
+}

@@ -1,0 +1,328 @@
+//! What suites and benches stand on: a registry with real images and a server, both started here.
+//!
+//! Everything here panics on failure, with what the server said: its callers are tests.
+
+use std::env;
+use std::fs;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use reqwest::{Client, Method, StatusCode};
+use serde_json::{Value, json};
+use tokio::net::TcpStream;
+use tokio::time;
+
+/// How long a guest may take to do what a case waits for.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A registry on loopback that serves the storage of `dev/test-images`.
+pub const REGISTRY: &str = "127.0.0.1:5000";
+
+/// The smallest image: busybox and nothing else.
+pub const BUSYBOX: &str = "127.0.0.1:5000/busybox:latest";
+
+/// Debian as debootstrap makes it.
+pub const DEBIAN: &str = "127.0.0.1:5000/debian:bookworm";
+
+/// The machine that the cases run on.
+#[derive(Debug)]
+pub struct TestHost {
+    /// The server that most cases share.
+    pub server: Server,
+    registry: Child,
+}
+
+impl TestHost {
+    /// Starts both and pulls the small image.
+    pub async fn start() -> Self {
+        assert!(Path::new("/dev/kvm").exists(), "No /dev/kvm: run this through dev/in-host");
+        let registry = start_registry(&registry_storage(), REGISTRY);
+        await_port(REGISTRY).await;
+        let host = Self { server: Server::start("main").await, registry };
+        host.server.pull(BUSYBOX).await;
+        host
+    }
+
+    /// No instance, no worker, no file of an instance, no mount of ours.
+    pub async fn check_nothing_is_left(&self) {
+        assert_eq!(self.server.get("/instances").await, json!([]), "instances are left");
+        let patience = Instant::now() + Duration::from_secs(5);
+        while !workers().is_empty() && Instant::now() < patience {
+            time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(workers(), Vec::<String>::new(), "workers are left");
+        let instances = self.server.data_dir.join("instances");
+        let files: Vec<_> = fs::read_dir(instances).into_iter().flatten().flatten().collect();
+        assert!(files.is_empty(), "files are left: {files:?}");
+    }
+
+    /// After a failed case: makes room for the next.
+    pub async fn clear(&self) {
+        let list = self.server.get("/instances").await;
+        for instance in list.as_array().into_iter().flatten() {
+            let id = instance["id"].as_str().unwrap_or_default();
+            self.server.call(Method::DELETE, &format!("/instances/{id}"), None).await;
+        }
+    }
+
+    /// Ends both.
+    pub async fn stop(mut self) {
+        self.server.kill();
+        self.registry.kill().expect("the registry was running");
+        self.registry.wait().expect("the registry was ours");
+    }
+}
+
+/// A running `ovum serve`.
+#[derive(Debug)]
+pub struct Server {
+    /// Its data folder.
+    pub data_dir: PathBuf,
+    /// Where it answers.
+    pub base_url: String,
+    child: Child,
+    client: Client,
+    token: String,
+}
+
+impl Server {
+    /// Starts one on a data folder of its own under the data disk.
+    pub async fn start(name: &str) -> Self {
+        let data_dir = Path::new("/var/lib/ovum").join(name);
+        Self::start_at(&data_dir).await
+    }
+
+    /// Starts one on `data_dir`, which may be another's that was killed.
+    pub async fn start_at(data_dir: &Path) -> Self {
+        Self::start_as(data_dir, Command::new(ovum())).await
+    }
+
+    /// Starts `ovum` by way of `command`.
+    pub async fn start_as(data_dir: &Path, mut command: Command) -> Self {
+        let address = free_address();
+        let secret = "the secret of a test";
+        let child = command
+            .args(["serve", "--listen", &address, "--data-dir"])
+            .arg(data_dir)
+            .env("OVUM_JWT_SECRET", secret)
+            .spawn()
+            .expect("target/release/ovum starts");
+        let minted = Command::new(ovum())
+            .args(["token", "--data-dir"])
+            .arg(data_dir)
+            .env("OVUM_JWT_SECRET", secret)
+            .output()
+            .expect("ovum token runs");
+        assert!(minted.status.success(), "{}", String::from_utf8_lossy(&minted.stderr));
+        let token = String::from_utf8(minted.stdout).expect("a token is text").trim().to_owned();
+        let base_url = format!("http://{address}");
+        let client = Client::new();
+        await_port(&address).await;
+        Self { data_dir: data_dir.to_owned(), base_url, child, client, token }
+    }
+
+    /// As the kernel does it when memory is short: no warning, no goodbye.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("the server was running");
+        self.child.wait().expect("the server was ours");
+    }
+
+    /// Sends a request; the answer as JSON, or as text if it is none.
+    pub async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Value>,
+    ) -> (StatusCode, Value) {
+        let (status, text) = self.call_text(method, path, body).await;
+        (status, serde_json::from_str(&text).unwrap_or(Value::String(text)))
+    }
+
+    /// Sends a request; the answer as text.
+    pub async fn call_text(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Value>,
+    ) -> (StatusCode, String) {
+        let url = format!("{}{path}", self.base_url);
+        let mut request = self.client.request(method, url).bearer_auth(&self.token);
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let response = request.send().await.expect("the server answers");
+        (response.status(), response.text().await.expect("the answer ends"))
+    }
+
+    /// What a GET that must succeed answers.
+    pub async fn get(&self, path: &str) -> Value {
+        let (status, body) = self.call(Method::GET, path, None).await;
+        assert_eq!(status, StatusCode::OK, "GET {path}: {body}");
+        body
+    }
+
+    /// Creates an instance that must be accepted.
+    pub async fn create(&self, body: Value) -> Value {
+        let (status, answer) = self.call(Method::POST, "/instances", Some(body)).await;
+        assert_eq!(status, StatusCode::CREATED, "{answer}");
+        answer
+    }
+
+    /// Deletes an instance.
+    pub async fn delete(&self, name: &str) {
+        let path = format!("/instances/{name}");
+        let (status, answer) = self.call(Method::DELETE, &path, None).await;
+        assert_eq!(status, StatusCode::NO_CONTENT, "DELETE {path}: {answer}");
+    }
+
+    /// Waits for a state and returns the instance as it is then.
+    pub async fn wait(&self, name: &str, state: &str) -> Value {
+        let path = format!("/instances/{name}/wait?state={state}&timeout=50s");
+        let answer = self.get(&path).await;
+        let instance = self.get(&format!("/instances/{name}")).await;
+        assert_eq!(answer["state"], state, "{answer}\n{instance}\n{}", self.log(name).await);
+        instance
+    }
+
+    /// The whole log of an instance, as lines.
+    pub async fn log(&self, name: &str) -> String {
+        let path = format!("/instances/{name}/logs?tail=100000");
+        let (status, text) = self.call_text(Method::GET, &path, None).await;
+        assert_eq!(status, StatusCode::OK, "{text}");
+        text.lines()
+            .filter_map(|line| line.strip_prefix("data: "))
+            .map(|line| {
+                serde_json::from_str::<String>(line).expect("a line is a JSON string") + "\n"
+            })
+            .collect()
+    }
+
+    /// Follows the log until a line of exactly these words; returns the events seen.
+    pub async fn follow_until(&self, name: &str, line: &str) -> String {
+        let url = format!("{}/instances/{name}/logs?follow=true&tail=1000", self.base_url);
+        let request = self.client.get(url).bearer_auth(&self.token);
+        let mut response = request.send().await.expect("the server answers");
+        let last = format!("data: {}\n\n", Value::from(line));
+        let mut seen = String::new();
+        let reading = async {
+            while !seen.contains(&last) {
+                let chunk = response.chunk().await.expect("the stream goes on");
+                let Some(chunk) = chunk else { break };
+                seen.push_str(&String::from_utf8_lossy(&chunk));
+            }
+        };
+        let outcome = time::timeout(PATIENCE, reading).await;
+        assert!(outcome.is_ok() && seen.contains(&last), "{line:?} never came: {seen}");
+        seen
+    }
+
+    /// Runs a command to its end and returns its log and the stopped instance; deletes it.
+    pub async fn run(&self, name: &str, image: &str, argv: &[&str]) -> (String, Value) {
+        let body =
+            json!({ "name": name, "image": image, "size": "128MB", "vcpus": 1, "cmd": argv });
+        self.run_body(body).await
+    }
+
+    /// As [`Self::run`], with any body.
+    pub async fn run_body(&self, body: Value) -> (String, Value) {
+        let name = body["name"].as_str().expect("a body has a name").to_owned();
+        self.create(body).await;
+        let instance = self.wait(&name, "Stopped").await;
+        let log = self.log(&name).await;
+        self.delete(&name).await;
+        (log, instance)
+    }
+
+    /// Pulls an image and waits until it is ready.
+    pub async fn pull(&self, image: &str) -> Value {
+        let image = self.pull_to_the_end(image).await;
+        assert_eq!(image["status"], "ready", "{image}");
+        image
+    }
+
+    /// Pulls an image and waits until it is ready or failed.
+    pub async fn pull_to_the_end(&self, image: &str) -> Value {
+        let body = json!({ "name": image });
+        let (status, answer) = self.call(Method::POST, "/images", Some(body)).await;
+        assert_eq!(status, StatusCode::ACCEPTED, "{answer}");
+        let path = format!("/images/{}", image.replace('/', "%2F"));
+        let deadline = Instant::now() + PATIENCE * 2;
+        loop {
+            let image = self.get(&path).await;
+            if matches!(image["status"].as_str(), Some("ready" | "failed")) {
+                return image;
+            }
+            assert!(Instant::now() < deadline, "{image}");
+            time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+}
+
+/// The checkout.
+pub fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
+}
+
+/// The binary under test.
+pub fn ovum() -> PathBuf {
+    root().join("target/release/ovum")
+}
+
+/// Serves `storage` at `address`.
+pub fn start_registry(storage: &Path, address: &str) -> Child {
+    let port = address.rsplit(':').next().unwrap_or(address);
+    Command::new(root().join("dev/registry"))
+        .arg(storage)
+        .arg(port)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("dev/registry starts")
+}
+
+/// The storage that `dev/test-images` made, handed over by the Makefile.
+pub fn registry_storage() -> PathBuf {
+    env::var_os("OVUM_TEST_IMAGES")
+        .map(PathBuf::from)
+        .expect("OVUM_TEST_IMAGES names the folder that dev/test-images printed")
+}
+
+/// Waits until something listens at `address`.
+pub async fn await_port(address: &str) {
+    let deadline = Instant::now() + PATIENCE;
+    while TcpStream::connect(address).await.is_err() {
+        assert!(Instant::now() < deadline, "Nothing listens at {address}");
+        time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// An address of loopback that nothing listens at now.
+pub fn free_address() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
+    listener.local_addr().expect("a bound socket has an address").to_string()
+}
+
+/// Command lines of all worker processes.
+pub fn workers() -> Vec<String> {
+    worker_pids().into_iter().filter_map(command_line).collect()
+}
+
+/// Process ids of all workers.
+pub fn worker_pids() -> Vec<u32> {
+    fs::read_dir("/proc")
+        .expect("/proc is mounted")
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|&pid| {
+            command_line(pid)
+                .is_some_and(|line| line.contains("ovum worker") || line.contains("exe worker"))
+        })
+        .collect()
+}
+
+fn command_line(pid: u32) -> Option<String> {
+    let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
+    Some(line.replace('\0', " "))
+}

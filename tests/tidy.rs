@@ -1,0 +1,133 @@
+//! Rules of the house that a compiler cannot check: who may import whom, and how long a file is.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// `src/<module>` may use only these siblings. The order is the layering, top first.
+const LAYERS: &[(&str, &[&str])] = &[
+    ("api", &["config", "duration", "images", "instances", "size", "token"]),
+    ("cli", &["api", "client", "config", "doctor", "server", "size", "token", "worker"]),
+    ("instances", &["agent", "control", "disks", "fleet", "images", "initramfs", "store"]),
+    ("images", &["os", "store"]),
+    ("disks", &["os"]),
+    ("fleet", &["control", "os"]),
+    ("agent", &[]),
+    ("initramfs", &["os"]),
+    ("worker", &["control", "os"]),
+    ("control", &[]),
+    ("store", &[]),
+    ("os", &[]),
+];
+
+/// Lines of a file before its tests, unless it is a table.
+const LINES_MAX: usize = 600;
+
+const COLUMNS_MAX: usize = 100;
+
+/// Scripts are for what a shell does best; anything longer is Rust.
+const SCRIPT_LINES_MAX: usize = 80;
+
+/// Names that say nothing about what is inside.
+const EMPTY_NAMES: &[&str] = &["common", "helpers", "manager", "misc", "mod", "types", "utils"];
+
+#[test]
+fn the_house_is_tidy() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut found = Vec::new();
+    let mut files = 0;
+    for path in tracked(root) {
+        let Ok(text) = fs::read_to_string(root.join(&path)) else { continue };
+        files += 1;
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            found.extend(rust_violations(&path, &text));
+        } else if text.starts_with("#!") && text.lines().count() > SCRIPT_LINES_MAX {
+            found.push(format!("{}: a script over {SCRIPT_LINES_MAX} lines", path.display()));
+        }
+    }
+    assert!(files > 20, "only {files} files seen: the walk is broken");
+    assert!(found.is_empty(), "\n{}", found.join("\n"));
+}
+
+#[test]
+fn each_rule_catches_its_sin() {
+    let long = "//! x\n".to_owned() + &"\n".repeat(LINES_MAX);
+    let sins = [
+        ("src/x.rs", "fn main() {}\n", "does not say what it is for"),
+        ("src/x.rs", long.as_str(), "lines before its tests"),
+        ("src/utils.rs", "//! x\n", "a name that says nothing"),
+        ("src/x.rs", concat!("//! x\n#![", "allow(unused)]\n"), "silences a lint"),
+        ("src/x.rs", concat!("//! x\n// TO", "DO\n"), "unfinished"),
+        ("src/store.rs", "//! x\nuse crate::api::Api;\n", "store may not use api"),
+    ];
+    for (path, text, expected) in sins {
+        let found = rust_violations(Path::new(path), text);
+        assert!(found.iter().any(|line| line.contains(expected)), "{path}: {found:?}");
+    }
+}
+
+fn rust_violations(path: &Path, text: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut rule = |broken: bool, what: String| {
+        if broken {
+            found.push(format!("{}: {what}", path.display()));
+        }
+    };
+    let code = text.split("#[cfg(test)]").next().unwrap_or(text);
+    let name = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or("");
+    let is_test = path.components().any(|part| part.as_os_str() == "tests") || name == "tests";
+    let lines = code.lines().count();
+    rule(
+        lines > LINES_MAX && !is_test && !name.ends_with("_table"),
+        format!("{lines} lines before its tests, {LINES_MAX} allowed"),
+    );
+    rule(!text.starts_with("//!"), "does not say what it is for".into());
+    rule(EMPTY_NAMES.contains(&name), "a name that says nothing".into());
+    rule(code.contains(concat!("#![", "allow(")), "silences a lint for a whole file".into());
+    for sign in [concat!("TO", "DO"), concat!("FIX", "ME"), concat!("#[", "ignore")] {
+        rule(text.contains(sign), format!("unfinished: {sign}"));
+    }
+    for (number, line) in text.lines().enumerate() {
+        let columns = line.chars().count();
+        rule(columns > COLUMNS_MAX, format!("line {} has {columns} columns", number + 1));
+    }
+    found.extend(layer_violations(path, code));
+    found
+}
+
+fn layer_violations(path: &Path, code: &str) -> Vec<String> {
+    let mut parts = path.iter();
+    if parts.next().is_none_or(|first| first != "src") {
+        return Vec::new();
+    }
+    let module = parts.next().and_then(|part| Path::new(part).file_stem()).unwrap_or_default();
+    let Some((module, allowed)) = LAYERS.iter().find(|(name, _)| module == *name) else {
+        return Vec::new();
+    };
+    code.lines()
+        .filter_map(|line| line.trim().strip_prefix("use crate::"))
+        .map(|rest| rest.split([':', ';', '{']).next().unwrap_or(""))
+        .filter(|used| used != module && !allowed.contains(used))
+        .map(|used| format!("{}: {module} may not use {used}", path.display()))
+        .collect()
+}
+
+/// Every file that git would show to another clone, relative to `root`.
+fn tracked(root: &Path) -> Vec<PathBuf> {
+    let mut folders = vec![root.to_path_buf()];
+    let mut files = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).unwrap().map(Result::unwrap) {
+            let path = entry.path();
+            let hidden = entry.file_name().as_encoded_bytes().starts_with(b".git");
+            let built = entry.file_name() == "target";
+            match entry.file_type().unwrap() {
+                kind if kind.is_dir() && !hidden && !built => folders.push(path),
+                kind if kind.is_file() => {
+                    files.push(path.strip_prefix(root).unwrap().to_path_buf());
+                }
+                _ => {}
+            }
+        }
+    }
+    files
+}

@@ -1,0 +1,217 @@
+//! ACPI tables: the little that a hardware-reduced machine has to say.
+//!
+//! CPUs and the IOAPIC (MADT), how to power off and reset (FADT), and where the virtio-mmio slots
+//! and the panic port are (DSDT). ACPI 6.5, 5.2 "ACPI System Description Tables".
+
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::madt::{
+    EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
+};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::sdt::Sdt;
+use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, aml};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::layout::{
+    ACPI_BYTES_MAX, ACPI_START, IOAPIC_START, LAPIC_START, MMIO_GSI_FIRST, MMIO_SLOT_BYTES,
+    PANIC_PORT, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, mmio_slot,
+};
+use crate::memory::Mem;
+
+const OEM_ID: [u8; 6] = *b"OVUM  ";
+const OEM_TABLE_ID: [u8; 8] = *b"OVUMVMM ";
+const OEM_REVISION: u32 = 1;
+/// IA-PC boot architecture flags (ACPI 6.5, 5.2.9.3): there is no VGA and no CMOS clock.
+const NO_VGA_NO_CMOS: u16 = 1 << 2 | 1 << 5;
+/// Bytes before the first structure of a table.
+const HEADER_BYTES: u32 = 36;
+/// SLP_TYP of S5, the only sleep state there is.
+const SLEEP_TYPE_OFF: u8 = 5;
+
+/// The tables did not fit, or not where they have to be.
+#[derive(Debug, thiserror::Error)]
+pub enum AcpiError {
+    /// More than the layout has room for.
+    #[error("ACPI tables take {bytes} bytes, {ACPI_BYTES_MAX} are reserved")]
+    TooLarge {
+        /// What they take.
+        bytes: usize,
+    },
+    /// Memory ends before them.
+    #[error("Failed to write ACPI tables")]
+    Write(#[source] vm_memory::GuestMemoryError),
+}
+
+/// Writes the tables of a machine with `vcpus` CPUs and virtio devices in slots 0 to `devices`.
+/// The root pointer is at [`ACPI_START`].
+///
+/// # Errors
+///
+/// [`AcpiError`].
+pub fn write_tables(mem: &Mem, vcpus: u8, devices: u64) -> Result<(), AcpiError> {
+    let bytes = tables(vcpus, devices);
+    if bytes.len() as u64 > ACPI_BYTES_MAX {
+        return Err(AcpiError::TooLarge { bytes: bytes.len() });
+    }
+    mem.write_slice(&bytes, GuestAddress(ACPI_START)).map_err(AcpiError::Write)
+}
+
+fn tables(vcpus: u8, devices: u64) -> Vec<u8> {
+    let mut bytes = vec![0; Rsdp::len()];
+    let dsdt_start = append(&mut bytes, &dsdt(devices));
+    let fadt_start = append(&mut bytes, &serialized(&fadt(dsdt_start)));
+    let madt_start = append(&mut bytes, &serialized(&madt(vcpus)));
+    let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    xsdt.add_entry(fadt_start);
+    xsdt.add_entry(madt_start);
+    let xsdt_start = append(&mut bytes, &serialized(&xsdt));
+    let root = serialized(&Rsdp::new(OEM_ID, xsdt_start));
+    for (byte, root_byte) in bytes.iter_mut().zip(root) {
+        *byte = root_byte;
+    }
+    bytes
+}
+
+/// Appends a table at the next 16-byte boundary and returns its guest address.
+fn append(bytes: &mut Vec<u8>, table: &[u8]) -> u64 {
+    bytes.resize(bytes.len().next_multiple_of(16), 0);
+    let start = ACPI_START + bytes.len() as u64;
+    bytes.extend_from_slice(table);
+    start
+}
+
+fn serialized(table: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    table.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+fn fadt(dsdt_start: u64) -> impl Aml {
+    let port = |number: u16| {
+        GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(number))
+    };
+    let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
+        .dsdt_64(dsdt_start)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton);
+    fadt.iapc_boot_arch = NO_VGA_NO_CMOS.into();
+    fadt.reset_reg = port(RESET_PORT);
+    fadt.reset_value = RESET_VALUE;
+    fadt.sleep_control_reg = port(SLEEP_CONTROL_PORT);
+    fadt.sleep_status_reg = port(SLEEP_STATUS_PORT);
+    fadt.finalize()
+}
+
+fn madt(vcpus: u8) -> MADT {
+    let lapic = u32::try_from(LAPIC_START).expect("the layout puts it below 4 GiB");
+    let ioapic = u32::try_from(IOAPIC_START).expect("the layout puts it below 4 GiB");
+    let controller = LocalInterruptController::Address(lapic);
+    let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, controller);
+    for index in 0..vcpus {
+        madt.add_structure(ProcessorLocalApic::new(index, index, EnabledStatus::Enabled));
+    }
+    madt.add_structure(IoApic::new(0, ioapic, 0));
+    madt
+}
+
+fn dsdt(devices: u64) -> Vec<u8> {
+    let mut body = Vec::new();
+    let off = aml::Package::new(vec![&SLEEP_TYPE_OFF]);
+    aml::Name::new("_S5_".into(), &off).to_aml_bytes(&mut body);
+    let mut children: Vec<Box<dyn Aml>> = vec![Box::new(PanicPort)];
+    for slot in 0..devices {
+        children.push(Box::new(Slot(slot)));
+    }
+    let children = children.iter().map(|child| &**child).collect();
+    aml::Scope::new("_SB_".into(), children).to_aml_bytes(&mut body);
+
+    let mut table = Sdt::new(*b"DSDT", HEADER_BYTES, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    table.append_slice(&body);
+    table.as_slice().to_vec()
+}
+
+/// A virtio-mmio device (virtio 1.3, 4.2.1 "MMIO Device Discovery" leaves it to us; Linux knows
+/// the id LNRO0005).
+struct Slot(u64);
+
+impl Aml for Slot {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        let Self(slot) = *self;
+        let start = mmio_slot(slot).and_then(|start| u32::try_from(start).ok()).unwrap_or(0);
+        let length = u32::try_from(MMIO_SLOT_BYTES).unwrap_or(0);
+        let line = MMIO_GSI_FIRST + u32::try_from(slot).unwrap_or(0);
+        let name = format!("V{slot:03}");
+        aml::Device::new(
+            name.as_str().into(),
+            vec![
+                &aml::Name::new("_HID".into(), &"LNRO0005"),
+                &aml::Name::new("_UID".into(), &slot),
+                &aml::Name::new(
+                    "_CRS".into(),
+                    &aml::ResourceTemplate::new(vec![
+                        &aml::Memory32Fixed::new(true, start, length),
+                        &aml::Interrupt::new(true, true, false, false, line),
+                    ]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// Where the kernel says that it panicked; Linux knows the id QEMU0001.
+struct PanicPort;
+
+impl Aml for PanicPort {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        aml::Device::new(
+            "PEVT".into(),
+            vec![
+                &aml::Name::new("_HID".into(), &"QEMU0001"),
+                &aml::Name::new(
+                    "_CRS".into(),
+                    &aml::ResourceTemplate::new(vec![&aml::IO::new(PANIC_PORT, PANIC_PORT, 1, 1)]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every table whose signature is in `bytes`, with its length from the header.
+    fn table<'b>(bytes: &'b [u8], signature: &[u8; 4]) -> &'b [u8] {
+        let start = bytes.windows(4).position(|window| window == signature).unwrap();
+        let length = u32::from_le_bytes(bytes[start + 4..start + 8].try_into().unwrap());
+        &bytes[start..start + length as usize]
+    }
+
+    #[test]
+    fn every_table_sums_to_zero() {
+        let bytes = tables(32, 19);
+
+        for signature in [b"DSDT", b"FACP", b"APIC", b"XSDT"] {
+            let sum = table(&bytes, signature).iter().fold(0_u8, |sum, &b| sum.wrapping_add(b));
+            assert_eq!(sum, 0, "{}", String::from_utf8_lossy(signature));
+        }
+        let root = &bytes[..Rsdp::len()];
+        assert_eq!(root.iter().fold(0_u8, |sum, &b| sum.wrapping_add(b)), 0);
+        assert_eq!(&root[..8], b"RSD PTR ");
+        assert!(bytes.len() as u64 <= ACPI_BYTES_MAX);
+    }
+
+    #[test]
+    fn the_madt_lists_every_cpu() {
+        let bytes = tables(6, 1);
+
+        let madt = table(&bytes, b"APIC");
+        assert_eq!(madt.len(), 44 + 6 * 8 + 12);
+    }
+}

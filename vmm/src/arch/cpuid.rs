@@ -1,0 +1,128 @@
+//! What CPUID tells a vCPU: what KVM supports, with the topology of this machine.
+//!
+//! One socket, a core for each vCPU, one thread in each core. APIC ids are vCPU indexes.
+//! Leaves as in SDM volume 2, "CPUID", and AMD's "CPUID Specification".
+
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+const FEATURES: u32 = 0x1;
+const CACHES: u32 = 0x4;
+const POWER: u32 = 0x6;
+const TOPOLOGY: u32 = 0xb;
+const TOPOLOGY_V2: u32 = 0x1f;
+const AMD_SIZES: u32 = 0x8000_0008;
+const AMD_TOPOLOGY: u32 = 0x8000_001e;
+
+/// Leaf 1, ECX: the TSC-deadline timer, with which the kernel need not calibrate its own.
+const TSC_DEADLINE: u32 = 1 << 24;
+/// Leaf 1, ECX: there is a hypervisor.
+const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1, EDX: the count of logical processors is valid.
+const HYPER_THREADING: u32 = 1 << 28;
+/// Leaf 6, ECX: the APERF and MPERF counters, which KVM does not give to guests.
+const APERF_MPERF: u32 = 1;
+
+/// Adapts what KVM supports to vCPU `index` of `vcpus`.
+pub fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8) -> Vec<kvm_cpuid_entry2> {
+    let mut entries: Vec<_> = supported
+        .as_slice()
+        .iter()
+        .filter(|entry| ![TOPOLOGY, TOPOLOGY_V2].contains(&entry.function))
+        .copied()
+        .collect();
+    for entry in &mut entries {
+        adapt(entry, index, vcpus);
+    }
+    let highest = entries.iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);
+    for leaf in [TOPOLOGY, TOPOLOGY_V2].into_iter().filter(|&leaf| leaf <= highest) {
+        entries.extend(topology(leaf, index, vcpus));
+    }
+    entries
+}
+
+fn adapt(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8) {
+    let (index, vcpus) = (u32::from(index), u32::from(vcpus));
+    match entry.function {
+        FEATURES => {
+            entry.ebx = entry.ebx & 0xffff | vcpus << 16 | index << 24;
+            entry.ecx |= TSC_DEADLINE | HYPERVISOR;
+            entry.edx &= !HYPER_THREADING;
+            if vcpus > 1 {
+                entry.edx |= HYPER_THREADING;
+            }
+        }
+        // Cores of the package in 31:26; who shares the cache in 25:14: all share the third level.
+        CACHES if entry.eax & 0x1f != 0 => {
+            let level = entry.eax >> 5 & 7;
+            let sharing = if level >= 3 { vcpus - 1 } else { 0 };
+            entry.eax = entry.eax & 0x3fff | sharing << 14 | (vcpus - 1) << 26;
+        }
+        POWER => entry.ecx &= !APERF_MPERF,
+        AMD_SIZES => entry.ecx = entry.ecx & !0xf0ff | id_bits(vcpus) << 12 | (vcpus - 1),
+        AMD_TOPOLOGY => {
+            entry.eax = index;
+            entry.ebx = index;
+            entry.ecx = 0;
+        }
+        _ => {}
+    }
+}
+
+/// Extended topology: level 1 is the thread (one), level 2 the core.
+fn topology(leaf: u32, index: u8, vcpus: u8) -> [kvm_cpuid_entry2; 3] {
+    let level = |level: u32, kind: u32, bits: u32, count: u32| kvm_cpuid_entry2 {
+        function: leaf,
+        index: level,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax: bits,
+        ebx: count,
+        ecx: kind << 8 | level,
+        edx: u32::from(index),
+        ..kvm_cpuid_entry2::default()
+    };
+    let vcpus = u32::from(vcpus);
+    [level(0, 1, 0, 1), level(1, 2, id_bits(vcpus), vcpus), level(2, 0, 0, 0)]
+}
+
+/// Bits of an APIC id that tell the cores apart.
+fn id_bits(vcpus: u32) -> u32 {
+    vcpus.next_power_of_two().trailing_zeros()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(entries: &[kvm_cpuid_entry2], function: u32, index: u32) -> kvm_cpuid_entry2 {
+        *entries.iter().find(|e| e.function == function && e.index == index).unwrap()
+    }
+
+    fn supported() -> CpuId {
+        let entry = |function, eax| kvm_cpuid_entry2 { function, eax, ..Default::default() };
+        let entries = [entry(0, 0x1f), entry(1, 0), entry(4, 0x63), entry(0xb, 0xffff)];
+        CpuId::from_entries(&entries).unwrap()
+    }
+
+    #[test]
+    fn six_cores_of_one_thread_have_ids_of_three_bits() {
+        let entries = for_vcpu(&supported(), 5, 6);
+
+        assert_eq!(leaf(&entries, 1, 0).ebx >> 16, 5 << 8 | 6);
+        assert_ne!(leaf(&entries, 1, 0).ecx & HYPERVISOR, 0);
+        for function in [TOPOLOGY, TOPOLOGY_V2] {
+            let thread = leaf(&entries, function, 0);
+            let core = leaf(&entries, function, 1);
+            assert_eq!((thread.eax, thread.ebx, thread.edx), (0, 1, 5));
+            assert_eq!((core.eax, core.ebx, core.ecx, core.edx), (3, 6, 0x201, 5));
+        }
+        assert_eq!(leaf(&entries, CACHES, 0).eax >> 14, 5 << 12 | 5);
+    }
+
+    #[test]
+    fn a_single_cpu_has_no_siblings() {
+        let entries = for_vcpu(&supported(), 0, 1);
+
+        assert_eq!(leaf(&entries, 1, 0).edx & HYPER_THREADING, 0);
+        assert_eq!(leaf(&entries, TOPOLOGY, 1).ebx, 1);
+    }
+}

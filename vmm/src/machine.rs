@@ -1,0 +1,322 @@
+//! A machine, from its description to its end.
+//!
+//! [`Machine::build`] puts everything in place: memory and its KVM slots, interrupts, devices in
+//! their slots, tables, kernel. [`Machine::boot`] starts a thread for each vCPU. From then on the
+//! machine runs by itself, and what happens to it arrives as [`MachineEvent`]s; dropping it ends
+//! all its threads.
+
+use std::fmt::Write as _;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
+    kvm_irqchip, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::arch::{acpi, boot, cpuid, registers};
+use crate::events::Events;
+pub use crate::events::{MachineEvent, MachineEventKind, StopReason};
+use crate::layout::{KVM_TSS_START, MMIO_GSI_FIRST, MMIO_SLOTS, SERIAL_GSI, mmio_slot};
+use crate::machine_error::{BuildError, SaveError};
+use crate::machine_state::{DeviceSlotState, IrqchipState, MachineState};
+use crate::memory::{Memory, MemoryListener, MemoryRange};
+use crate::ports::{Ports, SerialInterrupt};
+use crate::reactor::Reactor;
+use crate::slots::Slots;
+use crate::spec::{MachineFiles, MachineSpec};
+use crate::vcpu::{Exits, Platform, Vcpu, install_kick};
+use crate::virtio::Device;
+use crate::virtio::blk::Blk;
+use crate::virtio::console::Console;
+use crate::virtio::entropy::Entropy;
+use crate::virtio::mmio::{Identity, QUEUE_NOTIFY, Registers};
+use crate::virtio::task::{Line, Task};
+use crate::virtio::vsock::Vsock;
+
+/// Words that every guest of this machine gets.
+///
+/// No reboot but by ACPI, a panic ends the machine, the console is virtio, and whatever a machine
+/// like this does not have is not looked for.
+const CMDLINE: &str = "console=hvc0 quiet panic=-1 reboot=t tsc=reliable no_timer_check \
+    random.trust_cpu=on";
+/// Without a 16550 there is none to look for.
+const CMDLINE_NO_SERIAL: &str = "8250.nr_uarts=0";
+/// With one the kernel speaks from its first line.
+const CMDLINE_SERIAL: &str = "console=ttyS0 earlyprintk=ttyS0 ignore_loglevel";
+
+/// One machine.
+#[derive(Debug)]
+pub struct Machine {
+    // In the order in which they must end: vCPUs, devices, then what both stand on.
+    vcpus: Vec<Vcpu>,
+    unstarted: Vec<VcpuFd>,
+    _reactor: Reactor,
+    platform: Arc<Platform>,
+    events: Arc<Events>,
+    vm: VmFd,
+    msrs: Vec<u32>,
+    _memory: Memory,
+}
+
+impl Machine {
+    /// Builds the machine that `spec` describes out of `files`.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError`]; nothing stays behind.
+    pub fn build(spec: &MachineSpec, mut files: MachineFiles) -> Result<Self, BuildError> {
+        spec.check(&files)?;
+        install_kick().map_err(BuildError::Thread)?;
+        let kvm = kvm(files.kvm)?;
+        let vm = kvm.create_vm().map_err(BuildError::kvm("create a virtual machine"))?;
+        set_up_interrupts(&vm)?;
+        let mut slots = KvmSlots { vm: &vm, next: 0 };
+        let memory = Memory::new(spec.memory_bytes, &mut slots)?;
+        let events = Arc::new(Events::new().map_err(BuildError::Thread)?);
+
+        let log = files.console.try_clone().map_err(BuildError::Thread)?;
+        let devices = devices(spec, files.disks, files.vsock, files.console)?;
+        let device_count = devices.len() as u64;
+        let (tasks, registers) = place(&vm, &memory, devices)?;
+        let reactor = Reactor::start(tasks).map_err(BuildError::Thread)?;
+
+        acpi::write_tables(memory.mem(), spec.vcpus, device_count)?;
+        let mut cmdline = String::from(CMDLINE);
+        let words = if spec.serial { CMDLINE_SERIAL } else { CMDLINE_NO_SERIAL };
+        write!(cmdline, " {words} {}", spec.cmdline).expect("a String takes all");
+        let kernel = &mut files.kernel;
+        let entry = boot::load(memory.mem(), kernel, &mut files.initramfs, cmdline.trim_end())?;
+        registers::write_tables(memory.mem()).map_err(BuildError::Tables)?;
+
+        let unstarted = vcpus(&kvm, &vm, spec.vcpus, entry)?;
+        let serial = if spec.serial { Some(serial(&vm, log)?) } else { None };
+        let msrs = kvm.get_msr_index_list().map_err(BuildError::kvm("list registers"))?;
+        let platform = Arc::new(Platform {
+            ports: Ports::new(Arc::clone(&events), serial),
+            slots: Slots::new(registers),
+            events: Arc::clone(&events),
+            exits: Exits::default(),
+        });
+        let msrs = msrs.as_slice().to_vec();
+        let vcpus = Vec::new();
+        Ok(Self {
+            vcpus,
+            unstarted,
+            _reactor: reactor,
+            platform,
+            events,
+            vm,
+            msrs,
+            _memory: memory,
+        })
+    }
+
+    /// Starts the vCPUs. [`MachineEventKind::Started`] follows.
+    ///
+    /// # Errors
+    ///
+    /// What clone(2) says; vCPUs that were started are ended again.
+    pub fn boot(&mut self) -> io::Result<()> {
+        self.events.push(MachineEventKind::Started);
+        // The boot CPU last: until it runs the others only wait to be woken.
+        for (fd, index) in
+            self.unstarted.drain(..).zip(0_u8..).collect::<Vec<_>>().into_iter().rev()
+        {
+            let vcpu = Vcpu::start(index, fd, Arc::clone(&self.platform));
+            match vcpu {
+                Ok(vcpu) => self.vcpus.push(vcpu),
+                Err(error) => {
+                    self.vcpus.clear();
+                    return Err(error);
+                }
+            }
+        }
+        self.vcpus.reverse();
+        Ok(())
+    }
+
+    /// Stops all vCPUs where they are, and lets devices finish what they are at.
+    pub fn pause(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.pause();
+        }
+        for registers in self.platform.slots.each() {
+            registers.task().drain();
+        }
+    }
+
+    /// Lets paused vCPUs go on.
+    pub fn resume(&self) {
+        for vcpu in &self.vcpus {
+            vcpu.resume();
+        }
+    }
+
+    /// Ends the machine as if its power was cut: [`StopReason::Ordered`] follows.
+    pub fn stop(&self) {
+        self.events.push(MachineEventKind::Stopped { reason: StopReason::Ordered });
+    }
+
+    /// Everything but the content of memory, of a machine that was paused.
+    ///
+    /// # Errors
+    ///
+    /// [`SaveError`].
+    pub fn save(&self) -> Result<MachineState, SaveError> {
+        let vcpus =
+            self.vcpus.iter().map(|v| v.save(self.msrs.clone())).collect::<Result<_, _>>()?;
+        let clock = self.vm.get_clock().map_err(SaveError::kvm("clock"))?;
+        let mut irqchips = Vec::new();
+        for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC] {
+            let mut chip = kvm_irqchip { chip_id, ..kvm_irqchip::default() };
+            self.vm.get_irqchip(&mut chip).map_err(SaveError::kvm("interrupt controller"))?;
+            irqchips.push(IrqchipState::new(&chip));
+        }
+        let devices = self
+            .platform
+            .slots
+            .each()
+            .map(|slot| {
+                let task = slot.task().save().ok_or(SaveError::Ended)?;
+                Ok(DeviceSlotState { registers: slot.state().clone(), task })
+            })
+            .collect::<Result<_, SaveError>>()?;
+        Ok(MachineState { vcpus, clock, irqchips, devices })
+    }
+
+    /// Exits to this process so far, by kind.
+    pub fn exits(&self) -> &Exits {
+        &self.platform.exits
+    }
+
+    /// The next event, if there is one.
+    pub fn next_event(&self) -> Option<MachineEvent> {
+        self.events.next()
+    }
+
+    /// A file that is readable while events wait.
+    pub fn events_fd(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+}
+
+/// KVM's memory slots, numbered as ranges come.
+struct KvmSlots<'v> {
+    vm: &'v VmFd,
+    next: u32,
+}
+
+impl MemoryListener for KvmSlots<'_> {
+    fn added(&mut self, range: MemoryRange) -> io::Result<()> {
+        let region = kvm_userspace_memory_region {
+            slot: self.next,
+            flags: 0,
+            guest_phys_addr: range.guest_start,
+            memory_size: range.bytes,
+            userspace_addr: range.host_start,
+        };
+        // SAFETY: the range is one live mapping of `Memory`, which `Machine` drops after the vCPUs
+        // and the VM; no other slot has its guest addresses, for the layout's ranges are apart.
+        #[expect(unsafe_code, reason = "the guest is given this process's memory")]
+        let set = unsafe { self.vm.set_user_memory_region(region) };
+        set.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        self.next += 1;
+        Ok(())
+    }
+}
+
+fn kvm(file: OwnedFd) -> Result<Kvm, BuildError> {
+    // SAFETY: the descriptor is owned and given away here; whether it is /dev/kvm is asked next.
+    #[expect(unsafe_code, reason = "a descriptor that was handed over has no other way in")]
+    let kvm = unsafe { Kvm::from_raw_fd(file.into_raw_fd()) };
+    match kvm.get_api_version() {
+        12 => Ok(kvm),
+        version => Err(BuildError::NotKvm { version }),
+    }
+}
+
+fn set_up_interrupts(vm: &VmFd) -> Result<(), BuildError> {
+    let tss = usize::try_from(KVM_TSS_START).expect("usize is 64 bits wide");
+    vm.set_tss_address(tss).map_err(BuildError::kvm("place its TSS"))?;
+    vm.create_irq_chip().map_err(BuildError::kvm("create interrupt controllers"))
+}
+
+/// The machine's devices in the order of their slots; disks first, so that slot n is vd[a+n].
+fn devices(
+    spec: &MachineSpec,
+    disks: Vec<File>,
+    vsock: Option<UnixListener>,
+    console: File,
+) -> Result<Vec<Box<dyn Device>>, BuildError> {
+    let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    for (file, disk) in disks.into_iter().zip(&spec.disks) {
+        let failed = |source| BuildError::Disk { id: disk.id.clone(), source };
+        devices.push(Box::new(Blk::new(file, disk).map_err(failed)?));
+    }
+    if let (Some(cid), Some(listener)) = (spec.vsock_cid, vsock) {
+        devices.push(Box::new(Vsock::new(cid, listener).map_err(BuildError::Vsock)?));
+    }
+    devices.push(Box::new(Console::new(console).map_err(BuildError::Console)?));
+    devices.push(Box::new(Entropy::new()));
+    Ok(devices)
+}
+
+/// Puts each device into a slot: kicks, interrupt line, registers.
+fn place(
+    vm: &VmFd,
+    memory: &Memory,
+    devices: Vec<Box<dyn Device>>,
+) -> Result<(Vec<Task>, Vec<Registers>), BuildError> {
+    let (mut tasks, mut all) = (Vec::new(), Vec::new());
+    for (device, slot) in devices.into_iter().zip(0_u64..) {
+        let start = mmio_slot(slot).ok_or(BuildError::TooManyDevices { max: MMIO_SLOTS })?;
+        let gsi = MMIO_GSI_FIRST + u32::try_from(slot).expect("slots are few");
+        let irq = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BuildError::Thread)?);
+        vm.register_irqfd(&irq, gsi).map_err(BuildError::kvm("register an interrupt"))?;
+        let line = Line::new(irq);
+        let mem = memory.mem().clone();
+        let identity = Identity::of(&*device);
+        let (task, handle) = Task::new(device, mem, line.clone()).map_err(BuildError::Thread)?;
+        let notify = IoEventAddress::Mmio(start + QUEUE_NOTIFY);
+        for (kick, queue) in task.kicks().iter().zip(0_u32..) {
+            vm.register_ioevent(kick, &notify, queue)
+                .map_err(BuildError::kvm("register a kick"))?;
+        }
+        all.push(Registers::new(identity, handle, line));
+        tasks.push(task);
+    }
+    Ok((tasks, all))
+}
+
+/// Creates the vCPUs; the first enters the kernel at `entry`, the others wait for it.
+fn vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: u64) -> Result<Vec<VcpuFd>, BuildError> {
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(BuildError::kvm("say what CPUs it supports"))?;
+    let mut vcpus = Vec::with_capacity(usize::from(count));
+    for index in 0..count {
+        let vcpu = vm.create_vcpu(u64::from(index)).map_err(BuildError::kvm("create a vCPU"))?;
+        let leaves = cpuid::for_vcpu(&supported, index, count);
+        let leaves = kvm_bindings::CpuId::from_entries(&leaves)
+            .map_err(|_too_many| BuildError::TooManyLeaves)?;
+        vcpu.set_cpuid2(&leaves).map_err(BuildError::kvm("set CPUID"))?;
+        registers::set_firmware_msrs(&vcpu).map_err(BuildError::kvm("set registers"))?;
+        if index == 0 {
+            registers::enter_kernel(&vcpu, entry).map_err(BuildError::kvm("set registers"))?;
+        }
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+fn serial(vm: &VmFd, log: File) -> Result<(SerialInterrupt, File), BuildError> {
+    let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BuildError::Thread)?;
+    vm.register_irqfd(&irq, SERIAL_GSI).map_err(BuildError::kvm("register an interrupt"))?;
+    Ok((SerialInterrupt(irq), log))
+}

@@ -1,0 +1,106 @@
+//! Why a machine could not be built or saved.
+
+use std::io;
+
+use crate::arch::acpi::AcpiError;
+use crate::arch::boot::BootError;
+use crate::memory::MemoryError;
+use crate::spec::SpecError;
+use crate::vcpu_state::VcpuStateError;
+use crate::virtio::blk::BlkError;
+use crate::virtio::console::ConsoleError;
+use crate::virtio::vsock::VsockError;
+
+/// Why a machine could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The description asks for what no machine can be.
+    #[error("Machine description is not valid")]
+    Spec(#[from] SpecError),
+    /// The file handed over as /dev/kvm is something else.
+    #[error("The file given as /dev/kvm is not KVM (it answers API version {version})")]
+    NotKvm {
+        /// What it answered; KVM says 12.
+        version: i32,
+    },
+    /// KVM refused.
+    #[error("KVM failed to {what}")]
+    Kvm {
+        /// What was asked.
+        what: &'static str,
+        /// What it says.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// No memory for the guest.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// A disk's file cannot be used.
+    #[error("Failed to use the file of disk {id:?}")]
+    Disk {
+        /// Which disk.
+        id: String,
+        /// Why.
+        #[source]
+        source: BlkError,
+    },
+    /// The listening socket of the vsock device cannot be used.
+    #[error("Failed to use the vsock socket")]
+    Vsock(#[source] VsockError),
+    /// The console's log cannot be used.
+    #[error("Failed to use the console log")]
+    Console(#[source] ConsoleError),
+    /// More devices than slots.
+    #[error("More than {max} virtio devices")]
+    TooManyDevices {
+        /// Slots there are.
+        max: u64,
+    },
+    /// ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// Kernel, initramfs or command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Page tables and GDT.
+    #[error("Failed to write page tables")]
+    Tables(#[source] vm_memory::GuestMemoryError),
+    /// CPUID has more leaves than KVM takes.
+    #[error("CPUID of this host has more leaves than KVM takes")]
+    TooManyLeaves,
+    /// This process has no descriptor or thread left.
+    #[error("Failed to get a thread or descriptor")]
+    Thread(#[source] io::Error),
+}
+
+impl BuildError {
+    pub(crate) fn kvm(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+        move |source| Self::Kvm { what, source }
+    }
+}
+
+/// Why a machine could not be saved.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// A vCPU.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuStateError),
+    /// KVM refused.
+    #[error("Failed to read the {part}")]
+    Kvm {
+        /// What was read.
+        part: &'static str,
+        /// What KVM says.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// The machine has ended.
+    #[error("The machine has ended")]
+    Ended,
+}
+
+impl SaveError {
+    pub(crate) fn kvm(part: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {
+        move |source| Self::Kvm { part, source }
+    }
+}
