@@ -43,7 +43,7 @@ use crate::virtio::vsock::Vsock;
 ///
 /// No reboot but by ACPI, a panic ends the machine, the console is virtio, and whatever a machine
 /// like this does not have is not looked for.
-const CMDLINE: &str = "console=hvc0 quiet panic=-1 reboot=t tsc=reliable no_timer_check \
+const CMDLINE: &str = "console=hvc0 quiet panic=-1 tsc=reliable no_timer_check \
     random.trust_cpu=on";
 /// Without a 16550 there is none to look for.
 const CMDLINE_NO_SERIAL: &str = "8250.nr_uarts=0";
