@@ -23,11 +23,11 @@ use crate::arch::{acpi, boot, cpuid, registers};
 use crate::events::Events;
 pub use crate::events::{MachineEvent, MachineEventKind, StopReason};
 use crate::layout::{KVM_TSS_START, MMIO_GSI_FIRST, MMIO_SLOTS, SERIAL_GSI, mmio_slot};
-use crate::machine_error::{BuildError, SaveError};
+use crate::machine_error::{BuildError, Ended, SaveError};
 use crate::machine_state::{DeviceSlotState, IrqchipState, MachineState};
 use crate::memory::{Memory, MemoryListener, MemoryRange};
 use crate::ports::{Ports, SerialInterrupt};
-use crate::reactor::Reactor;
+use crate::reactor::{self, Orders, Reactor};
 use crate::slots::Slots;
 use crate::spec::{MachineFiles, MachineSpec};
 use crate::vcpu::{Exits, Platform, Vcpu, install_kick};
@@ -57,10 +57,12 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     unstarted: Vec<VcpuFd>,
     _reactor: Reactor,
+    orders: Orders,
     platform: Arc<Platform>,
     events: Arc<Events>,
     vm: VmFd,
-    msrs: Vec<u32>,
+    msrs: Arc<[u32]>,
+    paused: bool,
     _memory: Memory,
 }
 
@@ -83,8 +85,10 @@ impl Machine {
         let log = files.console.try_clone().map_err(BuildError::Thread)?;
         let devices = devices(spec, files.disks, files.vsock, files.console)?;
         let device_count = devices.len() as u64;
-        let (tasks, registers) = place(&vm, &memory, devices)?;
-        let reactor = Reactor::start(tasks).map_err(BuildError::Thread)?;
+        let (orders, inbox) = reactor::orders().map_err(BuildError::Thread)?;
+        let (tasks, registers) = place(&vm, &memory, devices, &orders)?;
+        let reactor = Reactor::start(tasks, orders.clone(), inbox, Arc::clone(&events))
+            .map_err(BuildError::Thread)?;
 
         acpi::write_tables(memory.mem(), spec.vcpus, device_count)?;
         let mut cmdline = String::from(CMDLINE);
@@ -103,16 +107,16 @@ impl Machine {
             events: Arc::clone(&events),
             exits: Exits::default(),
         });
-        let msrs = msrs.as_slice().to_vec();
-        let vcpus = Vec::new();
         Ok(Self {
-            vcpus,
+            vcpus: Vec::new(),
             unstarted,
             _reactor: reactor,
+            orders,
             platform,
             events,
             vm,
-            msrs,
+            msrs: msrs.as_slice().into(),
+            paused: false,
             _memory: memory,
         })
     }
@@ -141,36 +145,56 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops all vCPUs where they are, and lets devices finish what they are at.
-    pub fn pause(&self) {
-        for vcpu in &self.vcpus {
-            vcpu.pause();
+    /// Stops all vCPUs where they are, lets devices finish what they are at, and then stops them
+    /// too: until [`Machine::resume`] nothing of this machine changes.
+    ///
+    /// # Errors
+    ///
+    /// [`Ended`] if a thread of the machine is no more.
+    pub fn pause(&mut self) -> Result<(), Ended> {
+        if self.paused {
+            return Ok(());
         }
-        for registers in self.platform.slots.each() {
-            registers.task().drain();
+        self.paused = true;
+        let answers: Vec<_> = self.vcpus.iter().map(Vcpu::pause).collect();
+        for answer in answers {
+            answer.recv().map_err(|_gone| Ended)?;
         }
+        self.orders.pause().ok_or(Ended)
     }
 
-    /// Lets paused vCPUs go on.
-    pub fn resume(&self) {
-        for vcpu in &self.vcpus {
-            vcpu.resume();
+    /// Lets a paused machine go on.
+    ///
+    /// # Errors
+    ///
+    /// [`Ended`] if a thread of the machine is no more.
+    pub fn resume(&mut self) -> Result<(), Ended> {
+        if !self.paused {
+            return Ok(());
         }
+        self.paused = false;
+        self.orders.resume().ok_or(Ended)?;
+        self.vcpus.iter().try_for_each(|vcpu| vcpu.resume().ok_or(Ended))
     }
 
-    /// Ends the machine as if its power was cut: [`StopReason::Ordered`] follows.
-    pub fn stop(&self) {
+    /// Ends the machine as if its power was cut; [`StopReason::Ordered`] follows, unless it had
+    /// ended before. No vCPU runs when this returns.
+    pub fn stop(&mut self) {
         self.events.push(MachineEventKind::Stopped { reason: StopReason::Ordered });
+        self.vcpus.clear();
     }
 
-    /// Everything but the content of memory, of a machine that was paused.
+    /// Everything but the content of memory, of a machine that is paused.
     ///
     /// # Errors
     ///
     /// [`SaveError`].
     pub fn save(&self) -> Result<MachineState, SaveError> {
-        let vcpus =
-            self.vcpus.iter().map(|v| v.save(self.msrs.clone())).collect::<Result<_, _>>()?;
+        if !self.paused {
+            return Err(SaveError::Running);
+        }
+        let save = |vcpu: &Vcpu| vcpu.save(Arc::clone(&self.msrs));
+        let vcpus = self.vcpus.iter().map(save).collect::<Result<_, _>>()?;
         let clock = self.vm.get_clock().map_err(SaveError::kvm("clock"))?;
         let mut irqchips = Vec::new();
         for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC] {
@@ -178,15 +202,10 @@ impl Machine {
             self.vm.get_irqchip(&mut chip).map_err(SaveError::kvm("interrupt controller"))?;
             irqchips.push(IrqchipState::new(&chip));
         }
-        let devices = self
-            .platform
-            .slots
-            .each()
-            .map(|slot| {
-                let task = slot.task().save().ok_or(SaveError::Ended)?;
-                Ok(DeviceSlotState { registers: slot.state().clone(), task })
-            })
-            .collect::<Result<_, SaveError>>()?;
+        let tasks = self.orders.save().ok_or(SaveError::Ended(Ended))?;
+        let slots = self.platform.slots.each().map(|registers| registers.save());
+        let slot = |(registers, task)| DeviceSlotState { registers, task };
+        let devices = slots.zip(tasks).map(slot).collect();
         Ok(MachineState { vcpus, clock, irqchips, devices })
     }
 
@@ -272,23 +291,24 @@ fn place(
     vm: &VmFd,
     memory: &Memory,
     devices: Vec<Box<dyn Device>>,
+    orders: &Orders,
 ) -> Result<(Vec<Task>, Vec<Registers>), BuildError> {
     let (mut tasks, mut all) = (Vec::new(), Vec::new());
-    for (device, slot) in devices.into_iter().zip(0_u64..) {
-        let start = mmio_slot(slot).ok_or(BuildError::TooManyDevices { max: MMIO_SLOTS })?;
-        let gsi = MMIO_GSI_FIRST + u32::try_from(slot).expect("slots are few");
+    for (device, slot) in devices.into_iter().zip(0_u8..) {
+        let start = mmio_slot(slot.into()).ok_or(BuildError::TooManyDevices { max: MMIO_SLOTS })?;
+        let gsi = MMIO_GSI_FIRST + u32::from(slot);
         let irq = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BuildError::Thread)?);
         vm.register_irqfd(&irq, gsi).map_err(BuildError::kvm("register an interrupt"))?;
         let line = Line::new(irq);
         let mem = memory.mem().clone();
         let identity = Identity::of(&*device);
-        let (task, handle) = Task::new(device, mem, line.clone()).map_err(BuildError::Thread)?;
+        let task = Task::new(device, mem, line.clone()).map_err(BuildError::Thread)?;
         let notify = IoEventAddress::Mmio(start + QUEUE_NOTIFY);
         for (kick, queue) in task.kicks().iter().zip(0_u32..) {
             vm.register_ioevent(kick, &notify, queue)
                 .map_err(BuildError::kvm("register a kick"))?;
         }
-        all.push(Registers::new(identity, handle, line));
+        all.push(Registers::new(slot, identity, orders.clone(), line));
         tasks.push(task);
     }
     Ok((tasks, all))

@@ -1,9 +1,9 @@
 //! The virtio-mmio transport: the registers of one slot, as a vCPU sees them.
 //!
 //! A vCPU thread that touches a register works on [`Registers`] under the slot's lock. Only two
-//! things reach the device thread from here, and the vCPU waits for both: the driver being ready
-//! (its queues are checked and frozen, then the device starts) and a reset. Kicks do not come by:
-//! they are ioeventfds. Virtio 1.3, 4.2 "Virtio Over MMIO".
+//! things reach the device thread from here: that the driver is ready, with the queues as they
+//! were set up, and a reset, for which the vCPU waits. Kicks do not come by: they are ioeventfds.
+//! Virtio 1.3, 4.2 "Virtio Over MMIO".
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
@@ -15,7 +15,8 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::Device;
-use super::task::{Activation, Line, TaskHandle};
+use super::task::{Activation, Line};
+use crate::reactor::Orders;
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
@@ -61,7 +62,8 @@ const TRANSPORT_FEATURES: u64 =
 pub struct Registers {
     identity: Identity,
     state: RegistersState,
-    task: TaskHandle,
+    slot: u8,
+    orders: Orders,
     line: Line,
 }
 
@@ -101,6 +103,10 @@ pub struct RegistersState {
     pub queue_select: u32,
     /// The queues as they were set up.
     pub queues: Vec<QueueSetup>,
+    /// InterruptStatus, as saved; while the device is alive it is in its [`Line`].
+    pub pending: u32,
+    /// Whether the device needs a reset, as saved.
+    pub broken: bool,
 }
 
 impl RegistersState {
@@ -126,20 +132,17 @@ pub struct QueueSetup {
 }
 
 impl Registers {
-    /// The slot of `identity`, whose task is reached through `task`, which interrupts by `line`.
-    pub fn new(identity: Identity, task: TaskHandle, line: Line) -> Self {
+    /// Slot number `slot`: the device behind it says `identity` of itself, interrupts by `line`
+    /// and is reached by `orders`.
+    pub fn new(slot: u8, identity: Identity, orders: Orders, line: Line) -> Self {
         let state = RegistersState::after_reset(identity.queue_sizes);
-        Self { identity, state, task, line }
+        Self { identity, state, slot, orders, line }
     }
 
-    /// What the driver has written, and how its device is.
-    pub fn state(&self) -> &RegistersState {
-        &self.state
-    }
-
-    /// The way to the device.
-    pub fn task(&self) -> &TaskHandle {
-        &self.task
+    /// What the guest would find here.
+    pub fn save(&self) -> RegistersState {
+        let Self { state, line, .. } = self;
+        RegistersState { pending: line.pending(), broken: line.broken(), ..state.clone() }
     }
 
     /// A vCPU reads `data.len()` bytes at `offset`. What is not there reads as ones.
@@ -252,12 +255,12 @@ impl Registers {
             queues: self.state.queues.clone(),
         };
         self.state.status = status & DRIVER_BITS;
-        self.task.activate(activation);
+        self.orders.activate(self.slot, activation);
     }
 
     fn reset(&mut self) {
         if self.state.status & DRIVER_OK != 0 {
-            self.task.reset();
+            self.orders.reset(self.slot);
         }
         self.line.clear();
         self.state = RegistersState::after_reset(self.identity.queue_sizes);

@@ -300,12 +300,12 @@ fn a_paused_guest_stands_still_and_goes_on() {
     guest.prints("tick 5\n");
 
     for _ in 0..3 {
-        guest.machine.pause();
+        guest.machine.pause().unwrap();
         let before = guest.printed();
         guest.wait(Duration::from_millis(500));
         assert_eq!(guest.printed(), before, "it printed while it was paused");
 
-        guest.machine.resume();
+        guest.machine.resume().unwrap();
         let ticks = before.matches("tick").count();
         guest.prints(&format!("tick {}\n", ticks + 3));
     }
@@ -319,7 +319,7 @@ fn a_saved_machine_is_plain_data_and_runs_on() {
     disk.set_len(1 << 20).unwrap();
     let mut guest = Plan::new(script).vcpus(2).disk("data", false, disk).boot();
     guest.prints("tick 5\n");
-    guest.machine.pause();
+    guest.machine.pause().unwrap();
 
     let state = guest.machine.save().unwrap();
     let again = guest.machine.save().unwrap();
@@ -331,7 +331,7 @@ fn a_saved_machine_is_plain_data_and_runs_on() {
     // Time goes on for a paused guest too; its registers and devices do not.
     let at_rest = |state: &MachineState| serde_json::to_value(&state.devices).unwrap();
     assert_eq!(at_rest(&state), at_rest(&again));
-    guest.machine.resume();
+    guest.machine.resume().unwrap();
     let ticks = guest.printed().matches("tick").count();
     guest.prints(&format!("tick {}\n", ticks + 3));
 }
