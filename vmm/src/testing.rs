@@ -115,6 +115,12 @@ impl<'g> QueueFixture<'g> {
         }
     }
 
+    /// Where its descriptors, its available and its used ring lie.
+    pub(crate) fn addresses(&self) -> [u64; 3] {
+        let start = u64::from(self.index) * QUEUE_STRIDE;
+        [start, start + AVAIL_OFFSET, start + USED_OFFSET]
+    }
+
     /// The device's end of it, with EVENT_IDX negotiated.
     pub(crate) fn ring(&self) -> Ring {
         let start = u64::from(self.index) * QUEUE_STRIDE;

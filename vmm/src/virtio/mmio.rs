@@ -223,6 +223,8 @@ impl Registers {
         if value == 0 {
             return self.reset();
         }
+        // A driver adds a bit to what it read, and may so write NEEDS_RESET, which is not its own.
+        let value = value & DRIVER_BITS;
         let added = value & !old;
         let needed = match added {
             ACKNOWLEDGE => 0,
@@ -232,13 +234,13 @@ impl Registers {
             FAILED => 0,
             _ => return,
         };
-        if old & !value & DRIVER_BITS != 0 || old & needed != needed || old & FAILED != 0 {
+        if old & !value != 0 || old & needed != needed || old & FAILED != 0 {
             return;
         }
         match added {
             FEATURES_OK if !self.features_are_acceptable() => {}
             DRIVER_OK => self.activate(value),
-            _ => self.state.status = value & DRIVER_BITS,
+            _ => self.state.status = value,
         }
     }
 
@@ -254,7 +256,7 @@ impl Registers {
             event_idx: features & 1 << VIRTIO_RING_F_EVENT_IDX != 0,
             queues: self.state.queues.clone(),
         };
-        self.state.status = status & DRIVER_BITS;
+        self.state.status = status;
         self.orders.activate(self.slot, activation);
     }
 
@@ -293,3 +295,6 @@ fn set_half(register: &mut u64, select: u32, value: u32) {
         _ => {}
     }
 }
+
+#[cfg(test)]
+mod tests;
