@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use proptest::collection::vec;
@@ -132,7 +133,7 @@ impl Slot {
         let deadline = Instant::now() + Duration::from_secs(20);
         while self.irq.read().is_err() {
             assert!(Instant::now() < deadline, "no interrupt");
-            std::thread::yield_now();
+            thread::yield_now();
         }
         assert_eq!(self.read(INTERRUPT_STATUS), bits);
     }
