@@ -9,7 +9,7 @@
 //! The worker also appends each event, as one line of JSON, to the events file. That file is what
 //! a server trusts after it was away.
 
-use ovum_vmm::spec::MachineSpec;
+pub use ovum_vmm::spec::{DiskSpec, MEMORY_BYTES_MIN, MEMORY_BYTES_STEP, MachineSpec};
 use serde::{Deserialize, Serialize};
 
 /// Where a worker finds its launch socket.

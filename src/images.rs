@@ -6,43 +6,64 @@
 //! [`Images::ready`] hands the file out.
 //!
 //! ```text
-//! reference ──registry/archive──> blobs ──layers──> tree ──erofs──> images/<digest>/root.erofs
+//! reference ──registry/archive──> blobs ──layers──> tree ──erofs──> images/<hex>/root.erofs
 //! ```
 //!
 //! Work is done once per manifest digest, however many names and requests there are for it. All
 //! that is on disk is named by its digest and appears by rename: a server killed at any moment
 //! leaves only temporary files, which the next [`Images::open`] removes.
+//!
+//! Root disks and blobs that no name needs any more are removed by [`Images::collect`] and never
+//! otherwise: instances may still run from them, and only the caller knows.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use chrono::{DateTime, Utc};
+use chrono::Utc;
 use tokio::io::AsyncRead;
-use tokio::sync::watch;
+use tokio::sync::{RwLock, watch};
+use tokio::task::spawn_blocking;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-use crate::images::config::ImageConfig;
+use crate::images::archive::{ArchiveError, ArchivedImage};
+use crate::images::blobs::{BlobError, Blobs};
 use crate::images::digest::Digest;
-use crate::images::records::Records;
+use crate::images::jobs::{AuthSource, Pull};
+use crate::images::manifest::{Manifest, PLATFORM};
+use crate::images::records::{ImageRecord, Origin, Records};
 use crate::images::reference::Reference;
-use crate::images::registry::{Credentials, RegistryError};
+use crate::images::registry::{Auth, Registry, RegistryError};
+use crate::images::room::Room;
+use crate::images::roots::Roots;
+use crate::images::shelf::{Arrival, Found, Shelf};
 
 pub mod archive;
 pub mod blobs;
 pub mod config;
 pub mod digest;
 mod erofs;
+mod errors;
+pub mod image;
+mod jobs;
 mod layers;
 pub mod manifest;
 pub mod records;
 pub mod reference;
 pub mod registry;
 mod room;
+mod roots;
+mod shelf;
 mod tar;
 #[cfg(test)]
 mod testing;
 mod tree;
+
+pub use errors::{DeleteError, ImagesError, ReadyError, RequestError, TagError};
+pub use image::{Image, ImageSpec, ImageStatus, RootDisk};
 
 /// What the images of a host are given, from the server's configuration.
 #[derive(Debug, Clone)]
@@ -74,103 +95,64 @@ impl Default for Limits {
     }
 }
 
-/// One image name on this host and how far it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Image {
-    /// Its normalised name.
-    pub name: Reference,
-    /// The manifest (of our platform) the name stands for since it was last asked for.
-    pub digest: Digest,
-    /// How far that digest is.
-    pub status: ImageStatus,
-    /// Why it failed, the whole chain of causes; `None` unless failed.
-    pub error: Option<String>,
-    /// Disk use of the root disk; `None` until ready.
-    pub size_bytes: Option<u64>,
-    /// `os/arch`.
-    pub platform: String,
-    /// What the image says about its processes; empty until known.
-    pub config: ImageConfig,
-    /// The caller's labels, kept as they came.
-    pub tags: BTreeMap<String, String>,
-    /// When the name first appeared on this host.
-    pub created_at: DateTime<Utc>,
-    /// Place in the queue, from 1; `None` unless pending.
-    pub queue_position: Option<usize>,
-    /// Bytes pulled so far; `None` unless pulling.
-    pub progress: Option<Progress>,
-}
-
-/// How far an image is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ImageStatus {
-    /// Waits for its turn.
-    Pending,
-    /// Layers are being downloaded.
-    Pulling,
-    /// Layers are being merged into a root disk.
-    Converting,
-    /// Instances can start from it.
-    Ready,
-    /// It did not work; [`Image::error`] says why. Ask again to try again.
-    Failed,
-}
-
-/// Bytes of a pull.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
-    /// Bytes on this host.
-    pub done_bytes: u64,
-    /// Bytes of all layers and the configuration.
-    pub total_bytes: u64,
-}
-
-/// What is asked for: one image from its registry.
-#[derive(Debug, Clone)]
-pub struct ImageSpec {
-    /// Which.
-    pub name: Reference,
-    /// `os/arch`; `None` and `linux/amd64` are the same.
-    pub platform: Option<String>,
-    /// For this pull only, never stored; `None`: the docker configuration of the server's user.
-    pub credentials: Option<Credentials>,
-    /// Labels that replace those the name has; empty keeps them.
-    pub tags: BTreeMap<String, String>,
-}
-
-/// A root disk, open.
-///
-/// While it is held the image cannot be deleted: keep it until the digest is in a record that
-/// the `in_use` of [`Images::delete`] looks at.
-#[derive(Debug, Clone)]
-pub struct RootDisk {
-    /// The manifest digest it is made of.
-    pub digest: Digest,
-    /// The EROFS file, opened read-only.
-    pub file: Arc<File>,
-    /// Where it is, to open it again later.
-    pub path: PathBuf,
-    /// What the image says about its processes.
-    pub config: ImageConfig,
-    pin: Arc<()>,
-}
-
 /// The images of this host. Clones are the same images.
 #[derive(Debug, Clone)]
-pub struct Images {}
+pub struct Images {
+    inner: Arc<Inner>,
+}
 
-#[expect(clippy::todo, reason = "signatures first, so that callers can be written meanwhile")]
+#[derive(Debug)]
+struct Inner {
+    spec: ImagesSpec,
+    blobs: Blobs,
+    roots: Roots,
+    records: Records,
+    /// Names and work. Held for microseconds, never over an await.
+    shelf: Mutex<Shelf>,
+    /// Read while names are given to content; written while content without names is removed.
+    /// Never held while a client or registry is waited for. Taken before `shelf`.
+    content: RwLock<()>,
+    tasks: TaskTracker,
+    closing: CancellationToken,
+}
+
 impl Images {
     /// Opens the images in `spec.dir`: makes the folders, removes what a killed server left,
     /// loads the records and queues again what was under way.
     ///
-    /// What was under way with credentials of its own becomes failed: those are not kept.
+    /// What was under way with credentials of its own becomes failed if it needs them again: they
+    /// are not kept.
     ///
     /// # Errors
     ///
     /// [`ImagesError`] if the folder or the records cannot be used.
     pub async fn open(spec: ImagesSpec, records: Records) -> Result<Self, ImagesError> {
-        todo!()
+        let dir = spec.dir.clone();
+        let free_bytes_min = spec.limits.free_bytes_min;
+        let opening = spawn_blocking(move || -> io::Result<(Blobs, Roots)> {
+            fs::create_dir_all(&dir)?;
+            let blobs = Blobs::open(&dir, Room::new(&dir, free_bytes_min)?)?;
+            Ok((blobs, Roots::open(&dir)?))
+        });
+        let opened = opening.await.expect("opening folders does not panic");
+        let (blobs, roots) = opened.map_err(|source| failed(&spec.dir, source))?;
+        let rows = records.with(ImageRecord::list).map_err(ImagesError::Records)?;
+        let inner = Inner {
+            shelf: Mutex::new(Shelf::default()),
+            spec,
+            blobs,
+            roots,
+            records,
+            content: RwLock::new(()),
+            tasks: TaskTracker::new(),
+            closing: CancellationToken::new(),
+        };
+        let images = Self { inner: Arc::new(inner) };
+        for row in rows {
+            images.restore(row)?;
+        }
+        images.start_jobs();
+        Ok(images)
     }
 
     /// Asks for an image: resolves the name at its registry and queues what is missing.
@@ -183,46 +165,101 @@ impl Images {
     ///
     /// [`RequestError`]; the records are as before.
     pub async fn request(&self, spec: ImageSpec) -> Result<Image, RequestError> {
-        todo!()
+        if let Some(platform) = spec.platform.filter(|platform| platform != PLATFORM) {
+            return Err(RequestError::Platform { platform });
+        }
+        let source = match &spec.credentials {
+            Some(credentials) => AuthSource::Given(credentials.clone()),
+            None => AuthSource::Host,
+        };
+        let auth = source.auth(&spec.name).await?;
+        let registry = self.registry(&spec.name, auth)?;
+        let resolved = registry.resolve().await?;
+        let packed_bytes = resolved.manifest.packed_bytes();
+        let packed_bytes_max = self.inner.spec.limits.packed_bytes_max;
+        if packed_bytes > packed_bytes_max {
+            return Err(RequestError::TooLarge { packed_bytes, packed_bytes_max });
+        }
+        let blobs = self.inner.blobs.clone();
+        let storing = spawn_blocking(move || {
+            let lease = blobs.lease();
+            blobs.put(&resolved.configuration_bytes, &lease)?;
+            blobs.put(&resolved.manifest_bytes, &lease)?;
+            Ok::<_, BlobError>(lease)
+        });
+        let _lease = storing.await.expect("storing a blob does not panic")?;
+        let origin = match source {
+            AuthSource::Host => Origin::Registry,
+            AuthSource::Given(_) => Origin::RegistryWithCredentials,
+        };
+        let arrival = Arrival {
+            name: spec.name.clone(),
+            manifest: resolved.manifest,
+            config: resolved.configuration.config,
+            tags: spec.tags,
+            origin,
+            pull: Some(Pull { name: spec.name, auth: source }),
+        };
+        let _content = self.inner.content.read().await;
+        Ok(self.admit(arrival)?)
     }
 
-    /// Takes the images out of a tar archive (OCI layout or `docker save`, plain or gzip) and
-    /// queues their conversion.
+    /// Takes the images out of a tar archive (OCI layout or `docker save`; plain, gzip or zstd)
+    /// and queues their conversion.
     ///
     /// `name` names the image if the archive holds exactly one; otherwise the archive's own names
     /// are used. Returns the images, usually pending: [`Images::settled`] waits for one.
     ///
     /// # Errors
     ///
-    /// [`archive::ArchiveError`]; nothing is left.
+    /// [`ArchiveError`]; no name has changed.
     pub async fn load<R: AsyncRead + Unpin + Send>(
         &self,
         archive: R,
         name: Option<Reference>,
         tags: BTreeMap<String, String>,
-    ) -> Result<Vec<Image>, archive::ArchiveError> {
-        todo!()
+    ) -> Result<Vec<Image>, ArchiveError> {
+        let limit = self.inner.spec.limits.unpacked_bytes_max;
+        let (found, _lease) = archive::read(archive, &self.inner.blobs, limit).await?;
+        let _content = self.inner.content.read().await;
+        let mut images = Vec::new();
+        for ArchivedImage { names, manifest, configuration } in archive::named(found, name)? {
+            for name in names {
+                let arrival = Arrival {
+                    name,
+                    manifest: manifest.clone(),
+                    config: configuration.config.clone(),
+                    tags: tags.clone(),
+                    origin: Origin::Archive,
+                    pull: None,
+                };
+                images.push(self.admit(arrival)?);
+            }
+        }
+        Ok(images)
     }
 
     /// The image of that name. By digest, any image of that repository with that digest.
     pub fn get(&self, name: &Reference) -> Option<Image> {
-        todo!()
+        self.shelf().find(name).map(|entry| entry.image())
     }
 
     /// All images, by name.
     pub fn list(&self) -> Vec<Image> {
-        todo!()
+        self.shelf().images()
     }
 
     /// The image of that name and everything that happens to it. The channel closes when the name
     /// is deleted.
     pub fn watch(&self, name: &Reference) -> Option<watch::Receiver<Image>> {
-        todo!()
+        self.shelf().find(name).map(|entry| entry.watch())
     }
 
     /// Waits until the image is ready or failed. `None` if there is no such name, or no more.
     pub async fn settled(&self, name: &Reference) -> Option<Image> {
-        todo!()
+        let mut watch = self.watch(name)?;
+        let image = watch.wait_for(|image| image.status.is_settled()).await.ok()?;
+        Some(image.clone())
     }
 
     /// The root disk of an image, for a new instance.
@@ -234,7 +271,15 @@ impl Images {
     ///
     /// [`ReadyError`].
     pub fn ready(&self, name: &Reference) -> Result<RootDisk, ReadyError> {
-        todo!()
+        let mut shelf = self.shelf();
+        let Some(entry) = shelf.find(name) else {
+            return Err(ReadyError::Missing { name: name.to_string() });
+        };
+        let Some(digest) = entry.serves() else {
+            let status = entry.image().status;
+            return Err(ReadyError::NotReady { name: name.to_string(), status });
+        };
+        self.pinned(&mut shelf, &digest)
     }
 
     /// The root disk of a digest that an instance already has, whatever its names are now.
@@ -243,11 +288,13 @@ impl Images {
     ///
     /// [`ReadyError`].
     pub fn root_disk(&self, digest: &Digest) -> Result<RootDisk, ReadyError> {
-        todo!()
+        self.pinned(&mut self.shelf(), digest)
     }
 
     /// Removes a name; its root disk and blobs too once no name needs them. Work under way for it
     /// alone is cancelled. By digest, removes all names of that repository with that digest.
+    ///
+    /// `in_use` says of a digest whether an instance or snapshot needs it; it must not call back.
     ///
     /// # Errors
     ///
@@ -258,7 +305,54 @@ impl Images {
         name: &Reference,
         in_use: impl Fn(&Digest) -> bool,
     ) -> Result<(), DeleteError> {
-        todo!()
+        {
+            let mut shelf = self.shelf();
+            let names = shelf.names(name);
+            if names.is_empty() {
+                return Err(DeleteError::Missing { name: name.to_string() });
+            }
+            if shelf.only_in(&names).iter().any(|digest| in_use(digest) || shelf.is_held(digest)) {
+                return Err(DeleteError::InUse { name: name.to_string() });
+            }
+            for name in &names {
+                let erase = |rows: &rusqlite::Connection| ImageRecord::delete(rows, name);
+                self.inner.records.with(erase).map_err(ImagesError::Records)?;
+                shelf.remove(name);
+            }
+        }
+        self.collect(in_use).await?;
+        Ok(())
+    }
+
+    /// Removes root disks and blobs that neither a name nor, as `in_use` says, a caller needs.
+    /// Returns how many root disks were removed. To be called when instances are gone, and at
+    /// start.
+    ///
+    /// # Errors
+    ///
+    /// [`ImagesError`]; what could not be removed stays until the next time.
+    pub async fn collect(&self, in_use: impl Fn(&Digest) -> bool) -> Result<usize, ImagesError> {
+        let _content = self.inner.content.write().await;
+        let dir = &self.inner.spec.dir;
+        let (removed, keep) = {
+            let shelf = self.shelf();
+            let needed = shelf.needed();
+            let all = self.inner.roots.list().map_err(|source| failed(dir, source))?;
+            let useless = |digest: &Digest| {
+                !needed.contains(digest) && !shelf.is_held(digest) && !in_use(digest)
+            };
+            let away = |digest: Digest| self.inner.roots.remove(&digest, self.inner.blobs.tmp());
+            let removed: io::Result<Vec<_>> = all.into_iter().filter(useless).map(away).collect();
+            (removed.map_err(|source| failed(dir, source))?, shelf.needed_blobs())
+        };
+        let blobs = self.inner.blobs.clone();
+        let sweeping = spawn_blocking(move || {
+            let count = removed.len();
+            drop(removed);
+            blobs.sweep(&keep).map(|_| count)
+        });
+        let swept = sweeping.await.expect("sweeping blobs does not panic");
+        swept.map_err(|source| failed(dir, source))
     }
 
     /// Makes `target` a name of the image `source`, or moves it there. Nothing is pulled.
@@ -267,122 +361,103 @@ impl Images {
     ///
     /// [`TagError`].
     pub fn tag(&self, source: &Reference, target: &Reference) -> Result<Image, TagError> {
-        todo!()
+        if target.digest().is_some() {
+            return Err(TagError::TargetIsDigest { name: target.to_string() });
+        }
+        let mut shelf = self.shelf();
+        let Some(entry) = shelf.find(source) else {
+            return Err(TagError::Missing { name: source.to_string() });
+        };
+        let image = entry.image();
+        if image.status != ImageStatus::Ready {
+            return Err(TagError::NotReady { name: source.to_string(), status: image.status });
+        }
+        let origin = entry.origin();
+        let known = shelf.find_exactly(target).map(|entry| entry.image().created_at);
+        let image =
+            Image { name: target.clone(), created_at: known.unwrap_or_else(Utc::now), ..image };
+        self.keep(&image.record(Some(image.digest), origin))?;
+        shelf.place(image.clone(), Some(image.digest), origin);
+        Ok(image)
     }
 
     /// Cancels all work and waits until it has stopped. What was under way is queued again by the
     /// next [`Images::open`].
     pub async fn close(&self) {
-        todo!()
+        self.inner.closing.cancel();
+        self.inner.tasks.close();
+        self.inner.tasks.wait().await;
+    }
+
+    fn shelf(&self) -> MutexGuard<'_, Shelf> {
+        // What panicked has at worst left a status behind that is too old.
+        self.inner.shelf.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn registry(&self, name: &Reference, auth: Auth) -> Result<Registry, RegistryError> {
+        Registry::new(name, auth, &self.inner.spec.insecure_registries)
+    }
+
+    fn keep(&self, record: &ImageRecord) -> Result<(), ImagesError> {
+        self.inner.records.with(|rows| record.upsert(rows)).map_err(ImagesError::Records)
+    }
+
+    fn pinned(
+        &self,
+        shelf: &mut MutexGuard<'_, Shelf>,
+        digest: &Digest,
+    ) -> Result<RootDisk, ReadyError> {
+        let path = self.inner.roots.path(digest);
+        match self.inner.roots.read(digest) {
+            Ok((file, config)) => {
+                let (file, _pin) = (Arc::new(file), shelf.hold(digest));
+                Ok(RootDisk { digest: *digest, file, path, config, _pin })
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(ReadyError::Missing { name: digest.to_string() })
+            }
+            Err(source) => Err(failed(&path, source).into()),
+        }
+    }
+
+    /// Takes an image whose documents are in the store: ready if its root disk is here, else
+    /// queued, unless that work is under way.
+    fn admit(&self, arrival: Arrival) -> Result<Image, ImagesError> {
+        let size_bytes = self.inner.roots.size_bytes(&arrival.manifest.digest).ok();
+        let image = {
+            let mut shelf = self.shelf();
+            let (image, serves) = shelf.describe(&arrival, size_bytes);
+            self.keep(&image.record(serves, arrival.origin))?;
+            shelf.receive(arrival, image, serves, &self.inner.closing)
+        };
+        self.start_jobs();
+        Ok(image)
+    }
+
+    /// Puts a row of an earlier server back on the shelf.
+    fn restore(&self, row: ImageRecord) -> Result<(), ImagesError> {
+        let Ok(name) = row.name.parse::<Reference>() else {
+            tracing::warn!(name = row.name, "image row with an impossible name is ignored");
+            return Ok(());
+        };
+        let manifest = Roots::manifest(&self.inner.blobs, &row.digest).ok();
+        let has_all = |manifest: &Manifest| manifest.blobs().all(|blob| self.inner.blobs.has(blob));
+        let found = Found {
+            is_complete: manifest.as_ref().is_some_and(has_all),
+            manifest,
+            size_bytes: self.inner.roots.size_bytes(&row.digest).ok(),
+        };
+        let changed = self.shelf().restore(row, name, found, &self.inner.closing);
+        match changed {
+            Some(record) => self.keep(&record),
+            None => Ok(()),
+        }
     }
 }
 
-/// Why the images of this host cannot be opened or recorded.
-#[derive(Debug, thiserror::Error)]
-pub enum ImagesError {
-    /// A folder or file of theirs.
-    #[error("Failed to use {path}", path = path.display())]
-    Io {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The records.
-    #[error("Failed to keep image records")]
-    Records(#[source] rusqlite::Error),
+fn failed(path: &Path, source: io::Error) -> ImagesError {
+    ImagesError::Io { path: path.to_owned(), source }
 }
 
-/// Why an image could not be asked for.
-#[derive(Debug, thiserror::Error)]
-pub enum RequestError {
-    /// Not `linux/amd64`, or not a platform at all.
-    #[error("Platform {platform:?} is not supported: linux/amd64 expected")]
-    Platform {
-        /// As asked for.
-        platform: String,
-    },
-    /// The same digest is being pulled with other credentials.
-    #[error("Image {name} is being pulled with other credentials")]
-    OtherCredentials {
-        /// Which.
-        name: String,
-    },
-    /// The registry has no such image, refuses, or cannot be reached.
-    #[error(transparent)]
-    Registry(#[from] RegistryError),
-    /// Records or files.
-    #[error(transparent)]
-    Host(#[from] ImagesError),
-}
-
-/// Why there is no root disk of an image.
-#[derive(Debug, thiserror::Error)]
-pub enum ReadyError {
-    /// No such name or digest.
-    #[error("Image {name} is not on this host")]
-    Missing {
-        /// Which.
-        name: String,
-    },
-    /// It is not ready yet, or failed.
-    #[error("Image {name} is not ready: {status:?}")]
-    NotReady {
-        /// Which.
-        name: String,
-        /// How far it is.
-        status: ImageStatus,
-    },
-    /// The file cannot be opened.
-    #[error(transparent)]
-    Host(#[from] ImagesError),
-}
-
-/// Why an image was not deleted.
-#[derive(Debug, thiserror::Error)]
-pub enum DeleteError {
-    /// No such name.
-    #[error("Image {name} is not on this host")]
-    Missing {
-        /// Which.
-        name: String,
-    },
-    /// An instance or snapshot needs its root disk.
-    #[error("Image {name} is in use")]
-    InUse {
-        /// Which.
-        name: String,
-    },
-    /// Records or files.
-    #[error(transparent)]
-    Host(#[from] ImagesError),
-}
-
-/// Why a name was not given.
-#[derive(Debug, thiserror::Error)]
-pub enum TagError {
-    /// No such source.
-    #[error("Image {name} is not on this host")]
-    Missing {
-        /// Which.
-        name: String,
-    },
-    /// The source is not ready.
-    #[error("Image {name} is not ready: {status:?}")]
-    NotReady {
-        /// Which.
-        name: String,
-        /// How far it is.
-        status: ImageStatus,
-    },
-    /// The target is a digest, which is nobody's to give.
-    #[error("Target {name} is a digest: a tag expected")]
-    TargetIsDigest {
-        /// Which.
-        name: String,
-    },
-    /// Records.
-    #[error(transparent)]
-    Host(#[from] ImagesError),
-}
+#[cfg(test)]
+mod tests;

@@ -1,8 +1,7 @@
-//! ovum: argv becomes a command; everything else lives elsewhere.
+//! ovum: argv becomes a command; everything else lives in the library.
 
-#[expect(dead_code, reason = "its callers are on their way")]
-mod disks;
-#[expect(dead_code, reason = "its callers are on their way")]
-mod images;
+use std::process::ExitCode;
 
-fn main() {}
+fn main() -> ExitCode {
+    ovum::cli::main()
+}

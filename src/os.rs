@@ -2,3 +2,6 @@
 
 pub mod packets;
 pub mod process;
+pub mod readable;
+pub mod spawn;
+pub mod tool;

@@ -190,11 +190,11 @@ impl Worker {
         match order {
             Order::Status => {}
             Order::Pause => {
-                self.machine.pause().context("Failed to pause the vCPUs")?;
+                self.machine.pause().context("Failed to pause the machine")?;
                 self.running = false;
             }
             Order::Resume => {
-                self.machine.resume().context("Failed to resume the vCPUs")?;
+                self.machine.resume().context("Failed to resume the machine")?;
                 self.running = true;
             }
             // The end itself arrives as an event.

@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 const LAYERS: &[(&str, &[&str])] = &[
     ("api", &["config", "duration", "images", "instances", "size", "token"]),
     ("cli", &["api", "client", "config", "doctor", "server", "size", "token", "worker"]),
-    ("instances", &["agent", "control", "disks", "fleet", "images", "initramfs", "store"]),
+    ("instances", &["agent", "control", "disks", "fleet", "images", "initramfs", "logs", "store"]),
     ("images", &["os", "store"]),
     ("disks", &["os"]),
     ("fleet", &["control", "os"]),
     ("agent", &[]),
+    ("logs", &["os"]),
     ("initramfs", &["os"]),
     ("worker", &["control", "os"]),
     ("control", &[]),

@@ -1,14 +1,15 @@
 //! Init systems: images whose program insists on being PID 1.
 //!
 //! The agent forks. The parent, PID 1, becomes the init system, on the console, without a pipe; the
-//! child goes on serving. Two things are lost by that. Output passes the agent by, so the first of
+//! child goes on serving. Some things are lost by that. Output passes the agent by, so the first of
 //! it is not reported; and PID 1 does not end before the guest does, so there is no exit status:
-//! when the init system tells everything to end, the agent reports success in its name.
+//! when the init system tells everything to end, the agent reports success in its name and ends.
+//! The layer's disk is then written back by the init system, and left to its journal.
 
 use std::fs;
 
-use rustix::process;
 use rustix::process::Signal;
+use rustix::{process, thread};
 
 use crate::port::Port;
 use crate::program::{Program, Search};
@@ -34,6 +35,8 @@ pub(crate) fn hand_over(program: &Program, port: Port) -> Result<u8, StartError>
             if let Err(error) = fs::write("/proc/self/oom_score_adj", "-1000") {
                 console::say(format_args!("agent may be killed if memory is short: {error}"));
             }
+            // For people who look at processes: it would go by the name of init.
+            let _ = thread::set_name(c"ovum-agent");
             process::setsid().map_err(StartError::System)?;
             Ok(stop_signal(program.name()))
         }

@@ -46,7 +46,7 @@ use crate::output::Output;
 use crate::port::Port;
 use crate::program::{Program, ProgramError, Refusal};
 use crate::root::{Root, RootError};
-use crate::serve::{Agent, Charge};
+use crate::serve::{Agent, Charge, Ending};
 use crate::signals::Signals;
 use crate::workload::{StartError, Workload};
 
@@ -90,38 +90,48 @@ fn run() -> i32 {
         port.report(Report::Failed(Failure::System));
         power_off();
     }));
-    if let Err(error) = live(port) {
-        console::say(format_args!("{}", chain(&error)));
-        port.report(Report::Failed(error.failure()));
+    match live(port) {
+        Ok(Ending::Over(_)) => {}
+        Ok(Ending::Dismissed(_)) => return 0,
+        Err(error) => {
+            console::say(format_args!("{}", chain(&error)));
+            port.report(Report::Failed(error.failure()));
+        }
     }
     power_off();
     1
 }
 
 /// Boots, serves, and reports how the workload ended.
-fn live(port: Port) -> Result<(), AgentError> {
+fn live(port: Port) -> Result<Ending, AgentError> {
     root::devices()?;
     console::open().map_err(system("the console"))?;
     let config = config::read()?;
     let program = Program::new(&config)?;
     // Dropped last: what was written is on the disk before the power goes.
-    let _root = Root::enter(&config)?;
+    let root = Root::enter(&config)?;
     port.report(Report::Phase(Phase::RootMounted));
     identity::assume(&config);
 
     let signals = Signals::open().map_err(system("signals"))?;
     let listener = if config.listen { listen(port) } else { None };
-    let exit = match start(&program, &config, port) {
-        Ok(charge) => Agent { port, signals, listener, charge }.serve(),
+    let ending = match start(&program, &config, port) {
+        Ok(charge) => Agent { signals, listener, charge }.serve(),
         Err(StartError::Refused(Refusal { code, message })) => {
             // As it would have ended from a shell.
             console::say(format_args!("{message}"));
-            Exit { code, oom: false }
+            Ending::Over(Exit { code, oom: false })
         }
         Err(StartError::System(errno)) => return Err(system("the workload's process")(errno)),
     };
-    port.report(Report::Exit(exit));
-    Ok(())
+    match ending {
+        Ending::Over(exit) => port.report(Report::Exit(exit)),
+        Ending::Dismissed(exit) => {
+            port.report(Report::Exit(exit));
+            root.leave();
+        }
+    }
+    Ok(ending)
 }
 
 /// Starts what the guest exists for.

@@ -9,8 +9,8 @@
 //! Image files are not touched: what the image lacks, a mount point for instance, is made.
 
 use std::ffi::CStr;
-use std::io;
 use std::os::fd::OwnedFd;
+use std::{io, mem};
 
 use ovum_agent_proto::config::GuestConfig;
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
@@ -167,6 +167,13 @@ impl Root {
             fs::chmodat(CWD, "/tmp", EVERYONES, AtFlags::empty()).map_err(prepare("/tmp"))?;
         }
         Ok(root)
+    }
+}
+
+impl Root {
+    /// Leaves the root as it is: someone else ends this guest.
+    pub(crate) fn leave(self) {
+        mem::forget(self);
     }
 }
 

@@ -4,7 +4,7 @@ use std::mem;
 use std::time::{Duration, Instant};
 
 use ovum_agent_proto::frame::{CONNECTION, ErrorCode, ToAgent, ToServer};
-use ovum_agent_proto::report::{Exit, Report};
+use ovum_agent_proto::report::Exit;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions};
@@ -12,10 +12,12 @@ use rustix::{event, process};
 
 use crate::listener::Listener;
 use crate::output::Output;
-use crate::port::Port;
 use crate::session::Session;
 use crate::signals::{self, Signal, Signals};
 use crate::workload;
+
+/// What is reported of an init system that had to be killed.
+const KILLED: Exit = Exit { code: 137, oom: false };
 
 /// Most connections at once; further ones wait in the listener's backlog.
 const SESSIONS_MAX: usize = 16;
@@ -30,7 +32,6 @@ const OWN_GRACE: Duration = Duration::from_secs(10);
 /// What the loop takes care of.
 #[derive(Debug)]
 pub(crate) struct Agent {
-    pub(crate) port: Port,
     pub(crate) signals: Signals,
     pub(crate) listener: Option<Listener>,
     pub(crate) charge: Charge,
@@ -60,7 +61,16 @@ struct Loop {
     sessions: Vec<Session>,
     /// When whatever still runs is killed.
     kill_at: Option<Instant>,
-    ended: Option<Exit>,
+    ended: Option<Ending>,
+}
+
+/// How serving ended.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Ending {
+    /// The charge is gone, and everyone else with it. The guest is to be ended.
+    Over(Exit),
+    /// The init system is ending the guest, and waits for us to leave.
+    Dismissed(Exit),
 }
 
 /// What can be done without waiting.
@@ -72,13 +82,13 @@ struct Ready {
 }
 
 impl Agent {
-    /// Serves until the charge has ended, then ends everything else. Returns how the charge ended.
-    pub(crate) fn serve(self) -> Exit {
+    /// Serves until the charge has ended.
+    pub(crate) fn serve(self) -> Ending {
         let mut serving = Loop { agent: self, sessions: Vec::new(), kill_at: None, ended: None };
         loop {
-            if let Some(exit) = serving.ended {
-                serving.finish(exit);
-                return exit;
+            if let Some(ending) = serving.ended {
+                serving.finish(ending);
+                return ending;
             }
             serving.turn();
         }
@@ -143,10 +153,10 @@ impl Loop {
                     // It was asked; that it may have ended meanwhile is no failure.
                     let _ = self.stop(0, OWN_GRACE);
                 }
-                // An init system that ends the guest tells everyone to end, and kills them later.
-                // Of how it went this is all that can be known.
+                // An init system that ends the guest tells everyone to end, and waits for that. Of
+                // how it went this is all that can be known.
                 (Signal::Stop { by_init: true }, Charge::Init { .. }) => {
-                    self.agent.port.report(Report::Exit(Exit { code: 0, oom: false }));
+                    self.ended = Some(Ending::Dismissed(Exit { code: 0, oom: false }));
                 }
                 (Signal::Stop { by_init: false }, Charge::Init { .. }) => {}
             }
@@ -158,7 +168,7 @@ impl Loop {
         while let Ok(Some((pid, status))) = process::wait(WaitOptions::NOHANG) {
             let Charge::Workload { pid: charge, .. } = &self.agent.charge else { continue };
             if pid == *charge {
-                self.ended = workload::exit(status);
+                self.ended = workload::exit(status).map(Ending::Over);
             }
         }
     }
@@ -214,19 +224,26 @@ impl Loop {
         match self.agent.charge {
             // Its end arrives as a signal, like any other.
             Charge::Workload { pid, .. } => drop(process::kill_process(pid, process::Signal::KILL)),
-            Charge::Init { .. } => self.ended = Some(Exit { code: 137, oom: false }),
+            Charge::Init { .. } => self.ended = Some(Ending::Over(KILLED)),
         }
     }
 
-    /// Ends what is left in the guest, as the end of a container would, and says goodbye.
-    fn finish(&mut self, exit: Exit) {
-        // "Group 1" is everyone but PID 1 and, if that is another, ourselves (kill(2)). No one
-        // there is an answer too.
-        let _ = process::kill_process_group(Pid::INIT, process::Signal::KILL);
-        if let Charge::Workload { output, .. } = &mut self.agent.charge {
-            output.drain();
-        }
-        self.bury();
+    /// Says goodbye; before that, if the guest is ours to end, ends what is left in it, as the end
+    /// of a container would.
+    fn finish(&mut self, ending: Ending) {
+        let exit = match ending {
+            Ending::Dismissed(exit) => exit,
+            Ending::Over(exit) => {
+                // "Group 1" is everyone but PID 1 and, if that is another, ourselves (kill(2)). No
+                // one there is an answer too.
+                let _ = process::kill_process_group(Pid::INIT, process::Signal::KILL);
+                if let Charge::Workload { output, .. } = &mut self.agent.charge {
+                    output.drain();
+                }
+                self.bury();
+                exit
+            }
+        };
         for session in &mut self.sessions {
             session.say(CONNECTION, &ToServer::Exited(exit));
             // Whoever does not take it now learns it from the report.

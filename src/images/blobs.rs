@@ -3,11 +3,15 @@
 //! A blob appears in `blobs/sha256/<hex>` by rename, after its bytes were digested, counted and
 //! synced; what has a name there is whole and right. Temporary files live in `tmp` and belong to
 //! nobody after a restart.
+//!
+//! A sweep removes blobs that no image refers to. Who stores blobs before there is an image that
+//! could refer to them holds a [`Lease`] on them meanwhile.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sha2::{Digest as _, Sha256};
 
@@ -21,6 +25,14 @@ pub struct Blobs {
     dir: PathBuf,
     tmp: PathBuf,
     room: Room,
+    leases: Arc<Mutex<Leases>>,
+}
+
+/// Who holds what. Locked while blobs get their name under a lease, and during a sweep.
+#[derive(Debug, Default)]
+struct Leases {
+    seen: u64,
+    held: HashMap<u64, HashSet<Digest>>,
 }
 
 impl Blobs {
@@ -30,7 +42,12 @@ impl Blobs {
     ///
     /// Those of the file system.
     pub fn open(data_dir: &Path, room: Room) -> io::Result<Self> {
-        let blobs = Self { dir: data_dir.join("blobs/sha256"), tmp: data_dir.join("tmp"), room };
+        let blobs = Self {
+            dir: data_dir.join("blobs/sha256"),
+            tmp: data_dir.join("tmp"),
+            room,
+            leases: Arc::default(),
+        };
         fs::create_dir_all(&blobs.dir)?;
         match fs::remove_dir_all(&blobs.tmp) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
@@ -47,6 +64,15 @@ impl Blobs {
     /// The free space of that file system.
     pub fn room(&self) -> &Room {
         &self.room
+    }
+
+    /// A lease on no blobs yet.
+    pub fn lease(&self) -> Lease {
+        let mut leases = lock(&self.leases);
+        leases.seen += 1;
+        let id = leases.seen;
+        leases.held.insert(id, HashSet::new());
+        Lease { leases: Arc::clone(&self.leases), id }
     }
 
     /// Whether the blob is here.
@@ -80,40 +106,49 @@ impl Blobs {
         })
     }
 
-    /// Stores a small blob.
+    /// Begins a blob whose digest is whatever its bytes have.
+    ///
+    /// # Errors
+    ///
+    /// [`BlobError::Io`].
+    pub fn write_unknown(&self) -> Result<UnknownBlobWriter, BlobError> {
+        let file = tempfile::Builder::new().prefix("blob-").tempfile_in(&self.tmp)?;
+        Ok(UnknownBlobWriter {
+            file,
+            blobs: self.clone(),
+            hasher: Sha256::new(),
+            written_bytes: 0,
+            claimed_bytes: 0,
+        })
+    }
+
+    /// Stores a small blob, under `lease`.
     ///
     /// # Errors
     ///
     /// As [`Blobs::write`].
-    pub fn put(&self, content: &[u8]) -> Result<Digest, BlobError> {
-        let digest = Digest::of(content);
-        let blob = Descriptor {
-            media_type: String::new(),
-            digest,
-            size_bytes: content.len() as u64,
-            platform: None,
-            annotations: std::collections::BTreeMap::new(),
-        };
-        if !self.has(&blob) {
-            let mut writer = self.write(&blob)?;
-            writer.push(content)?;
-            writer.finish()?;
-        }
-        Ok(digest)
+    pub fn put(&self, content: &[u8], lease: &Lease) -> Result<Digest, BlobError> {
+        let mut writer = self.write_unknown()?;
+        writer.push(content)?;
+        Ok(writer.finish(lease)?.0)
     }
 
-    /// Removes all blobs but those to keep. Returns how many were removed.
+    /// Removes all blobs but those to keep and those under a lease. Returns how many were removed.
     ///
     /// # Errors
     ///
     /// Those of the file system; some blobs may be removed already.
     pub fn sweep(&self, keep: &HashSet<Digest>) -> io::Result<usize> {
+        let leases = lock(&self.leases);
+        let is_kept = |digest: &Digest| {
+            keep.contains(digest) || leases.held.values().any(|held| held.contains(digest))
+        };
         let mut removed = 0;
         for entry in fs::read_dir(&self.dir)? {
             let entry = entry?;
             let name = entry.file_name();
             let digest = name.to_str().and_then(|name| Digest::from_hex(name).ok());
-            if digest.is_some_and(|digest| keep.contains(&digest)) {
+            if digest.as_ref().is_some_and(is_kept) {
                 continue;
             }
             fs::remove_file(entry.path())?;
@@ -168,15 +203,84 @@ impl BlobWriter {
         if found != digest {
             return Err(BlobError::Mismatch { expected: digest, found });
         }
-        let file = self.file.as_file();
-        let mut permissions = file.metadata()?.permissions();
-        permissions.set_readonly(true);
-        file.set_permissions(permissions)?;
-        file.sync_all()?;
-        self.file.persist(&self.path).map_err(|error| error.error)?;
-        sync_parent(&self.path)?;
+        settle(self.file, &self.path)?;
         Ok(())
     }
+}
+
+/// A blob in the making whose digest nobody promised. Dropped unfinished, nothing is left of it.
+#[derive(Debug)]
+pub struct UnknownBlobWriter {
+    file: tempfile::NamedTempFile,
+    blobs: Blobs,
+    hasher: Sha256,
+    written_bytes: u64,
+    /// Bytes there was room for when somebody last looked.
+    claimed_bytes: u64,
+}
+
+impl UnknownBlobWriter {
+    /// Appends.
+    ///
+    /// # Errors
+    ///
+    /// [`BlobError::Room`], [`BlobError::Io`].
+    pub fn push(&mut self, bytes: &[u8]) -> Result<(), BlobError> {
+        const CLAIM_BYTES: u64 = 16 << 20;
+        self.written_bytes += bytes.len() as u64;
+        if self.written_bytes > self.claimed_bytes {
+            self.blobs.room.claim(CLAIM_BYTES)?;
+            self.claimed_bytes = self.written_bytes + CLAIM_BYTES;
+        }
+        self.hasher.update(bytes);
+        Ok(self.file.write_all(bytes)?)
+    }
+
+    /// Gives the blob its name, under `lease`. Returns it, and the blob's length.
+    ///
+    /// # Errors
+    ///
+    /// [`BlobError::Io`].
+    pub fn finish(self, lease: &Lease) -> Result<(Digest, u64), BlobError> {
+        let digest = Digest::from(self.hasher);
+        let path = self.blobs.path(&digest);
+        // First the lease: from here on no sweep takes it away.
+        lock(&lease.leases).held.entry(lease.id).or_default().insert(digest);
+        // What is there already is whole, and may be being read.
+        if !fs::metadata(&path).is_ok_and(|stat| stat.len() == self.written_bytes) {
+            settle(self.file, &path)?;
+        }
+        Ok((digest, self.written_bytes))
+    }
+}
+
+/// Keeps blobs from being swept until it is dropped.
+#[derive(Debug)]
+pub struct Lease {
+    leases: Arc<Mutex<Leases>>,
+    id: u64,
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        lock(&self.leases).held.remove(&self.id);
+    }
+}
+
+fn lock(leases: &Mutex<Leases>) -> MutexGuard<'_, Leases> {
+    // Whoever panicked has at worst left blobs leased.
+    leases.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Brings a finished file to the disk and to its name.
+fn settle(file: tempfile::NamedTempFile, path: &Path) -> io::Result<()> {
+    let handle = file.as_file();
+    let mut permissions = handle.metadata()?.permissions();
+    permissions.set_readonly(true);
+    handle.set_permissions(permissions)?;
+    handle.sync_all()?;
+    file.persist(path).map_err(|error| error.error)?;
+    sync_parent(path)
 }
 
 /// Makes a rename into the folder of `path` last.
@@ -230,6 +334,9 @@ pub enum BlobError {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::mem;
+
     use super::*;
 
     fn store() -> (tempfile::TempDir, Blobs) {
@@ -240,7 +347,7 @@ mod tests {
 
     fn promise(content: &[u8], size_bytes: u64) -> Descriptor {
         let digest = Digest::of(content);
-        let annotations = std::collections::BTreeMap::new();
+        let annotations = BTreeMap::new();
         Descriptor { media_type: String::new(), digest, size_bytes, platform: None, annotations }
     }
 
@@ -263,7 +370,7 @@ mod tests {
         assert!(blobs.has(&blob));
         let content = io::read_to_string(blobs.read(&blob.digest).unwrap()).unwrap();
         assert_eq!(content, "content");
-        assert_eq!(blobs.put(b"content").unwrap(), blob.digest);
+        assert_eq!(blobs.put(b"content", &blobs.lease()).unwrap(), blob.digest);
     }
 
     #[test]
@@ -299,8 +406,8 @@ mod tests {
     #[test]
     fn a_sweep_keeps_what_it_is_told_and_nothing_else() {
         let (dir, blobs) = store();
-        let kept = blobs.put(b"kept").unwrap();
-        blobs.put(b"gone").unwrap();
+        let kept = blobs.put(b"kept", &blobs.lease()).unwrap();
+        blobs.put(b"gone", &blobs.lease()).unwrap();
         fs::write(dir.path().join("blobs/sha256/rubbish"), "").unwrap();
 
         assert_eq!(blobs.sweep(&HashSet::from([kept])).unwrap(), 2);
@@ -310,11 +417,27 @@ mod tests {
     }
 
     #[test]
+    fn a_leased_blob_outlives_sweeps_as_long_as_the_lease() {
+        let (_dir, blobs) = store();
+        let (lease, other) = (blobs.lease(), blobs.lease());
+        let digest = blobs.put(b"content", &lease).unwrap();
+        blobs.put(b"content", &other).unwrap();
+
+        assert_eq!(blobs.sweep(&HashSet::new()).unwrap(), 0);
+        drop(lease);
+        assert_eq!(blobs.sweep(&HashSet::new()).unwrap(), 0);
+        drop(other);
+
+        assert_eq!(blobs.sweep(&HashSet::new()).unwrap(), 1);
+        assert!(blobs.read(&digest).is_err());
+    }
+
+    #[test]
     fn what_a_killed_server_left_is_removed() {
         let (dir, blobs) = store();
         let mut writer = blobs.write(&promise(b"content", 7)).unwrap();
         writer.push(b"cont").unwrap();
-        std::mem::forget(writer);
+        mem::forget(writer);
         assert_eq!(files(dir.path()), 1);
 
         Blobs::open(dir.path(), Room::new(dir.path(), 0).unwrap()).unwrap();

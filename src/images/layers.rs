@@ -14,6 +14,7 @@
 //! not have on EROFS.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 
@@ -109,9 +110,8 @@ fn apply(
     while let Some(entry) = tar.next_entry()? {
         let entries = budget.entries.get().checked_sub(1).ok_or(Cause::TooManyEntries)?;
         budget.entries.set(entries);
-        let path = entry.path.clone();
-        apply_entry(entry, &mut tar, data, tree).map_err(|cause| match cause {
-            Cause::Path(source) => Cause::Entry { path: lossy(&path), source },
+        apply_entry(&entry, &mut tar, data, tree).map_err(|cause| match cause {
+            Cause::Path(source) => Cause::Entry { path: lossy(&entry.path), source },
             cause => cause,
         })?;
     }
@@ -125,7 +125,11 @@ fn apply(
 }
 
 /// Inflates by what the bytes are: media types are known to lie.
-fn unpack<'a>(mut blob: impl BufRead + 'a) -> Result<Box<dyn Read + 'a>, Cause> {
+///
+/// # Errors
+///
+/// Those of reading the first bytes.
+pub fn unpack<'a>(mut blob: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
     const GZIP: &[u8] = &[0x1f, 0x8b];
     const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
     let start = blob.fill_buf()?;
@@ -139,7 +143,7 @@ fn unpack<'a>(mut blob: impl BufRead + 'a) -> Result<Box<dyn Read + 'a>, Cause> 
 }
 
 fn apply_entry(
-    entry: Entry,
+    entry: &Entry,
     body: &mut impl Read,
     data: &mut DataArea,
     tree: &mut Tree,
@@ -151,7 +155,7 @@ fn apply_entry(
     if entry.path.split(|&byte| byte == b'/').any(|name| name.starts_with(WHITEOUT_META)) {
         return Ok(());
     }
-    let meta = meta(&entry)?;
+    let meta = meta(entry)?;
     let Some(place) = tree.place(&entry.path)? else {
         // The root itself can only be a directory.
         if entry.kind != EntryKind::Directory {
@@ -160,15 +164,15 @@ fn apply_entry(
         return Ok(tree.put_root(meta)?);
     };
     let kind = match entry.kind {
-        EntryKind::Directory => Kind::Directory(std::collections::BTreeMap::default()),
+        EntryKind::Directory => Kind::Directory(BTreeMap::new()),
         EntryKind::File => {
             Kind::File(data.append(body, entry.size_bytes, xattr_bytes(&meta.xattrs))?)
         }
-        EntryKind::Symlink => symlink(&entry, &meta)?,
+        EntryKind::Symlink => symlink(entry, &meta)?,
         EntryKind::Fifo => Kind::Fifo,
-        EntryKind::CharDevice => device(&entry, Kind::CharDevice)?,
-        EntryKind::BlockDevice => device(&entry, Kind::BlockDevice)?,
-        EntryKind::HardLink => return hard_link(&entry, place, tree),
+        EntryKind::CharDevice => device(entry, Kind::CharDevice)?,
+        EntryKind::BlockDevice => device(entry, Kind::BlockDevice)?,
+        EntryKind::HardLink => return hard_link(entry, place, tree),
     };
     Ok(tree.put(place, Node::new(kind, meta))?)
 }

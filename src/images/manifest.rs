@@ -5,6 +5,7 @@
 //! so every digest is checked to be one and every list is bounded.
 
 use std::collections::BTreeMap;
+use std::iter;
 
 use serde::{Deserialize, Serialize};
 
@@ -87,7 +88,7 @@ impl Manifest {
 
     /// Configuration and layers.
     pub fn blobs(&self) -> impl Iterator<Item = &Descriptor> {
-        std::iter::once(&self.config).chain(&self.layers)
+        iter::once(&self.config).chain(&self.layers)
     }
 }
 

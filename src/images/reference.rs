@@ -49,6 +49,11 @@ impl Reference {
         text.parse()
     }
 
+    /// As the registry client wants it.
+    pub fn as_oci(&self) -> &Parsed {
+        &self.0
+    }
+
     /// The registry's host name, with its port if it is not the usual one.
     pub fn registry(&self) -> &str {
         self.0.registry()

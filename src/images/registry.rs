@@ -8,12 +8,15 @@
 //! Everything a registry sends is bounded, and an error says which kind it is, because callers act
 //! on that: a name that does not exist, a refused login, a rate limit, no network, wrong bytes.
 
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
-use tokio::sync::mpsc;
+use oci_client::errors::{DigestError, OciDistributionError};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 
 use crate::images::blobs::{BlobError, Blobs};
@@ -23,11 +26,10 @@ use crate::images::manifest::{
     ManifestError, select,
 };
 use crate::images::reference::Reference;
-use crate::images::registry::http::Connection;
+use crate::images::registry::connection::Connection;
 
-mod challenge;
+mod connection;
 mod credentials;
-mod http;
 
 pub use credentials::{Auth, Credentials};
 
@@ -46,7 +48,7 @@ const DOWNLOAD_TRIES: u32 = 6;
 /// Pause before the second try; doubles with each further one. Tests fail on purpose and often.
 const PAUSE: Duration = Duration::from_millis(if cfg!(test) { 10 } else { 500 });
 
-/// Longest pause, also if the registry asks for more.
+/// Longest pause.
 const PAUSE_MAX: Duration = Duration::from_secs(15);
 
 /// Longest time to resolve a name: clients give up on the whole request after a minute.
@@ -95,7 +97,7 @@ impl Registry {
     /// [`RegistryError`].
     pub async fn resolve(&self) -> Result<Resolved, RegistryError> {
         let resolving = retry(RESOLVE_TRIES, || self.try_resolve());
-        let Ok(result) = tokio::time::timeout(RESOLVE_TIMEOUT, resolving).await else {
+        let Ok(result) = timeout(RESOLVE_TIMEOUT, resolving).await else {
             return Err(RegistryError::TimedOut { host: self.name.host().to_owned() });
         };
         result
@@ -132,8 +134,7 @@ impl Registry {
         reference: &str,
         digest: Option<Digest>,
     ) -> Result<Vec<u8>, RegistryError> {
-        let path = format!("manifests/{reference}");
-        let bytes = self.connection.get_small(&path, MANIFEST_BYTES_MAX).await?;
+        let bytes = self.connection.manifest(reference, MANIFEST_BYTES_MAX).await?;
         match (digest, Digest::of(&bytes)) {
             (Some(expected), found) if expected != found => {
                 Err(BlobError::Mismatch { expected, found }.into())
@@ -146,8 +147,20 @@ impl Registry {
         if config.size_bytes > CONFIG_BYTES_MAX {
             return Err(RegistryError::TooLarge { limit_bytes: CONFIG_BYTES_MAX });
         }
-        let path = format!("blobs/{}", config.digest);
-        let bytes = self.connection.get_small(&path, CONFIG_BYTES_MAX).await?;
+        let mut chunks = self.connection.blob(&config.digest).await?;
+        let mut bytes = Vec::new();
+        while let Some(chunk) = chunks.next().await {
+            match chunk {
+                Ok(chunk) => bytes.extend_from_slice(&chunk),
+                Err(error) if is_mismatch(&error) => break,
+                Err(source) => {
+                    return Err(RegistryError::Interrupted { digest: config.digest, source });
+                }
+            }
+            if bytes.len() as u64 > CONFIG_BYTES_MAX {
+                return Err(RegistryError::TooLarge { limit_bytes: CONFIG_BYTES_MAX });
+            }
+        }
         let found = Digest::of(&bytes);
         if found != config.digest {
             return Err(BlobError::Mismatch { expected: config.digest, found }.into());
@@ -207,10 +220,10 @@ impl Registry {
         store: &Store<'_>,
         counted: &mut Counted<'_, '_, F>,
     ) -> Result<(), RegistryError> {
-        let response = self.connection.get(&format!("blobs/{}", blob.digest)).await?;
+        let mut chunks = self.connection.blob(&blob.digest).await?;
         let (sender, mut receiver) = mpsc::channel::<Bytes>(CHUNKS_MAX);
         let (promised, blobs) = (blob.clone(), store.blobs.clone());
-        let (whole, is_whole) = std::sync::mpsc::channel::<()>();
+        let (whole, mut is_whole) = oneshot::channel();
         let writing = store.writers.spawn_blocking(move || {
             let mut writer = blobs.write(&promised)?;
             while let Some(chunk) = receiver.blocking_recv() {
@@ -222,7 +235,6 @@ impl Registry {
             }
             writer.finish()
         });
-        let mut chunks = response.bytes_stream();
         let mut broken = None;
         while let Some(chunk) = chunks.next().await {
             match chunk {
@@ -233,6 +245,8 @@ impl Registry {
                         break;
                     }
                 }
+                // All of it came: what is wrong with it the writer says better.
+                Err(error) if is_mismatch(&error) => break,
                 Err(error) => {
                     broken = Some(error);
                     break;
@@ -303,15 +317,19 @@ where
     for _ in 1..tries {
         match operation().await {
             Err(error) if error.may_pass() => {
-                let asked = error.retry_after().unwrap_or(pause);
                 tracing::debug!(?error, "registry request will be tried again");
-                tokio::time::sleep(asked.min(PAUSE_MAX)).await;
+                sleep(pause).await;
                 pause = (pause * 2).min(PAUSE_MAX);
             }
             result => return result,
         }
     }
     operation().await
+}
+
+/// Whether a stream ended because its content does not have the digest.
+fn is_mismatch(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|inner| inner.is::<DigestError>())
 }
 
 /// Why an image could not be pulled.
@@ -339,8 +357,6 @@ pub enum RegistryError {
     RateLimited {
         /// The registry.
         host: String,
-        /// When to ask again, if it says.
-        retry_after: Option<Duration>,
     },
     /// No such host, no route, nobody listens, no trust.
     #[error("Registry {host} cannot be reached")]
@@ -374,7 +390,7 @@ pub enum RegistryError {
         digest: Digest,
         /// Why.
         #[source]
-        source: reqwest::Error,
+        source: io::Error,
     },
     /// A document is longer than any real one.
     #[error("Registry sent a document longer than {limit_bytes} bytes")]
@@ -398,7 +414,7 @@ pub enum RegistryError {
     },
     /// The HTTP client cannot be made.
     #[error("Failed to set up the registry client")]
-    Setup(#[source] reqwest::Error),
+    Setup(#[source] OciDistributionError),
 }
 
 impl RegistryError {
@@ -420,13 +436,6 @@ impl RegistryError {
             | Self::Manifest(_)
             | Self::Credentials { .. }
             | Self::Setup(_) => false,
-        }
-    }
-
-    fn retry_after(&self) -> Option<Duration> {
-        match self {
-            Self::RateLimited { retry_after, .. } => *retry_after,
-            _ => None,
         }
     }
 }

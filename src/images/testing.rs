@@ -2,10 +2,13 @@
 
 use std::fs::{self, File};
 use std::io::{Seek, Write};
+use std::mem;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::Output;
+use std::process::{Command, Output};
+
+use rustix::fs::{lgetxattr, llistxattr};
 
 use crate::images::digest::Digest;
 use crate::images::layers::Layer;
@@ -100,7 +103,7 @@ impl TarBuilder {
         if link.len() > 100 {
             self = self.pax("linkpath", link);
         }
-        let pax = std::mem::take(&mut self.pax);
+        let pax = mem::take(&mut self.pax);
         if !pax.is_empty() {
             let header = header(b'x', b"pax", b"", pax.len() as u64, &Self::new(), (0, 0));
             self = self.raw(&header).raw_body(&pax);
@@ -197,7 +200,7 @@ fn number(value: u64, width: usize) -> Vec<u8> {
 /// Runs a tool that the tests need, and says which package has it if it is missing.
 #[expect(clippy::disallowed_methods, reason = "an oracle of a test, not a tool of the product")]
 pub(crate) fn run(package: &str, tool: &str, args: &[&str]) -> Output {
-    match std::process::Command::new(tool).args(args).output() {
+    match Command::new(tool).args(args).output() {
         Ok(output) => output,
         Err(error) => panic!("this test needs {tool} (Debian package {package}): {error}"),
     }
@@ -271,13 +274,13 @@ pub(crate) fn listing(dir: &Path) -> Vec<String> {
 
 fn xattrs(path: &Path) -> String {
     let mut names = vec![0_u8; 64 << 10];
-    let length = rustix::fs::llistxattr(path, &mut names[..]).unwrap_or(0);
+    let length = llistxattr(path, &mut names[..]).unwrap_or(0);
     let mut all: Vec<String> = names[..length]
         .split(|&byte| byte == 0)
         .filter(|name| !name.is_empty())
         .map(|name| {
             let mut value = vec![0_u8; 65_536];
-            let length = rustix::fs::lgetxattr(path, name, &mut value[..]).unwrap();
+            let length = lgetxattr(path, name, &mut value[..]).unwrap();
             let shown = match &value[..length] {
                 long if long.len() > 100 => format!("{} {}", long.len(), Digest::of(long).hex()),
                 short => short.escape_ascii().to_string(),

@@ -12,6 +12,7 @@
 //! deep as it has entries.
 
 use std::collections::BTreeMap;
+use std::mem;
 
 /// Most files, directories and links of an image.
 pub const NODES_MAX: usize = 2_000_000;
@@ -189,7 +190,7 @@ impl Tree {
 
     /// The bodies of files that were removed or replaced since the last call.
     pub fn take_dead(&mut self) -> Vec<Body> {
-        std::mem::take(&mut self.dead)
+        mem::take(&mut self.dead)
     }
 
     /// Where `path` goes. Missing directories above it are made. `None` for the root itself.
@@ -198,9 +199,9 @@ impl Tree {
     ///
     /// [`PathError`].
     pub fn place<'a>(&mut self, path: &'a [u8]) -> Result<Option<Place<'a>>, PathError> {
-        let Some((above, name)) = split(path)? else { return Ok(None) };
+        let Some(Names { above, last }) = split(path)? else { return Ok(None) };
         let directory = self.directory(&above)?;
-        Ok(Some(Place { directory, name }))
+        Ok(Some(Place { directory, name: last }))
     }
 
     /// Where `path` is, if its directory exists. Makes nothing. `None` also for the root itself.
@@ -209,7 +210,7 @@ impl Tree {
     ///
     /// [`PathError`].
     pub fn find<'a>(&self, path: &'a [u8]) -> Result<Option<Place<'a>>, PathError> {
-        let Some((above, name)) = split(path)? else { return Ok(None) };
+        let Some(Names { above, last }) = split(path)? else { return Ok(None) };
         let mut walk = Walk::new(&above);
         while let Some(name) = walk.next_name() {
             let Some(child) = self.child(walk.at(), &name) else { return Ok(None) };
@@ -219,7 +220,7 @@ impl Tree {
                 _ => return Ok(None),
             }
         }
-        Ok(Some(Place { directory: walk.at(), name }))
+        Ok(Some(Place { directory: walk.at(), name: last }))
     }
 
     /// What is at `place`.
@@ -409,7 +410,7 @@ impl Tree {
                 continue;
             }
             self.metadata_bytes -= node.metadata_bytes();
-            match std::mem::replace(&mut node.kind, Kind::Fifo) {
+            match mem::replace(&mut node.kind, Kind::Fifo) {
                 Kind::Directory(children) => {
                     self.metadata_bytes -= children.keys().map(|name| name.len()).sum::<usize>();
                     todo.extend(children.values().map(|child| child.node));
@@ -436,10 +437,16 @@ fn default_directory() -> Node {
     Node::new(Kind::Directory(BTreeMap::new()), meta)
 }
 
+/// The names in a path.
+struct Names<'a> {
+    above: Vec<&'a [u8]>,
+    last: &'a [u8],
+}
+
 /// The names above the last one, and the last one. `None` if there is none: the root.
 ///
 /// A leading `/` and `.` components say nothing. `..` has no place in a layer.
-fn split(path: &[u8]) -> Result<Option<(Vec<&[u8]>, &[u8])>, PathError> {
+fn split(path: &[u8]) -> Result<Option<Names<'_>>, PathError> {
     if path.len() > PATH_BYTES_MAX {
         return Err(PathError::PathTooLong);
     }
@@ -453,7 +460,7 @@ fn split(path: &[u8]) -> Result<Option<(Vec<&[u8]>, &[u8])>, PathError> {
             name => names.push(name),
         }
     }
-    Ok(names.pop().map(|name| (names, name)))
+    Ok(names.pop().map(|last| Names { above: names, last }))
 }
 
 /// A walk down the tree, one name after the other.

@@ -2,8 +2,9 @@
 //! another's.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
+use rustix::io::Errno;
 use rustix::process::{self, Pid, PidfdFlags, Signal};
 
 /// A running process. Its file becomes readable when the process ends (pidfd_open(2)).
@@ -24,7 +25,7 @@ impl Process {
         let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
         match process::pidfd_open(pid, PidfdFlags::empty()) {
             Ok(file) => Ok(Self(file)),
-            Err(rustix::io::Errno::SRCH) => Err(io::ErrorKind::NotFound.into()),
+            Err(Errno::SRCH) => Err(io::ErrorKind::NotFound.into()),
             Err(error) => Err(error.into()),
         }
     }
@@ -36,7 +37,7 @@ impl Process {
     /// What pidfd_send_signal(2) says.
     pub fn kill(&self) -> io::Result<()> {
         match process::pidfd_send_signal(&self.0, Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
@@ -45,5 +46,12 @@ impl Process {
 impl AsFd for Process {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// For [`tokio::io::unix::AsyncFd`], which knows files by their number.
+impl AsRawFd for Process {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
     }
 }

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
@@ -90,7 +90,7 @@ impl Machine {
         let reactor = Reactor::start(tasks, orders.clone(), inbox, Arc::clone(&events))
             .map_err(BuildError::Thread)?;
 
-        acpi::write_tables(memory.mem(), spec.vcpus, device_count)?;
+        acpi::write_tables(memory.mem(), spec.vcpus, device_count, spec.serial)?;
         let mut cmdline = String::from(CMDLINE);
         let words = if spec.serial { CMDLINE_SERIAL } else { CMDLINE_NO_SERIAL };
         write!(cmdline, " {words} {}", spec.cmdline).expect("a String takes all");
@@ -177,11 +177,11 @@ impl Machine {
         self.vcpus.iter().try_for_each(|vcpu| vcpu.resume().ok_or(Ended))
     }
 
-    /// Ends the machine as if its power was cut; [`StopReason::Ordered`] follows, unless it had
-    /// ended before. No vCPU runs when this returns.
+    /// Ends the machine as if its power was cut: when this returns it runs no more guest code, and
+    /// [`StopReason::Ordered`] follows unless it had ended by itself.
     pub fn stop(&mut self) {
-        self.events.push(MachineEventKind::Stopped { reason: StopReason::Ordered });
         self.vcpus.clear();
+        self.events.push(MachineEventKind::Stopped { reason: StopReason::Ordered });
     }
 
     /// Everything but the content of memory, of a machine that is paused.
@@ -203,9 +203,11 @@ impl Machine {
             irqchips.push(IrqchipState::new(&chip));
         }
         let tasks = self.orders.save().ok_or(SaveError::Ended(Ended))?;
-        let slots = self.platform.slots.each().map(|registers| registers.save());
-        let slot = |(registers, task)| DeviceSlotState { registers, task };
-        let devices = slots.zip(tasks).map(slot).collect();
+        let slot = |(registers, task): (MutexGuard<'_, Registers>, _)| {
+            let (registers, line) = (registers.state().clone(), registers.line().state());
+            DeviceSlotState { registers, line, task }
+        };
+        let devices = self.platform.slots.each().zip(tasks).map(slot).collect();
         Ok(MachineState { vcpus, clock, irqchips, devices })
     }
 

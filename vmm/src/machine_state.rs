@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::vcpu_state::VcpuState;
 use crate::virtio::mmio::RegistersState;
-use crate::virtio::task::TaskState;
+use crate::virtio::task::{LineState, TaskState};
 
 /// A paused machine.
 #[derive(Debug, Serialize, Deserialize)]
@@ -34,6 +34,8 @@ pub struct IrqchipState {
 pub struct DeviceSlotState {
     /// What the driver wrote.
     pub registers: RegistersState,
+    /// Its interrupt.
+    pub line: LineState,
     /// The device and its queues.
     pub task: TaskState,
 }

@@ -28,7 +28,7 @@ const STACK_BYTES: usize = 256 << 10;
 /// Something to be done on the device thread. Devices are named by their slot.
 #[derive(Debug)]
 enum Order {
-    Activate { slot: u8, activation: Activation },
+    Activate { slot: u8, activation: Activation, done: Sender<()> },
     Reset { slot: u8, done: Sender<()> },
     Pause { done: Sender<()> },
     Resume,
@@ -62,10 +62,10 @@ pub fn orders() -> io::Result<(Orders, Inbox)> {
 }
 
 impl Orders {
-    /// Starts the device of `slot`, and does not wait: orders come before any kick that follows
-    /// them, and a device that cannot start is broken, which its driver sees in the status.
+    /// Starts the device of `slot`. One that cannot start is broken, which its driver finds in the
+    /// status.
     pub fn activate(&self, slot: u8, activation: Activation) {
-        self.give(Order::Activate { slot, activation });
+        let _ = self.wait_for(|done| Order::Activate { slot, activation, done });
     }
 
     /// Stops the device of `slot`; when this returns it touches guest memory no more.
@@ -181,10 +181,9 @@ impl MutEventSubscriber for Board {
         if let Token::Orders = token {
             // How often it was raised does not matter: what counts is in the channel.
             let _ = self.inbox.signal.read();
-        }
-        // Always, for a kick may have overtaken the order that starts its device.
-        while let Ok(order) = self.inbox.receiver.try_recv() {
-            self.obey(order, ops);
+            while let Ok(order) = self.inbox.receiver.try_recv() {
+                self.obey(order, ops);
+            }
         }
         let (Token::Kick { slot, .. } | Token::Device { slot, .. }) = token else { return };
         let Some(task) = self.tasks.get_mut(usize::from(slot)) else { return };
@@ -201,10 +200,11 @@ impl Board {
     fn obey(&mut self, order: Order, ops: &mut EventOps<'_>) {
         // Whoever gave the order may be gone; the order is carried out all the same.
         match order {
-            Order::Activate { slot, activation } => {
+            Order::Activate { slot, activation, done } => {
                 if let Some(task) = self.tasks.get_mut(usize::from(slot)) {
                     task.activate(&activation, &mut SlotWatch { ops, slot });
                 }
+                let _ = done.send(());
             }
             Order::Reset { slot, done } => {
                 if let Some(task) = self.tasks.get_mut(usize::from(slot)) {

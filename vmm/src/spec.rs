@@ -143,3 +143,92 @@ impl MachineSpec {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec() -> MachineSpec {
+        MachineSpec {
+            vcpus: 1,
+            memory_bytes: 256 << 20,
+            cmdline: String::new(),
+            disks: Vec::new(),
+            vsock_cid: None,
+            serial: false,
+        }
+    }
+
+    fn disks(count: usize) -> Vec<DiskSpec> {
+        vec![DiskSpec { id: "disk".into(), read_only: true }; count]
+    }
+
+    /// Whether `spec` can be, with so many disk files and no listening socket.
+    fn check(spec: &MachineSpec, disk_files: usize) -> Result<(), SpecError> {
+        let file = || tempfile::tempfile().unwrap();
+        spec.check(&MachineFiles {
+            kvm: file().into(),
+            kernel: file(),
+            initramfs: Vec::new(),
+            disks: (0..disk_files).map(|_| file()).collect(),
+            console: file(),
+            vsock: None,
+        })
+    }
+
+    #[test]
+    fn a_machine_has_1_to_32_vcpus() {
+        for vcpus in [1, 32] {
+            assert_eq!(check(&MachineSpec { vcpus, ..spec() }, 0), Ok(()));
+        }
+        for vcpus in [0, 33, u8::MAX] {
+            let refused = Err(SpecError::Vcpus { vcpus });
+            assert_eq!(check(&MachineSpec { vcpus, ..spec() }, 0), refused);
+        }
+    }
+
+    #[test]
+    fn memory_comes_in_huge_pages_and_within_bounds() {
+        for memory_bytes in [64 << 20, 66 << 20, 1 << 40] {
+            assert_eq!(check(&MachineSpec { memory_bytes, ..spec() }, 0), Ok(()));
+        }
+        let refused = [0, 62 << 20, (64 << 20) + 4096, 65 << 20, (1 << 40) + (2 << 20), u64::MAX];
+        for bytes in refused {
+            let asked = MachineSpec { memory_bytes: bytes, ..spec() };
+            assert_eq!(check(&asked, 0), Err(SpecError::Memory { bytes }));
+        }
+    }
+
+    #[test]
+    fn there_are_at_most_16_disks_and_a_file_for_each() {
+        assert_eq!(check(&MachineSpec { disks: disks(16), ..spec() }, 16), Ok(()));
+
+        let refused = Err(SpecError::Disks { disks: 17 });
+        assert_eq!(check(&MachineSpec { disks: disks(17), ..spec() }, 17), refused);
+        for files in [0, 2] {
+            let refused = Err(SpecError::DiskFiles { disks: 1, files });
+            assert_eq!(check(&MachineSpec { disks: disks(1), ..spec() }, files), refused);
+        }
+    }
+
+    #[test]
+    fn a_vsock_address_is_a_guests_and_needs_a_socket() {
+        for cid in [0, 1, 2, u32::MAX] {
+            let refused = Err(SpecError::VsockCid { cid });
+            assert_eq!(check(&MachineSpec { vsock_cid: Some(cid), ..spec() }, 0), refused);
+        }
+        for cid in [3, u32::MAX - 1] {
+            let refused = Err(SpecError::VsockListener);
+            assert_eq!(check(&MachineSpec { vsock_cid: Some(cid), ..spec() }, 0), refused);
+        }
+    }
+
+    /// An older or newer process must not be half understood.
+    #[test]
+    fn a_description_with_a_word_too_many_is_refused() {
+        let text = serde_json::to_string(&spec()).unwrap();
+        assert_eq!(serde_json::from_str::<MachineSpec>(&text).unwrap(), spec());
+        let text = text.replace("\"vcpus\":1", "\"vcpus\":1,\"hugepages\":true");
+        assert!(serde_json::from_str::<MachineSpec>(&text).is_err());
+    }
+}

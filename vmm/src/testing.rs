@@ -17,6 +17,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::memory::Mem;
+use crate::virtio::mmio::QueueSetup;
 use crate::virtio::ring::Ring;
 use crate::virtio::{Device, DeviceIo, Fault, Interest, Served, Watch};
 
@@ -115,12 +116,6 @@ impl<'g> QueueFixture<'g> {
         }
     }
 
-    /// Where its descriptors, its available and its used ring lie.
-    pub(crate) fn addresses(&self) -> [u64; 3] {
-        let start = u64::from(self.index) * QUEUE_STRIDE;
-        [start, start + AVAIL_OFFSET, start + USED_OFFSET]
-    }
-
     /// The device's end of it, with EVENT_IDX negotiated.
     pub(crate) fn ring(&self) -> Ring {
         let start = u64::from(self.index) * QUEUE_STRIDE;
@@ -131,6 +126,18 @@ impl<'g> QueueFixture<'g> {
         queue.set_event_idx(true);
         queue.set_ready(true);
         Ring::new(self.index, queue)
+    }
+
+    /// What its driver writes into the transport's registers.
+    pub(crate) fn setup(&self) -> QueueSetup {
+        let start = u64::from(self.index) * QUEUE_STRIDE;
+        QueueSetup {
+            size: self.size,
+            ready: true,
+            descriptors: start,
+            driver: start + AVAIL_OFFSET,
+            device: start + USED_OFFSET,
+        }
     }
 
     /// Descriptors that are not in use.

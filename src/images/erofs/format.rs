@@ -161,7 +161,7 @@ pub(super) fn push_inode(out: &mut Vec<u8>, node: &Node, spec: &InodeSpec) {
 /// `None` if the numbers are beyond that.
 pub(super) fn device_number(major: u32, minor: u32) -> Option<u32> {
     (major < 1 << 12 && minor < 1 << 20)
-        .then(|| (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12))
+        .then_some((minor & 0xff) | (major << 8) | ((minor & !0xff) << 12))
 }
 
 /// Index and rest of an extended attribute's name. `None` if EROFS has no place for it.

@@ -4,8 +4,10 @@
 //! few blocks. An inode never shares its bytes with a block boundary unless its extended
 //! attributes alone are longer than a block; tails must not (the kernel refuses them).
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::io;
+use std::iter;
 
 use crate::images::erofs::format::{
     DIRENT_BYTES, DataLayout, EXTENDED_BYTES, InodeSpec, SLOT_BYTES, Superblock, device_number,
@@ -202,7 +204,7 @@ pub(super) fn entries<'a>(
 ) -> impl Iterator<Item = (&'a [u8], Option<NodeId>)> {
     let mut children = children.into_iter().map(|(name, child)| (&**name, child.node)).peekable();
     let mut dots = DOTS.into_iter().peekable();
-    std::iter::from_fn(move || match (children.peek(), dots.peek()) {
+    iter::from_fn(move || match (children.peek(), dots.peek()) {
         (Some((name, _)), Some(dot)) if name < dot => {
             children.next().map(|(name, node)| (name, Some(node)))
         }
@@ -295,7 +297,7 @@ fn commonest_time(tree: &Tree) -> (i64, u32) {
             todo.extend(children.values().map(|child| child.node));
         }
     }
-    let best = counts.into_iter().max_by_key(|&(time, count)| (count, std::cmp::Reverse(time)));
+    let best = counts.into_iter().max_by_key(|&(time, count)| (count, Reverse(time)));
     best.map_or((0, 0), |(time, _)| time)
 }
 

@@ -5,11 +5,13 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
+use rustix::fs::statvfs;
+
 use super::*;
 use crate::images::digest::Digest;
 use crate::images::layers::{Layer, Watch, merge};
 use crate::images::room::Room;
-use crate::images::testing::{Mount, TarBuilder, listing, run};
+use crate::images::testing::{Mount, TarBuilder, layer, listing, run};
 
 const UUID: [u8; 16] = [7; 16];
 
@@ -61,7 +63,7 @@ fn assert_same_as_tar(archive: &[u8]) {
     let output = run("tar", "tar", &flags);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 
-    let image = Image::of(vec![crate::images::testing::layer(archive)]);
+    let image = Image::of(vec![layer(archive)]);
     let mount = Mount::new(&image.path());
 
     let (expected, found) = (listing(&extracted), listing(mount.path()));
@@ -117,10 +119,12 @@ fn every_kind_of_file_is_what_tar_makes_of_it() {
 #[test]
 fn files_of_every_size_are_what_tar_makes_of_them() {
     let mut sizes = TarBuilder::new().mtime(1).dir("./");
-    for edge in [0, 1, 3072, 4032, 4096, 8192, 4096 + 3072, 1 << 20, (1 << 20) + 4096, 3 << 20] {
+    for edge in
+        [0_usize, 1, 3072, 4032, 4096, 8192, 4096 + 3072, 1 << 20, (1 << 20) + 4096, 3 << 20]
+    {
         for size in [edge, edge + 1, edge.max(1) - 1, edge + 2000] {
-            let content: Vec<u8> = (0..size).map(|i| (i * 31 % 251) as u8).collect();
-            sizes = sizes.mtime(size as u64).file(format!("{edge}-{size}"), content);
+            let content: Vec<u8> = (0..size).map(|i| u8::try_from(i * 31 % 251).unwrap()).collect();
+            sizes = sizes.mtime(size.try_into().unwrap()).file(format!("{edge}-{size}"), content);
         }
     }
 
@@ -150,22 +154,24 @@ fn odd_names_are_kept_to_the_byte() {
     assert_same_as_tar(&odd.build());
 }
 
-/// Several directory blocks, one that is exactly full, and lookups in each of them.
+/// Several directory blocks, and some that are full to the byte or one byte more.
 #[test]
 fn large_directories_are_found_and_listed_whole() {
-    let mut large = TarBuilder::new().mtime(1).dir("./").mtime(2).dir("many");
-    for index in 0..5000 {
+    let mut large = TarBuilder::new().mtime(1).dir("./");
+    for index in 0..1000 {
         large = large.mtime(index).file(format!("many/{index:x}"), index.to_string());
     }
     large = large.mtime(2).dir("many");
-    // Entries of 12 bytes and their names that fill 4096 to the byte: dots 27, then 36 and 37.
-    for full in 100..118 {
-        let name = format!("full-{full}");
-        large = large.mtime(3).dir(&name);
-        for index in 0..full {
+    // Entries are 12 bytes and their names. The dots take 27, 112 names of 24 bytes 4032, so that
+    // one of 25 bytes fills a block of 4096.
+    for (name, lengths) in [("full", vec![25]), ("byte", vec![26]), ("entry", vec![25, 30])] {
+        for index in 0..112 {
             large = large.mtime(4).file(format!("{name}/{index:024}"), "");
         }
-        large = large.mtime(3).dir(&name);
+        for length in lengths {
+            large = large.mtime(4).file(format!("{name}/{:l>length$}", ""), "");
+        }
+        large = large.mtime(3).dir(name);
     }
     large = large.mtime(1).dir("./");
 
@@ -209,7 +215,7 @@ fn attributes_longer_than_a_block_are_kept() {
         .file("dir/after", "body")
         .build();
 
-    let image = Image::of(vec![crate::images::testing::layer(&archive)]);
+    let image = Image::of(vec![layer(&archive)]);
     let mount = Mount::new(&image.path());
 
     let found = listing(mount.path());
@@ -231,9 +237,9 @@ fn attributes_longer_than_a_block_are_kept() {
 #[test]
 fn the_same_layers_give_the_same_bytes() {
     let layers = || {
-        let base = (0..300).fold(TarBuilder::new(), |tar, index| {
-            tar.mtime(index % 3)
-                .file(format!("d{}/f{index}", index % 7), "x".repeat(37 * index as usize))
+        let base = (0..300_usize).fold(TarBuilder::new(), |tar, index| {
+            tar.mtime(index.try_into().unwrap())
+                .file(format!("d{}/f{index}", index % 7), "x".repeat(37 * index))
         });
         let upper =
             TarBuilder::new().file("d1/.wh.f1", "").file("d2/f2", "new").hard_link("l", "d3/f3");
@@ -282,7 +288,7 @@ fn an_empty_image_is_an_empty_directory() {
 fn what_does_not_fit_is_refused_before_it_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let file = File::create_new(dir.path().join("image")).unwrap();
-    let all = rustix::fs::statvfs(dir.path()).unwrap();
+    let all = statvfs(dir.path()).unwrap();
     let reserve = all.f_bavail * all.f_frsize;
     let mut data = DataArea::new(file, Room::new(dir.path(), reserve).unwrap());
     let layers = vec![TarBuilder::new().file("f", vec![0; 2 << 20]).layer()];

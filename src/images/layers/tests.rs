@@ -1,16 +1,21 @@
 //! Layers as tools write them and as an enemy would, merged and then seen through the kernel.
 
+use std::env;
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use proptest::collection::vec;
+use proptest::prelude::{ProptestConfig, Strategy};
+use proptest::sample::select;
 
 use super::*;
 use crate::images::erofs;
 use crate::images::room::Room;
 use crate::images::testing::{Mount, TarBuilder, file_of, header, layer, listing};
+use crate::images::tree::NodeId;
 
 struct Flag(bool);
 
@@ -388,10 +393,8 @@ mod model {
 }
 
 /// Layers no tool would make, but whose meaning is clear: a name is one thing per layer.
-fn layer_strategy() -> impl proptest::strategy::Strategy<Value = Vec<Change>> {
-    use proptest::collection::vec;
-    use proptest::prelude::*;
-    let path = vec(proptest::sample::select(vec!["a", "b", "c"]), 1..4).prop_map(|p| p.join("/"));
+fn layer_strategy() -> impl Strategy<Value = Vec<Change>> {
+    let path = vec(select(vec!["a", "b", "c"]), 1..4).prop_map(|p| p.join("/"));
     let change = (path, 0..6_u8, 0..1000_u32).prop_map(|(path, kind, content)| match kind {
         0..3 => Change::File(path, content.to_string()),
         3 => Change::Directory(path),
@@ -439,7 +442,7 @@ fn archive(changes: &[Change]) -> TarBuilder {
 /// Files and directories of a tree, without the kernel, so that many trees can be looked at.
 fn files_of(tree: &Tree, contents: &File) -> model::Files {
     use std::os::unix::fs::FileExt;
-    let mut todo = vec![(String::new(), crate::images::tree::NodeId::ROOT)];
+    let mut todo = vec![(String::new(), NodeId::ROOT)];
     let mut files = model::Files::new();
     while let Some((above, id)) = todo.pop() {
         let Kind::Directory(children) = &tree.node(id).kind else { continue };
@@ -449,7 +452,7 @@ fn files_of(tree: &Tree, contents: &File) -> model::Files {
                 Kind::File(body) => match &body.tail {
                     Some(tail) => Some(String::from_utf8(tail.to_vec()).unwrap()),
                     None => {
-                        let mut bytes = vec![0; body.size_bytes as usize];
+                        let mut bytes = vec![0; usize::try_from(body.size_bytes).unwrap()];
                         contents.read_exact_at(&mut bytes, u64::from(body.block) * 4096).unwrap();
                         Some(String::from_utf8(bytes).unwrap())
                     }
@@ -464,18 +467,18 @@ fn files_of(tree: &Tree, contents: &File) -> model::Files {
 }
 
 proptest::proptest! {
-    #![proptest_config(proptest::test_runner::Config::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     /// Layers mean what the naive model says, whatever the order of entries in their archives.
     #[test]
     fn layers_mean_what_the_model_says(
-        layers in proptest::collection::vec(layer_strategy(), 1..5)
+        layers in vec(layer_strategy(), 1..5)
     ) {
         let mut expected = model::Files::new();
         for layer in &layers {
             model::apply(&mut expected, layer);
         }
-        let dir = std::env::temp_dir();
+        let dir = env::temp_dir();
         let file = tempfile::tempfile().unwrap();
         let contents = file.try_clone().unwrap();
         let mut data = DataArea::new(file, Room::new(&dir, 0).unwrap());

@@ -1,5 +1,9 @@
 //! Pulls from a real registry, and from one that behaves as badly as registries do.
 
+use std::fs;
+use std::io;
+use std::iter;
+use std::net::TcpListener;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex};
 
@@ -35,10 +39,10 @@ impl Pull {
 
     /// No temporary file is left, and what has a name is whole.
     fn assert_clean(&self) {
-        assert_eq!(std::fs::read_dir(self.dir.path().join("tmp")).unwrap().count(), 0);
-        for entry in std::fs::read_dir(self.dir.path().join("blobs/sha256")).unwrap() {
+        assert_eq!(fs::read_dir(self.dir.path().join("tmp")).unwrap().count(), 0);
+        for entry in fs::read_dir(self.dir.path().join("blobs/sha256")).unwrap() {
             let entry = entry.unwrap();
-            let content = std::fs::read(entry.path()).unwrap();
+            let content = fs::read(entry.path()).unwrap();
             assert_eq!(Digest::of(&content).hex(), entry.file_name().to_str().unwrap());
         }
     }
@@ -62,7 +66,7 @@ fn noise(bytes: usize) -> Vec<u8> {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         (state >> 24) as u8
     };
-    std::iter::repeat_with(next).take(bytes).collect()
+    iter::repeat_with(next).take(bytes).collect()
 }
 
 fn image(layout: &mut Layout) -> Digest {
@@ -196,11 +200,11 @@ async fn corrupted_content_is_refused_and_not_kept() {
     let name = format!("{}/image:v1", registry.host);
     let layer = anonymous(&name).await.unwrap().manifest.layers[0].digest;
     let path = registry.blob_path(layer);
-    let good = std::fs::read(&path).unwrap();
+    let good = fs::read(&path).unwrap();
 
     let mut flipped = good.clone();
     flipped[1000] ^= 1;
-    std::fs::write(&path, flipped).unwrap();
+    fs::write(&path, flipped).unwrap();
     let error = anonymous(&name).await.unwrap_err();
     assert!(
         matches!(error, RegistryError::Blob(BlobError::Mismatch { expected, .. }) if expected == layer),
@@ -215,8 +219,8 @@ async fn a_corrupted_manifest_is_refused() {
     let digest = image(&mut layout);
     registry.push(&layout, digest, "image:v1");
     let path = registry.blob_path(digest);
-    let changed = std::fs::read_to_string(&path).unwrap() + " ";
-    std::fs::write(&path, changed).unwrap();
+    let changed = fs::read_to_string(&path).unwrap() + " ";
+    fs::write(&path, changed).unwrap();
 
     let error = anonymous(&format!("{}/image@{digest}", registry.host)).await.unwrap_err();
 
@@ -251,6 +255,9 @@ impl Script {
 
     /// What an honest registry answers.
     fn answer(&self, path: &str) -> Response {
+        if path == "/v2/" {
+            return StatusCode::OK.into_response();
+        }
         let last = path.rsplit('/').next().unwrap();
         let digest = if last == "v1" { self.manifest } else { last.parse().unwrap() };
         match self.layout.blobs.get(&digest) {
@@ -288,7 +295,7 @@ async fn endless_content_is_cut_off() {
     let script = Script::new();
     let server = Scripted::start(move |request| {
         if script.is_layer(request) {
-            let zeros = stream::repeat_with(|| Ok::<_, std::io::Error>(vec![0_u8; 1 << 16]));
+            let zeros = stream::repeat_with(|| Ok::<_, io::Error>(vec![0_u8; 1 << 16]));
             return Response::new(Body::from_stream(zeros));
         }
         script.answer(request.uri().path())
@@ -303,7 +310,7 @@ async fn endless_content_is_cut_off() {
 #[tokio::test]
 async fn endless_documents_are_cut_off() {
     let server = Scripted::start(|_| {
-        let spaces = stream::repeat_with(|| Ok::<_, std::io::Error>(vec![b' '; 1 << 16]));
+        let spaces = stream::repeat_with(|| Ok::<_, io::Error>(vec![b' '; 1 << 16]));
         Response::new(Body::from_stream(spaces))
     });
     let server = server.await;
@@ -326,7 +333,7 @@ async fn what_may_pass_is_tried_again() {
             0 | 1 => {
                 let half = stream::iter([
                     Ok(vec![0_u8; 10_000]),
-                    Err(std::io::Error::other("the cable was pulled")),
+                    Err(io::Error::other("the cable was pulled")),
                 ]);
                 Response::new(Body::from_stream(half))
             }
@@ -363,7 +370,7 @@ async fn a_rate_limit_is_told_as_such() {
 
 #[tokio::test]
 async fn no_registry_is_unreachable() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let host = listener.local_addr().unwrap();
     drop(listener);
 

@@ -30,14 +30,14 @@ pub(super) struct RawHeader<'a> {
 
 impl<'a> RawHeader<'a> {
     pub(super) fn parse(block: &'a [u8; BLOCK_BYTES]) -> Result<Self, &'static str> {
-        const CHECKSUM: std::ops::Range<usize> = 148..156;
-        let spaces = CHECKSUM.len() as u32 * u32::from(b' ');
-        let others = || block[..CHECKSUM.start].iter().chain(&block[CHECKSUM.end..]);
-        let unsigned = others().fold(spaces, |sum, &byte| sum + u32::from(byte));
+        // The checksum itself counts as eight spaces.
+        const SPACES: i64 = 8 * b' ' as i64;
+        let others = || block[..148].iter().chain(&block[156..]);
+        let unsigned = others().fold(SPACES, |sum, &byte| sum + i64::from(byte));
         // Some old writers summed signed characters.
-        let signed = others().fold(i64::from(spaces), |sum, &byte| sum + i64::from(byte as i8));
-        let stored = octal(&block[CHECKSUM])?;
-        if stored != i64::from(unsigned) && stored != signed {
+        let signed = others().fold(SPACES, |sum, &byte| sum + i64::from(byte.cast_signed()));
+        let stored = octal(&block[148..156])?;
+        if stored != unsigned && stored != signed {
             return Err("a header's checksum is wrong");
         }
         Ok(Self { block })

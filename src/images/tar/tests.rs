@@ -1,5 +1,8 @@
 //! Archives that tools write, checked against the `tar` crate's writer, and archives no tool would.
 
+use proptest::collection::vec;
+use proptest::prelude::any;
+
 use super::*;
 use crate::images::testing::{TarBuilder, header};
 
@@ -200,9 +203,9 @@ proptest::proptest! {
     /// Whatever the bytes, the reader ends and does not panic.
     #[test]
     fn no_bytes_break_the_reader(
-        mut bytes in proptest::collection::vec(0_u8.., 0..2048),
+        mut bytes in vec(0_u8.., 0..2048),
         kind in 0_u8..,
-        fix in proptest::bool::ANY,
+        fix in any::<bool>(),
     ) {
         if fix && bytes.len() >= 512 {
             bytes[156] = kind;

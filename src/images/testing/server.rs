@@ -4,14 +4,16 @@
 use std::fs;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::Request;
 use axum::response::Response;
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener as AsyncListener, TcpStream};
+use tokio::task::JoinHandle;
+use tokio::time::sleep;
 
 use crate::images::digest::Digest;
 use crate::images::testing::layout::Layout;
@@ -67,7 +69,7 @@ impl TestRegistry {
         let deadline = Instant::now() + START_TIMEOUT;
         while TcpStream::connect(&registry.host).await.is_err() {
             assert!(Instant::now() < deadline, "docker-registry does not listen");
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            sleep(Duration::from_millis(20)).await;
         }
         registry
     }
@@ -108,7 +110,7 @@ impl Drop for TestRegistry {
 
 #[expect(clippy::disallowed_methods, reason = "a peer of a test, not a tool of the product")]
 fn spawn(package: &str, args: &[&str]) -> Child {
-    let mut command = std::process::Command::new(package);
+    let mut command = Command::new(package);
     command.args(args).stdout(Stdio::null()).stderr(Stdio::null());
     command.spawn().unwrap_or_else(|error| panic!("this test needs {package}: {error}"))
 }
@@ -117,14 +119,14 @@ fn spawn(package: &str, args: &[&str]) -> Child {
 #[derive(Debug)]
 pub(crate) struct Scripted {
     pub(crate) host: String,
-    task: tokio::task::JoinHandle<()>,
+    task: JoinHandle<()>,
 }
 
 impl Scripted {
     pub(crate) async fn start(
         answer: impl Fn(&Request) -> Response + Send + Sync + 'static,
     ) -> Self {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = AsyncListener::bind("127.0.0.1:0").await.unwrap();
         let host = listener.local_addr().unwrap().to_string();
         let answer = Arc::new(answer);
         let app = Router::new().fallback(move |request: Request| {

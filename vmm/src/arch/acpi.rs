@@ -16,7 +16,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::layout::{
     ACPI_BYTES_MAX, ACPI_START, IOAPIC_START, LAPIC_START, MMIO_GSI_FIRST, MMIO_SLOT_BYTES,
-    PANIC_PORT, RESET_PORT, RESET_VALUE, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, mmio_slot,
+    PANIC_PORT, RESET_PORT, RESET_VALUE, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, SLEEP_CONTROL_PORT,
+    SLEEP_STATUS_PORT, mmio_slot,
 };
 use crate::memory::Mem;
 
@@ -44,23 +45,23 @@ pub enum AcpiError {
     Write(#[source] vm_memory::GuestMemoryError),
 }
 
-/// Writes the tables of a machine with `vcpus` CPUs and virtio devices in slots 0 to `devices`.
-/// The root pointer is at [`ACPI_START`].
+/// Writes the tables of a machine with `vcpus` CPUs, virtio devices in slots 0 to `devices` and,
+/// if asked for, a 16550. The root pointer is at [`ACPI_START`].
 ///
 /// # Errors
 ///
 /// [`AcpiError`].
-pub fn write_tables(mem: &Mem, vcpus: u8, devices: u64) -> Result<(), AcpiError> {
-    let bytes = tables(vcpus, devices);
+pub fn write_tables(mem: &Mem, vcpus: u8, devices: u64, serial: bool) -> Result<(), AcpiError> {
+    let bytes = tables(vcpus, devices, serial);
     if bytes.len() as u64 > ACPI_BYTES_MAX {
         return Err(AcpiError::TooLarge { bytes: bytes.len() });
     }
     mem.write_slice(&bytes, GuestAddress(ACPI_START)).map_err(AcpiError::Write)
 }
 
-fn tables(vcpus: u8, devices: u64) -> Vec<u8> {
+fn tables(vcpus: u8, devices: u64, serial: bool) -> Vec<u8> {
     let mut bytes = vec![0; Rsdp::len()];
-    let dsdt_start = append(&mut bytes, &dsdt(devices));
+    let dsdt_start = append(&mut bytes, &dsdt(devices, serial));
     let fadt_start = append(&mut bytes, &serialized(&fadt(dsdt_start)));
     let madt_start = append(&mut bytes, &serialized(&madt(vcpus)));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -118,13 +119,16 @@ fn madt(vcpus: u8) -> MADT {
     madt
 }
 
-fn dsdt(devices: u64) -> Vec<u8> {
+fn dsdt(devices: u64, serial: bool) -> Vec<u8> {
     let mut body = Vec::new();
     let off = aml::Package::new(vec![&SLEEP_TYPE_OFF]);
     aml::Name::new("_S5_".into(), &off).to_aml_bytes(&mut body);
     let mut children: Vec<Box<dyn Aml>> = vec![Box::new(PanicPort)];
     for slot in 0..devices {
         children.push(Box::new(Slot(slot)));
+    }
+    if serial {
+        children.push(Box::new(Com1));
     }
     let children = children.iter().map(|child| &**child).collect();
     aml::Scope::new("_SB_".into(), children).to_aml_bytes(&mut body);
@@ -182,6 +186,31 @@ impl Aml for PanicPort {
     }
 }
 
+/// The 16550. Without this a kernel writes its own messages there all the same, but programs cannot:
+/// on a hardware-reduced machine only interrupts that a table names can be had.
+struct Com1;
+
+impl Aml for Com1 {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        let ports = u8::try_from(SERIAL_PORTS).unwrap_or(u8::MAX);
+        aml::Device::new(
+            "COM1".into(),
+            vec![
+                &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0501")),
+                &aml::Name::new("_UID".into(), &0_u8),
+                &aml::Name::new(
+                    "_CRS".into(),
+                    &aml::ResourceTemplate::new(vec![
+                        &aml::IO::new(SERIAL_PORT, SERIAL_PORT, 1, ports),
+                        &aml::Interrupt::new(true, true, false, false, SERIAL_GSI),
+                    ]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,7 +224,7 @@ mod tests {
 
     #[test]
     fn every_table_sums_to_zero() {
-        let bytes = tables(32, 19);
+        let bytes = tables(32, 19, true);
 
         for signature in [b"DSDT", b"FACP", b"APIC", b"XSDT"] {
             let sum = table(&bytes, signature).iter().fold(0_u8, |sum, &b| sum.wrapping_add(b));
@@ -209,7 +238,7 @@ mod tests {
 
     #[test]
     fn the_madt_lists_every_cpu() {
-        let bytes = tables(6, 1);
+        let bytes = tables(6, 1, false);
 
         let madt = table(&bytes, b"APIC");
         assert_eq!(madt.len(), 44 + 6 * 8 + 12);

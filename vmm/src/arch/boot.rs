@@ -171,3 +171,6 @@ fn write_cmdline(mem: &Mem, cmdline: &str) -> Result<(), BootError> {
 fn below_4_gib(value: u64) -> u32 {
     u32::try_from(value).expect("low RAM ends below 4 GiB")
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,7 @@
 //! Block device over a file (virtio 1.3, 5.2).
 //!
 //! A kick becomes a few system calls: requests are parsed one after the other
-//! ([`request::Request`]), a read that the page cache answers is done on the spot, the rest goes to
+//! (`request.rs`), a read that the page cache answers is done on the spot, the rest goes to
 //! io_uring in one submission, and what it finishes comes back in one wake-up and one interrupt. So
 //! the device thread never waits for a disk. On hosts that refuse io_uring the same jobs run one by
 //! one, and it does wait ([`EngineKind::Direct`]).

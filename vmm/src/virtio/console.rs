@@ -15,7 +15,7 @@ use super::buffers::{Buffers, Span};
 use super::ring::Answer;
 use super::{Device, DeviceIo, DeviceState, Fault, Served, Watch};
 
-/// Bytes of the log that are kept on disk, at most, not counting [`LOG_CHECK_BYTES`].
+/// Bytes of the log that are kept on disk, at most; up to 1 MiB more between two looks.
 pub const LOG_BYTES_MAX: u64 = 64 << 20;
 
 /// Bytes of the log that are left when it was over [`LOG_BYTES_MAX`].

@@ -1,8 +1,8 @@
 //! The virtio-mmio transport: the registers of one slot, as a vCPU sees them.
 //!
 //! A vCPU thread that touches a register works on [`Registers`] under the slot's lock. Only two
-//! things reach the device thread from here: that the driver is ready, with the queues as they
-//! were set up, and a reset, for which the vCPU waits. Kicks do not come by: they are ioeventfds.
+//! things reach the device thread from here, and the vCPU waits for both: that the driver is ready
+//! (its queues are checked and frozen, then the device starts) and a reset. Kicks do not come by: they are ioeventfds.
 //! Virtio 1.3, 4.2 "Virtio Over MMIO".
 
 use serde::{Deserialize, Serialize};
@@ -103,10 +103,6 @@ pub struct RegistersState {
     pub queue_select: u32,
     /// The queues as they were set up.
     pub queues: Vec<QueueSetup>,
-    /// InterruptStatus, as saved; while the device is alive it is in its [`Line`].
-    pub pending: u32,
-    /// Whether the device needs a reset, as saved.
-    pub broken: bool,
 }
 
 impl RegistersState {
@@ -139,10 +135,14 @@ impl Registers {
         Self { identity, state, slot, orders, line }
     }
 
-    /// What the guest would find here.
-    pub fn save(&self) -> RegistersState {
-        let Self { state, line, .. } = self;
-        RegistersState { pending: line.pending(), broken: line.broken(), ..state.clone() }
+    /// What the driver has written.
+    pub fn state(&self) -> &RegistersState {
+        &self.state
+    }
+
+    /// The device's interrupt.
+    pub fn line(&self) -> &Line {
+        &self.line
     }
 
     /// A vCPU reads `data.len()` bytes at `offset`. What is not there reads as ones.

@@ -43,6 +43,18 @@ pub struct TaskState {
     pub queues: Vec<QueueState>,
 }
 
+/// What a device has told the guest and the guest has not yet heard.
+///
+/// Whoever restores it raises the interrupt again if something is pending: the one that was raised
+/// may not have reached the interrupt controller when that was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LineState {
+    /// InterruptStatus.
+    pub pending: u32,
+    /// Whether the device needs a reset.
+    pub broken: bool,
+}
+
 /// Where a queue stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueState {
@@ -79,6 +91,11 @@ impl Line {
     /// Whether the device needs a reset.
     pub fn broken(&self) -> bool {
         self.broken.load(Ordering::SeqCst)
+    }
+
+    /// What it would need to go on elsewhere.
+    pub fn state(&self) -> LineState {
+        LineState { pending: self.pending(), broken: self.broken() }
     }
 
     /// As after power-on.

@@ -5,7 +5,7 @@
 //! guest has accepted, reads `OK <host port>\n`; from there on the socket is the stream. Refused
 //! and reset connections are closed sockets.
 //!
-//! Every event only notes what it changed; [`Vsock::settle`] then sends the guest what is owed, as
+//! Every event only notes what it changed; `settle` then sends the guest what is owed, as
 //! far as there are buffers, and tells the watch what there is to wait for. Back-pressure follows
 //! from that: without buffers or credit of the guest no client is read, and a guest without credit
 //! of ours cannot send. What a guest can cost the host is in the constants; what it does wrong on

@@ -1,3 +1,5 @@
+//! Spans against plain bytes, and chains that no driver should make.
+
 use std::io::{Read, Seek};
 use std::os::fd::AsFd;
 

@@ -1,3 +1,5 @@
+//! A console as its driver sees it, over real files.
+
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, MetadataExt};

@@ -1,375 +1,455 @@
-//! A driver at the registers of a real slot, with a real device thread behind it.
+//! The transport as a driver has it: registers through [`Slots`], a device on a real thread.
 
-use std::io;
+use std::os::fd::AsRawFd;
+use std::slice;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
 
-use proptest::collection::vec;
-use proptest::prelude::any;
-use proptest::{prop_assert_eq, proptest};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use proptest::prelude::*;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::*;
 use crate::events::Events;
-use crate::reactor::{self, Reactor};
+use crate::layout::{MMIO_SLOT_BYTES, mmio_slot};
+use crate::reactor::{self, Orders, Reactor};
+use crate::slots::Slots;
+use crate::spec::DiskSpec;
 use crate::testing::{Guest, QueueFixture};
-use crate::virtio::ring::Answer;
+use crate::virtio::blk::Blk;
+use crate::virtio::entropy::Entropy;
 use crate::virtio::task::Task;
-use crate::virtio::{DeviceIo, DeviceState, Fault, Served, Watch};
 
-const OWN_FEATURE: u64 = 1 << 5;
-const SIZES: [u16; 2] = [8, 16];
-const READY: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
+const READY: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK;
+const RUNNING: u32 = READY | DRIVER_OK;
+const QUEUE_SIZE_MAX_OF_ENTROPY: u16 = 64;
 
-/// Returns every request as it came, each as if one byte had been written.
-#[derive(Debug)]
-struct Echo;
-
-impl Device for Echo {
-    fn kind(&self) -> u32 {
-        42
-    }
-
-    fn features(&self) -> u64 {
-        OWN_FEATURE
-    }
-
-    fn queue_sizes(&self) -> &'static [u16] {
-        &SIZES
-    }
-
-    fn config(&self) -> &[u8] {
-        &[1, 2, 3, 4, 5, 6, 7, 8, 9]
-    }
-
-    fn service(&mut self, index: u16, io: &mut DeviceIo<'_>) -> Result<Served, Fault> {
-        io.rings[usize::from(index)].serve(io.mem, |_, _| Ok(Answer::Used { written_bytes: 1 }))
-    }
-
-    fn reset(&mut self, _watch: &mut dyn Watch) {}
-
-    fn save(&self) -> DeviceState {
-        DeviceState::Stateless
-    }
-}
-
-/// One slot with [`Echo`] in it.
-struct Slot {
-    registers: Registers,
-    kicks: Vec<EventFd>,
+/// A driver, and everything below it but KVM.
+struct Driver {
+    slots: Slots,
+    kick: EventFd,
     irq: Arc<EventFd>,
     orders: Orders,
+    // Last, so that it ends last: registers may wait for it.
     _reactor: Reactor,
 }
 
-impl Slot {
-    fn new(guest: &Guest) -> Self {
-        let irq = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+impl Driver {
+    fn of(device: Box<dyn Device>, guest: &Guest) -> Self {
+        let irq = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap());
         let line = Line::new(Arc::clone(&irq));
-        let identity = Identity::of(&Echo);
-        let task = Task::new(Box::new(Echo), guest.mem.clone(), line.clone()).unwrap();
-        let kicks = task.kicks().iter().map(EventFd::try_clone).collect::<io::Result<_>>();
+        let identity = Identity::of(&*device);
+        let task = Task::new(device, guest.mem.clone(), line.clone()).unwrap();
+        let kick = task.kicks()[0].try_clone().unwrap();
         let (orders, inbox) = reactor::orders().unwrap();
         let events = Arc::new(Events::new().unwrap());
         let reactor = Reactor::start(vec![task], orders.clone(), inbox, events).unwrap();
-        let registers = Registers::new(0, identity, orders.clone(), line);
-        Self { registers, kicks: kicks.unwrap(), irq, orders, _reactor: reactor }
+        let slots = Slots::new(vec![Registers::new(0, identity, orders.clone(), line)]);
+        Self { slots, kick, irq, orders, _reactor: reactor }
+    }
+
+    fn of_entropy(guest: &Guest) -> Self {
+        Self::of(Box::new(Entropy::new()), guest)
+    }
+
+    fn write(&self, offset: u64, value: u32) {
+        self.slots.write(mmio_slot(0).unwrap() + offset, &value.to_le_bytes());
     }
 
     fn read(&self, offset: u64) -> u32 {
         let mut data = [0; 4];
-        self.registers.read(offset, &mut data);
+        self.slots.read(mmio_slot(0).unwrap() + offset, &mut data);
         u32::from_le_bytes(data)
     }
 
-    fn write(&mut self, offset: u64, value: u32) {
-        self.registers.write(offset, &value.to_le_bytes());
-    }
-
-    fn write_all(&mut self, writes: &[(u64, u32)]) {
-        for &(offset, value) in writes {
-            self.write(offset, value);
-        }
-    }
-
-    /// What a driver does up to the queues.
-    fn negotiate(&mut self) {
-        let [low, high] = [0, 1].map(|select| half(TRANSPORT_FEATURES | OWN_FEATURE, select));
-        self.write_all(&[
-            (STATUS, ACKNOWLEDGE),
-            (STATUS, ACKNOWLEDGE | DRIVER),
-            (DRIVER_FEATURES_SEL, 0),
-            (DRIVER_FEATURES, low),
-            (DRIVER_FEATURES_SEL, 1),
-            (DRIVER_FEATURES, high),
-            (STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK),
-        ]);
-        assert_eq!(self.read(STATUS), ACKNOWLEDGE | DRIVER | FEATURES_OK);
-    }
-
-    fn set_queue(&mut self, index: u32, size: u32, [table, driver, device]: [u64; 3]) {
-        self.write_all(&[
-            (QUEUE_SEL, index),
-            (QUEUE_SIZE, size),
-            (QUEUE_DESC_LOW, half(table, 0)),
-            (QUEUE_DESC_HIGH, half(table, 1)),
-            (QUEUE_DRIVER_LOW, half(driver, 0)),
-            (QUEUE_DRIVER_HIGH, half(driver, 1)),
-            (QUEUE_DEVICE_LOW, half(device, 0)),
-            (QUEUE_DEVICE_HIGH, half(device, 1)),
-            (QUEUE_READY, 1),
-        ]);
-    }
-
-    /// All of it, with one queue.
-    fn start(&mut self, queue: &QueueFixture<'_>) {
-        self.negotiate();
-        self.set_queue(0, 8, queue.addresses());
-        self.write(STATUS, READY);
-    }
-
-    fn waits_for_interrupt(&self, bits: u32) {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while self.irq.read().is_err() {
-            assert!(Instant::now() < deadline, "no interrupt");
-            thread::yield_now();
-        }
-        assert_eq!(self.read(INTERRUPT_STATUS), bits);
-    }
-}
-
-#[test]
-fn a_slot_says_what_is_in_it() {
-    let guest = Guest::new();
-    let mut slot = Slot::new(&guest);
-
-    let identity = [MAGIC_VALUE, VERSION_NUMBER, DEVICE_ID, VENDOR_ID].map(|r| slot.read(r));
-    assert_eq!(identity, [0x7472_6976, 2, 42, 0x6d75_766f]);
-    let sizes = [0, 1, 2, u32::MAX].map(|queue| {
-        slot.write(QUEUE_SEL, queue);
-        slot.read(QUEUE_SIZE_MAX)
-    });
-    assert_eq!(sizes, [8, 16, 0, 0]);
-    let features = [0, 1, 2].map(|select| {
-        slot.write(DEVICE_FEATURES_SEL, select);
-        slot.read(DEVICE_FEATURES)
-    });
-    assert_eq!(features, [1 << 5 | 1 << 28 | 1 << 29, 1, 0]);
-}
-
-#[test]
-fn configuration_is_read_in_any_width_and_ends_where_it_ends() {
-    let guest = Guest::new();
-    let slot = Slot::new(&guest);
-    let read = |offset, width| {
-        let mut data = vec![0; width];
-        slot.registers.read(CONFIG + offset, &mut data);
+    fn read_config(&self, offset: u64, width: usize) -> Vec<u8> {
+        let mut data = vec![0xaa; width];
+        self.slots.read(mmio_slot(0).unwrap() + CONFIG + offset, &mut data);
         data
+    }
+
+    fn write_status(&self, value: u32) -> u32 {
+        self.write(STATUS, value);
+        self.read(STATUS)
+    }
+
+    /// From reset to FEATURES_OK.
+    fn negotiate(&self, features: u64) -> u32 {
+        self.write(STATUS, 0);
+        self.write(STATUS, ACKNOWLEDGE);
+        self.write(STATUS, ACKNOWLEDGE | DRIVER);
+        for select in [0, 1] {
+            self.write(DRIVER_FEATURES_SEL, select);
+            self.write(DRIVER_FEATURES, half(features, select));
+        }
+        self.write_status(READY)
+    }
+
+    fn set_up(&self, queue: &QueueSetup) {
+        self.write(QUEUE_SEL, 0);
+        self.write(QUEUE_SIZE, queue.size.into());
+        let addresses = [
+            (QUEUE_DESC_LOW, queue.descriptors),
+            (QUEUE_DRIVER_LOW, queue.driver),
+            (QUEUE_DEVICE_LOW, queue.device),
+        ];
+        for (low, address) in addresses {
+            self.write(low, half(address, 0));
+            self.write(low + 4, half(address, 1));
+        }
+        self.write(QUEUE_READY, queue.ready.into());
+    }
+
+    /// From whatever was before to a device that serves `queue`.
+    fn start(&self, queue: &QueueSetup) -> u32 {
+        assert_eq!(self.negotiate(TRANSPORT_FEATURES), READY);
+        self.set_up(queue);
+        self.write_status(RUNNING)
+    }
+
+    fn kick(&self) {
+        self.kick.write(1).unwrap();
+    }
+
+    /// Waits for an interrupt, and returns and acknowledges what it says.
+    fn interrupt(&self) -> u32 {
+        let epoll = Epoll::new().unwrap();
+        let readable = EpollEvent::new(EventSet::IN, 0);
+        epoll.ctl(ControlOperation::Add, self.irq.as_raw_fd(), readable).unwrap();
+        let ready = epoll.wait(20_000, &mut [EpollEvent::default()]).unwrap();
+        assert_eq!(ready, 1, "no interrupt in 20 s");
+        self.irq.read().unwrap();
+        let pending = self.read(INTERRUPT_STATUS);
+        self.write(INTERRUPT_ACK, pending);
+        pending
+    }
+
+    /// Returns once the device thread has done all that it was kicked for before.
+    fn settle(&self) {
+        // Kicks of before the first order are served before the second.
+        self.orders.save().unwrap();
+        self.orders.save().unwrap();
+    }
+
+    /// Resets the device and has one request answered.
+    fn gives_random_bytes(&self, guest: &Guest) {
+        let mut queue = QueueFixture::new(guest, 0, QUEUE_SIZE_MAX_OF_ENTROPY);
+        let _ = self.irq.read();
+        assert_eq!(self.start(&queue.setup()), RUNNING);
+        queue.offer(&[], &[guest.buffer(64)]);
+        self.kick();
+        assert_eq!(self.interrupt(), 1, "a used buffer");
+        assert_eq!(queue.used(), [(0, 64)]);
+    }
+}
+
+#[test]
+fn the_status_register_is_this_table() {
+    let guest = Guest::new();
+    let driver = Driver::of_entropy(&guest);
+    let written = [0, 1, 3, 7, 0xb, 0xf, 0x40, 0x80, 0xff];
+    let row = |from: u32| {
+        let cells = written.map(|value| {
+            driver.write(STATUS, 0);
+            for step in [1, 3, 0xb, 0xf, 0x80, 0x8f].into_iter().filter(|s| from & s == *s) {
+                driver.write(STATUS, step);
+                driver.write(DRIVER_FEATURES_SEL, 1);
+                driver.write(DRIVER_FEATURES, 1);
+            }
+            assert_eq!(driver.read(STATUS), from);
+            format!("{:02x}", driver.write_status(value))
+        });
+        cells.join(" ")
     };
 
-    assert_eq!(read(0, 1), [1]);
-    assert_eq!(read(1, 2), [2, 3]);
-    assert_eq!(read(0, 8), [1, 2, 3, 4, 5, 6, 7, 8]);
-    assert_eq!(read(8, 1), [9]);
-    assert_eq!(read(8, 2), [0xff, 0xff]);
-    assert_eq!(read(u64::MAX - CONFIG, 4), [0xff; 4]);
+    let rows = [0, 1, 3, 0xb, 0xf, 0x80, 0x8f].map(row);
+
+    let table = [
+        // 00 01 03 07 0b 0f 40 80 ff
+        "00 01 00 00 00 00 00 80 00", // after reset
+        "00 01 03 01 01 01 01 01 01", // ACKNOWLEDGE
+        "00 03 03 03 0b 03 03 03 03", // and DRIVER
+        "00 0b 0b 0b 0b 0f 0b 0b 0b", // and FEATURES_OK
+        "00 0f 0f 0f 0f 0f 0f 0f 8f", // and DRIVER_OK
+        "00 80 80 80 80 80 80 80 80", // FAILED from the start
+        "00 8f 8f 8f 8f 8f 8f 8f 8f", // FAILED while it ran
+    ];
+    assert_eq!(rows, table);
 }
 
 #[test]
-fn a_request_is_served_and_interrupts_until_acknowledged() {
+fn features_are_what_was_offered_and_then_frozen() {
     let guest = Guest::new();
-    let mut queue = QueueFixture::new(&guest, 0, 8);
-    let mut slot = Slot::new(&guest);
-    slot.start(&queue);
+    let driver = Driver::of_entropy(&guest);
+    let offered = [0, 1, 2, u32::MAX].map(|select| {
+        driver.write(DEVICE_FEATURES_SEL, select);
+        driver.read(DEVICE_FEATURES)
+    });
+    assert_eq!(offered, [1 << 29 | 1 << 28, 1, 0, 0]);
 
-    let head = queue.offer(&[guest.buffer(16)], &[]);
-    slot.kicks[0].write(1).unwrap();
+    assert_eq!(driver.negotiate(0), ACKNOWLEDGE | DRIVER, "a legacy driver");
+    assert_eq!(driver.negotiate(1 << 32 | 1), ACKNOWLEDGE | DRIVER, "a bit that was not offered");
+    assert_eq!(driver.negotiate(1 << 32 | 1 << 63), ACKNOWLEDGE | DRIVER);
+    assert_eq!(driver.negotiate(1 << 32), READY);
 
-    slot.waits_for_interrupt(1);
-    assert_eq!(queue.used(), [(head, 1)]);
-    slot.write(INTERRUPT_ACK, 1);
-    assert_eq!(slot.read(INTERRUPT_STATUS), 0);
-    assert_eq!(slot.read(STATUS), READY);
+    driver.write(DRIVER_FEATURES_SEL, 0);
+    driver.write(DRIVER_FEATURES, u32::MAX);
+    let accepted = driver.slots.each().next().unwrap().state().driver_features;
+    assert_eq!(accepted, 1 << 32);
 }
 
-/// Each row: what is written after ACKNOWLEDGE, and what stands there then.
 #[test]
-fn status_bits_are_only_added_and_in_order() {
+fn queues_are_set_up_between_features_and_the_start_only() {
     let guest = Guest::new();
-    for (written, read) in [
-        (ACKNOWLEDGE | DRIVER, ACKNOWLEDGE | DRIVER),
-        (ACKNOWLEDGE | FAILED, ACKNOWLEDGE | FAILED),
-        (ACKNOWLEDGE | NEEDS_RESET, ACKNOWLEDGE),
-        (ACKNOWLEDGE | FEATURES_OK, ACKNOWLEDGE),
-        (ACKNOWLEDGE | DRIVER_OK, ACKNOWLEDGE),
-        (READY, ACKNOWLEDGE),
-        (DRIVER, ACKNOWLEDGE),
-        (u32::MAX, ACKNOWLEDGE),
-        (0, 0),
-    ] {
-        let mut slot = Slot::new(&guest);
-        slot.write(STATUS, ACKNOWLEDGE);
+    let driver = Driver::of_entropy(&guest);
+    let queue = QueueFixture::new(&guest, 0, 64).setup();
+    let other = QueueSetup { size: 2, ready: false, descriptors: 1, driver: 2, device: 3 };
+    let state = || driver.slots.each().next().unwrap().state().queues.clone();
+    let unset = QueueSetup { size: 64, ..QueueSetup::default() };
 
-        slot.write(STATUS, written);
+    driver.set_up(&queue);
+    assert_eq!(state(), slice::from_ref(&unset), "before features");
+    assert_eq!(driver.start(&queue), RUNNING);
+    driver.set_up(&other);
+    assert_eq!(state(), [queue], "while it runs");
+    driver.write(STATUS, 0);
+    assert_eq!(state(), [unset], "after a reset");
+}
 
-        assert_eq!(slot.read(STATUS), read, "{written:#x}");
+#[test]
+fn a_queue_that_is_not_there_has_no_size_and_takes_no_setup() {
+    let guest = Guest::new();
+    let driver = Driver::of_entropy(&guest);
+    driver.negotiate(TRANSPORT_FEATURES);
+    assert_eq!(driver.read(QUEUE_SIZE_MAX), 64);
+
+    for select in [1, 32, u32::MAX] {
+        driver.write(QUEUE_SEL, select);
+        assert_eq!(driver.read(QUEUE_SIZE_MAX), 0);
+        driver.write(QUEUE_READY, 1);
+        assert_eq!(driver.read(QUEUE_READY), 0);
+    }
+    assert_eq!(driver.write_status(RUNNING), RUNNING, "a driver may use no queue at all");
+}
+
+#[test]
+fn a_request_is_answered_and_announced() {
+    let guest = Guest::new();
+    let driver = Driver::of_entropy(&guest);
+    driver.gives_random_bytes(&guest);
+
+    assert_eq!(driver.read(INTERRUPT_STATUS), 0, "acknowledged");
+    driver.gives_random_bytes(&guest);
+}
+
+#[test]
+fn a_queue_that_makes_no_sense_breaks_the_device_until_reset() {
+    let guest = Guest::new();
+    let good = QueueFixture::new(&guest, 0, 64).setup();
+    let broken = [
+        QueueSetup { size: 0, ..good.clone() },
+        QueueSetup { size: 3, ..good.clone() },
+        QueueSetup { size: 128, ..good.clone() },
+        QueueSetup { size: u16::MAX, ..good.clone() },
+        QueueSetup { descriptors: 8, ..good.clone() },
+        QueueSetup { driver: 1, ..good.clone() },
+        QueueSetup { device: 2, ..good.clone() },
+        QueueSetup { descriptors: guest.end() - 16, ..good.clone() },
+        QueueSetup { driver: guest.end(), ..good.clone() },
+        QueueSetup { device: u64::MAX - 3, ..good.clone() },
+        QueueSetup { descriptors: u64::MAX - 15, ..good },
+    ];
+    let driver = Driver::of_entropy(&guest);
+    for queue in broken {
+        let _ = driver.irq.read();
+
+        assert_eq!(driver.start(&queue), RUNNING | NEEDS_RESET, "{queue:?}");
+        assert_eq!(driver.interrupt(), 2, "a change of configuration");
+        assert_eq!(driver.write_status(driver.read(STATUS) | FAILED), 0x8f | NEEDS_RESET);
+        assert_eq!(driver.write_status(0), 0);
+        driver.gives_random_bytes(&guest);
     }
 }
 
 #[test]
-fn features_that_were_not_offered_are_refused() {
+fn a_ring_that_breaks_while_it_runs_breaks_the_device_until_reset() {
     let guest = Guest::new();
-    for (low, high) in [(0, 0), (1 << 6, 1), (0, 1 << 31 | 1)] {
-        let mut slot = Slot::new(&guest);
+    let driver = Driver::of_entropy(&guest);
+    let mut queue = QueueFixture::new(&guest, 0, 64);
+    assert_eq!(driver.start(&queue.setup()), RUNNING);
+    queue.publish(1000);
+    driver.kick();
+    assert_eq!(driver.interrupt(), 2, "a change of configuration");
+    assert_eq!(driver.read(STATUS), RUNNING | NEEDS_RESET);
+    assert!(driver.slots.each().next().unwrap().line().state().broken);
 
-        slot.write_all(&[
-            (STATUS, ACKNOWLEDGE),
-            (STATUS, ACKNOWLEDGE | DRIVER),
-            (DRIVER_FEATURES_SEL, 0),
-            (DRIVER_FEATURES, low),
-            (DRIVER_FEATURES_SEL, 1),
-            (DRIVER_FEATURES, high),
-            (STATUS, ACKNOWLEDGE | DRIVER | FEATURES_OK),
-        ]);
-
-        assert_eq!(slot.read(STATUS), ACKNOWLEDGE | DRIVER, "{high:#x} {low:#x}");
-    }
-}
-
-/// A queue that grew after it was checked is how such rings were escaped from before.
-#[test]
-fn queues_are_frozen_while_the_device_runs() {
-    let guest = Guest::new();
-    let mut queue = QueueFixture::new(&guest, 0, 8);
-    let mut slot = Slot::new(&guest);
-    slot.start(&queue);
-    let before = slot.registers.save();
-
-    slot.set_queue(0, 4, [0x1000, 0x2000, 0x3000]);
-    slot.write(QUEUE_READY, 0);
-
-    assert_eq!(slot.registers.save().queues, before.queues);
-    let head = queue.offer(&[guest.buffer(16)], &[]);
-    slot.kicks[0].write(1).unwrap();
-    slot.waits_for_interrupt(1);
-    assert_eq!(queue.used(), [(head, 1)]);
-}
-
-#[test]
-fn a_queue_that_makes_no_sense_breaks_its_device_until_reset() {
-    let guest = Guest::new();
-    let mut queue = QueueFixture::new(&guest, 0, 8);
-    let [table, driver, device] = queue.addresses();
-    let end = guest.end();
-    for (size, addresses) in [
-        (8, [end, driver, device]),
-        (8, [end - 64, driver, device]),
-        (8, [u64::MAX - 15, driver, device]),
-        (8, [table, end - 8, device]),
-        (8, [table, driver, end - 8]),
-        (8, [table + 8, driver, device]),
-        (8, [table, driver + 1, device]),
-        (8, [table, driver, device + 2]),
-        (0, [table, driver, device]),
-        (7, [table, driver, device]),
-        (16, [table, driver, device]),
-        (0x1_0008, [table, driver, device]),
-    ] {
-        let mut slot = Slot::new(&guest);
-        slot.negotiate();
-        slot.set_queue(0, size, addresses);
-
-        slot.write(STATUS, READY);
-
-        slot.waits_for_interrupt(2);
-        assert_eq!(slot.read(STATUS), READY | NEEDS_RESET, "{size} {addresses:x?}");
-        slot.write(STATUS, 0);
-        assert_eq!((slot.read(STATUS), slot.read(INTERRUPT_STATUS)), (0, 0));
-        slot.start(&queue);
-        assert_eq!(slot.read(STATUS), READY);
-    }
+    // It is left alone from here on.
+    driver.kick();
+    driver.settle();
     assert_eq!(queue.used(), []);
+
+    driver.gives_random_bytes(&guest);
 }
 
 #[test]
-fn a_ring_that_breaks_later_breaks_the_device_and_nothing_else() {
+fn a_device_that_was_reset_serves_nothing() {
     let guest = Guest::new();
-    let mut queue = QueueFixture::new(&guest, 0, 8);
-    let mut slot = Slot::new(&guest);
-    slot.start(&queue);
-    for head in 0..9 {
-        queue.publish(head);
-    }
+    let driver = Driver::of_entropy(&guest);
+    let mut queue = QueueFixture::new(&guest, 0, 64);
+    assert_eq!(driver.start(&queue.setup()), RUNNING);
+    driver.write(STATUS, 0);
 
-    slot.kicks[0].write(1).unwrap();
+    queue.offer(&[], &[guest.buffer(64)]);
+    driver.kick();
+    driver.settle();
 
-    slot.waits_for_interrupt(2);
-    assert_eq!(slot.read(STATUS), READY | NEEDS_RESET);
-    slot.write(STATUS, READY | NEEDS_RESET | FAILED);
-    assert_eq!(slot.read(STATUS), READY | NEEDS_RESET | FAILED);
-}
-
-#[test]
-fn nothing_is_served_between_reset_and_the_next_start() {
-    let guest = Guest::new();
-    let mut queue = QueueFixture::new(&guest, 0, 8);
-    let mut slot = Slot::new(&guest);
-    slot.start(&queue);
-    slot.write(STATUS, 0);
-
-    queue.offer(&[guest.buffer(16)], &[]);
-    slot.kicks[0].write(1).unwrap();
-
-    // Between the two the thread has looked at everything there was, the kick too.
-    slot.orders.pause().unwrap();
-    slot.orders.resume().unwrap();
-    slot.orders.pause().unwrap();
     assert_eq!(queue.used(), []);
-    assert!(slot.irq.read().is_err());
+    assert_eq!(driver.read(INTERRUPT_STATUS), 0);
 }
 
 #[test]
 fn a_kick_during_a_pause_is_served_after_it() {
     let guest = Guest::new();
-    let mut queue = QueueFixture::new(&guest, 0, 8);
-    let mut slot = Slot::new(&guest);
-    slot.start(&queue);
-    slot.orders.pause().unwrap();
+    let driver = Driver::of_entropy(&guest);
+    let mut queue = QueueFixture::new(&guest, 0, 64);
+    assert_eq!(driver.start(&queue.setup()), RUNNING);
+    driver.orders.pause().unwrap();
 
-    let head = queue.offer(&[guest.buffer(16)], &[]);
-    slot.kicks[0].write(1).unwrap();
+    queue.offer(&[], &[guest.buffer(64)]);
+    driver.kick();
+    let saved = driver.orders.save().unwrap();
 
-    let saved = slot.orders.save().unwrap();
     assert_eq!((saved[0].queues[0].next_avail, queue.used()), (0, vec![]));
-    slot.orders.resume().unwrap();
-    slot.waits_for_interrupt(1);
-    assert_eq!(queue.used(), [(head, 1)]);
-    assert_eq!(slot.registers.save().pending, 1);
+    driver.orders.resume().unwrap();
+    assert_eq!(driver.interrupt(), 1);
+    assert_eq!(queue.used(), [(0, 64)]);
+}
+
+#[test]
+fn the_configuration_is_read_in_any_width() {
+    let guest = Guest::new();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(0x0001_0203 * 512).unwrap();
+    let disk = DiskSpec { id: "disk".into(), read_only: false };
+    let driver = Driver::of(Box::new(Blk::new(file, &disk).unwrap()), &guest);
+    assert_eq!(driver.read(DEVICE_ID), 2);
+
+    assert_eq!(driver.read_config(0, 8), [3, 2, 1, 0, 0, 0, 0, 0]);
+    assert_eq!(driver.read_config(0, 4), [3, 2, 1, 0]);
+    assert_eq!(driver.read_config(1, 2), [2, 1]);
+    assert_eq!(driver.read_config(2, 1), [1]);
+    assert_eq!(driver.read_config(0, 0), [0_u8; 0]);
+    let end = driver.slots.each().next().unwrap().identity.config.len() as u64;
+    assert_eq!(driver.read_config(end - 2, 4), [0xff; 4], "over the end");
+    assert_eq!(
+        driver.read_config(MMIO_SLOT_BYTES - 1 - CONFIG, 8),
+        [0xff; 8],
+        "over the end of the slot"
+    );
+}
+
+#[test]
+fn registers_are_four_bytes_wide() {
+    let guest = Guest::new();
+    let driver = Driver::of_entropy(&guest);
+    for width in [1, 2, 8] {
+        let mut data = vec![0; width];
+        driver.slots.read(mmio_slot(0).unwrap() + MAGIC_VALUE, &mut data);
+        assert_eq!(data, vec![0xff; width]);
+        data.fill(1);
+        driver.slots.write(mmio_slot(0).unwrap() + STATUS, &data);
+        assert_eq!(driver.read(STATUS), 0);
+    }
+    assert_eq!(driver.read(MAGIC_VALUE).to_le_bytes(), *b"virt");
+    assert_eq!(driver.read(MAGIC_VALUE + 1), u32::MAX);
+}
+
+/// What a guest can do to a slot.
+#[derive(Debug, Clone)]
+enum Touch {
+    Read { offset: u64, width: usize },
+    Write { offset: u64, width: usize, value: u64 },
+    Start(QueueSetup),
+    Publish(u16),
+    Kick,
+}
+
+fn touch() -> impl Strategy<Value = Touch> {
+    let any_offset = prop_oneof![0..0x120_u64, Just(0xffc_u64), (0..0x48_u64).prop_map(|n| n * 4)];
+    let register = prop_oneof![
+        Just(STATUS),
+        Just(QUEUE_SEL),
+        Just(QUEUE_SIZE),
+        Just(QUEUE_READY),
+        Just(DRIVER_FEATURES),
+        Just(DRIVER_FEATURES_SEL),
+        Just(INTERRUPT_ACK),
+        Just(QUEUE_DESC_LOW),
+        Just(QUEUE_DRIVER_HIGH),
+    ];
+    let width = prop_oneof![4 => Just(4_usize), 1 => Just(1), 1 => Just(2), 1 => Just(8)];
+    let value = prop_oneof![
+        Just(0_u64),
+        Just(1),
+        Just(3),
+        Just(0xb),
+        Just(0xf),
+        Just(0x80),
+        Just(64),
+        Just(u64::MAX),
+        any::<u64>()
+    ];
+    let address = prop_oneof![(0..64_u64).prop_map(|n| n * 4096), any::<u64>()];
+    let setup =
+        (prop_oneof![Just(64_u16), any::<u16>()], address.clone(), address.clone(), address)
+            .prop_map(|(size, descriptors, driver, device)| QueueSetup {
+                size,
+                ready: true,
+                descriptors,
+                driver,
+                device,
+            });
+    prop_oneof![
+        3 => (any_offset.clone(), width.clone()).prop_map(|(offset, width)| Touch::Read { offset, width }),
+        3 => (any_offset, width.clone(), any::<u64>())
+            .prop_map(|(offset, width, value)| Touch::Write { offset, width, value }),
+        6 => (register, width, value)
+            .prop_map(|(offset, width, value)| Touch::Write { offset, width, value }),
+        2 => setup.prop_map(Touch::Start),
+        2 => any::<u16>().prop_map(Touch::Publish),
+        2 => Just(Touch::Kick),
+    ]
 }
 
 proptest! {
-    /// A vCPU can read and write anything, anywhere, in any width; a reset makes it good again.
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    /// Whatever a driver did, the next one can start over.
     #[test]
-    fn no_access_is_too_strange(
-        accesses in vec((0_u64..0x120, vec(any::<u8>(), 1..9), any::<bool>()), 0..200),
-        wild in any::<u64>(),
+    fn any_traffic_leaves_a_device_that_can_be_reset(
+        touches in prop::collection::vec(touch(), 1..60),
     ) {
         let guest = Guest::new();
-        let mut slot = Slot::new(&guest);
-        let new = slot.registers.save();
-
-        for (offset, mut data, write) in accesses {
-            for offset in [offset, offset / 4 * 4, wild] {
-                if write {
-                    slot.registers.write(offset, &data);
-                } else {
-                    slot.registers.read(offset, &mut data);
+        let driver = Driver::of_entropy(&guest);
+        let mut queue = QueueFixture::new(&guest, 0, QUEUE_SIZE_MAX_OF_ENTROPY);
+        let slot = mmio_slot(0).unwrap();
+        for touch in touches {
+            match touch {
+                Touch::Read { offset, width } => {
+                    driver.slots.read(slot + offset, &mut vec![0; width]);
                 }
+                Touch::Write { offset, width, value } => {
+                    driver.slots.write(slot + offset, &value.to_le_bytes()[..width]);
+                }
+                Touch::Start(setup) => {
+                    let status = driver.start(&setup);
+                    prop_assert_eq!(status & !NEEDS_RESET, RUNNING);
+                }
+                Touch::Publish(head) => queue.publish(head),
+                Touch::Kick => driver.kick(),
             }
         }
-
-        slot.write(STATUS, 0);
-        prop_assert_eq!(slot.registers.save(), new);
+        driver.write(STATUS, 0);
+        driver.settle();
+        driver.gives_random_bytes(&guest);
     }
 }

@@ -1,3 +1,5 @@
+//! A vsock device between its driver, spoken here, and real Unix sockets.
+
 use std::collections::{HashMap, VecDeque};
 use std::io::{Read, Write};
 use std::net::Shutdown;

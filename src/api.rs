@@ -1,0 +1,122 @@
+//! The HTTP surface: the table of routes, one line each.
+//!
+//! A handler extracts, calls, shapes, and lies in the file of its noun with its bodies. Who may
+//! call it is said here, beside its name. The document at `/spec.json` is made of the same table.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::http::{Method, StatusCode, Uri};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use tokio::time;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::cors::CorsLayer;
+use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter, UtoipaMethodRouterExt};
+use utoipa_axum::routes;
+
+use crate::api::error::ApiError;
+use crate::config::Limits;
+use crate::images::Images;
+use crate::instances::Instances;
+use crate::token::{Scope, Secret};
+
+mod auth;
+mod body;
+mod document;
+pub mod error;
+mod health;
+pub mod images;
+pub mod instances;
+mod logs;
+mod query;
+pub mod tags;
+
+/// How long a request may take. A wait ends just before, by itself.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// What handlers work with. Clones are the same.
+#[derive(Debug, Clone)]
+pub struct App {
+    /// The images of this host.
+    pub images: Images,
+    /// The instances of this host.
+    pub instances: Instances,
+    /// What tokens are signed with.
+    pub secret: Secret,
+    /// What a request may ask for.
+    pub limits: Limits,
+}
+
+/// Everything the server answers.
+pub fn router(app: App) -> Router {
+    let (router, document) = table(&app).split_for_parts();
+    let document = Arc::new(document::finished(document));
+    let spec = move || async move { axum::Json(Arc::unwrap_or_clone(document)) };
+    router
+        .route("/spec.json", get(spec))
+        .fallback(no_such_route)
+        .method_not_allowed_fallback(no_such_method)
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(CorsLayer::permissive())
+        .with_state(app)
+}
+
+#[rustfmt::skip]
+fn table(app: &App) -> OpenApiRouter<App> {
+    let to = |scope, route| bounded(auth::allow(app, scope, route));
+    let to_stream = |scope, route| auth::allow(app, scope, route);
+    OpenApiRouter::with_openapi(document::head())
+        .routes(bounded(routes!(health::health)))
+        .routes(to(Scope::IMAGE_READ, routes!(images::list)))
+        .routes(to(Scope::IMAGE_WRITE, routes!(images::create)))
+        .routes(to_stream(Scope::IMAGE_WRITE, routes!(images::load)))
+        .routes(to(Scope::IMAGE_READ, routes!(images::read)))
+        .routes(to(Scope::IMAGE_DELETE, routes!(images::delete)))
+        .routes(to(Scope::IMAGE_WRITE, routes!(images::tag)))
+        .routes(to(Scope::INSTANCE_READ, routes!(instances::list)))
+        .routes(to(Scope::INSTANCE_WRITE, routes!(instances::create)))
+        .routes(to(Scope::INSTANCE_READ, routes!(instances::read)))
+        .routes(to(Scope::INSTANCE_DELETE, routes!(instances::delete)))
+        .routes(to(Scope::INSTANCE_READ, routes!(instances::wait)))
+        .routes(to_stream(Scope::INSTANCE_READ, routes!(logs::read)))
+}
+
+/// A route whose requests end, one way or the other, within [`REQUEST_TIMEOUT`].
+fn bounded(route: UtoipaMethodRouter<App>) -> UtoipaMethodRouter<App> {
+    let bound = async |request: Request, next: Next| match time::timeout(
+        REQUEST_TIMEOUT,
+        next.run(request),
+    )
+    .await
+    {
+        Ok(response) => response,
+        Err(_elapsed) => ApiError::timed_out().into_response(),
+    };
+    route.map(|route| route.route_layer(middleware::from_fn(bound)))
+}
+
+async fn no_such_route(uri: Uri) -> ApiError {
+    ApiError::of_status(StatusCode::NOT_FOUND, format!("no such route: {}", uri.path()))
+}
+
+async fn no_such_method(method: Method, uri: Uri) -> ApiError {
+    let message = format!("{} does not take {method}", uri.path());
+    ApiError::of_status(StatusCode::METHOD_NOT_ALLOWED, message)
+}
+
+/// A handler that panics is a bug of ours; it costs its own request only.
+#[expect(clippy::needless_pass_by_value, reason = "the signature that the layer asks for")]
+fn panicked(panic: Box<dyn Any + Send>) -> Response {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+    tracing::error!(text, "A handler panicked");
+    ApiError::panicked().into_response()
+}
+
+#[cfg(test)]
+mod tests;

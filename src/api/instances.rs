@@ -1,0 +1,177 @@
+//! `/instances`: create, list, read, wait, delete.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::api::body::JsonBody;
+use crate::api::error::{ApiError, ErrorBody};
+use crate::api::instances::create::CreateInstance;
+use crate::api::instances::view::InstanceView;
+use crate::api::query::{Query, QueryError};
+use crate::api::tags::{self, Tags};
+use crate::api::{App, REQUEST_TIMEOUT};
+use crate::duration::GoDuration;
+use crate::instances::Waited;
+use crate::instances::state::{State as InstanceState, StateNameError};
+
+pub mod create;
+pub(super) mod extras;
+pub mod view;
+
+/// How long a wait lasts unless told otherwise.
+const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A wait ends this long before its request does, to be answered and not cut off.
+const WAIT_MARGIN: Duration = Duration::from_secs(1);
+
+/// What came of waiting for a state.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct WaitView {
+    /// The state now.
+    pub state: String,
+    /// What went wrong with the instance, if something did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub state_error: Option<String>,
+    /// The time was over first.
+    pub timed_out: bool,
+}
+
+impl From<Waited> for WaitView {
+    fn from(waited: Waited) -> Self {
+        let Waited { state, error, timed_out } = waited;
+        Self { state: state.to_string(), state_error: error, timed_out }
+    }
+}
+
+/// Lists instances, oldest first.
+#[utoipa::path(
+    get, path = "/instances", tag = "instances",
+    params(
+        ("state" = Option<String>, Query, description = "Exactly this state"),
+        ("tags" = Option<Tags>, Query, style = DeepObject, explode, description = "All must match"),
+    ),
+    responses((status = 200, body = Vec<InstanceView>), (status = "default", body = ErrorBody)),
+)]
+pub(super) async fn list(
+    State(app): State<App>,
+    query: Query,
+) -> Result<Json<Vec<InstanceView>>, ApiError> {
+    let wanted = query.tags();
+    let state = query.value("state").map(str::parse::<InstanceState>).transpose();
+    let state = state
+        .map_err(|_| QueryError::Malformed { name: "state", expected: "the name of a state" })?;
+    let instances = app.instances.list().into_iter().filter(|instance| {
+        state.is_none_or(|state| instance.state == state)
+            && tags::have(&instance.spec.tags, &wanted)
+    });
+    Ok(Json(instances.map(|instance| InstanceView::from(&*instance)).collect()))
+}
+
+/// Creates an instance and starts its machine, without waiting for the guest.
+#[utoipa::path(
+    post, path = "/instances", tag = "instances", request_body = CreateInstance,
+    responses((status = 201, body = InstanceView), (status = "default", body = ErrorBody)),
+)]
+pub(super) async fn create(
+    State(app): State<App>,
+    JsonBody(body): JsonBody<CreateInstance>,
+) -> Result<(StatusCode, Json<InstanceView>), ApiError> {
+    let spec = body.into_spec(&app.limits)?;
+    let instance = app.instances.create(spec).await?;
+    Ok((StatusCode::CREATED, Json((&*instance).into())))
+}
+
+/// Reads one instance.
+#[utoipa::path(
+    get, path = "/instances/{id}", tag = "instances",
+    params(("id" = String, Path, description = "Id, name, or the beginning of an id")),
+    responses((status = 200, body = InstanceView), (status = "default", body = ErrorBody)),
+)]
+pub(super) async fn read(
+    State(app): State<App>,
+    Path(key): Path<String>,
+) -> Result<Json<InstanceView>, ApiError> {
+    Ok(Json((&*app.instances.find(&key)?).into()))
+}
+
+/// Ends an instance, in whatever state it is, and removes all of it.
+#[utoipa::path(
+    delete, path = "/instances/{id}", tag = "instances",
+    params(
+        ("id" = String, Path, description = "Id, name, or the beginning of an id"),
+        ("graceful_shutdown" = Option<bool>, Query, description = "false: at once"),
+    ),
+    responses((status = 204), (status = "default", body = ErrorBody)),
+)]
+pub(super) async fn delete(
+    State(app): State<App>,
+    Path(key): Path<String>,
+    query: Query,
+) -> Result<StatusCode, ApiError> {
+    let graceful = query.flag("graceful_shutdown")?.unwrap_or(true);
+    app.instances.delete(&key, graceful).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// Waits for a state. Comes back early if the instance can no longer get there by itself.
+#[utoipa::path(
+    get, path = "/instances/{id}/wait", tag = "instances",
+    params(
+        ("id" = String, Path, description = "Id, name, or the beginning of an id"),
+        ("state" = String, Query, description = "In any case"),
+        ("timeout" = Option<String>, Query, description = "For example 30s; at most that of a request"),
+    ),
+    responses((status = 200, body = WaitView), (status = "default", body = ErrorBody)),
+)]
+pub(super) async fn wait(
+    State(app): State<App>,
+    Path(key): Path<String>,
+    query: Query,
+) -> Result<Json<WaitView>, ApiError> {
+    let state = wait_state(query.value("state").unwrap_or_default())?;
+    let timeout = wait_timeout(query.value("timeout"))?;
+    Ok(Json(app.instances.wait(&key, state, timeout).await?.into()))
+}
+
+fn wait_state(name: &str) -> Result<InstanceState, QueryError> {
+    let same = |state: &InstanceState| state.name().eq_ignore_ascii_case(name);
+    let known = InstanceState::ALL.into_iter().find(same);
+    known.filter(|&state| state != InstanceState::Unknown).ok_or(QueryError::State(StateNameError))
+}
+
+fn wait_timeout(text: Option<&str>) -> Result<Duration, QueryError> {
+    let Some(text) = text else { return Ok(WAIT_TIMEOUT.min(REQUEST_TIMEOUT - WAIT_MARGIN)) };
+    let duration: GoDuration =
+        text.parse().map_err(|source| QueryError::Timeout { source: Some(source) })?;
+    let duration = duration.positive().ok_or(QueryError::Timeout { source: None })?;
+    Ok(duration.min(REQUEST_TIMEOUT - WAIT_MARGIN))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_is_for_a_state_in_any_case_but_not_for_unknown() {
+        assert_eq!(wait_state("running").unwrap(), InstanceState::Running);
+        assert_eq!(wait_state("STOPPED").unwrap(), InstanceState::Stopped);
+        for name in ["", "Unknown", "unknown", "Runnin", "Running "] {
+            assert!(matches!(wait_state(name), Err(QueryError::State(_))), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_wait_ends_before_its_request() {
+        assert_eq!(wait_timeout(None).unwrap(), Duration::from_secs(59));
+        assert_eq!(wait_timeout(Some("5m")).unwrap(), Duration::from_secs(59));
+        assert_eq!(wait_timeout(Some("300ms")).unwrap(), Duration::from_millis(300));
+        for text in ["", "0", "0s", "-1s", "soon", "5"] {
+            assert!(matches!(wait_timeout(Some(text)), Err(QueryError::Timeout { .. })), "{text}");
+        }
+    }
+}

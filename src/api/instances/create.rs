@@ -1,0 +1,311 @@
+//! The body of `POST /instances`, made into an [`InstanceSpec`]: the door through which all of it
+//! comes.
+//!
+//! Every field of the contract is read and checked. One that asks for what is not there yet is
+//! refused by name ([`extras`](super::extras)): nothing is ignored in silence.
+
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::api::instances::extras::{
+    AutoStandby, Credential, Gpu, HealthCheck, Network, RestartPolicy, SnapshotPolicy, VolumeMount,
+};
+use crate::api::instances::view::PLATFORM;
+use crate::api::tags::{self, Tags, TagsError};
+use crate::config::Limits;
+use crate::images::reference::{Reference, ReferenceError};
+use crate::instances::spec::{InstanceSpec, MEMORY_BYTES_MIN};
+use crate::size::ByteSize;
+
+/// vCPUs unless told otherwise.
+const VCPUS: u8 = 2;
+
+/// Memory unless told otherwise.
+const SIZE: ByteSize = ByteSize(1 << 30);
+
+/// Writable layer unless told otherwise.
+const OVERLAY_SIZE: ByteSize = ByteSize(10 << 30);
+
+/// Name of the only runtime.
+const RUNTIME: &str = "native";
+
+/// An instance to be created.
+#[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct CreateInstance {
+    /// Image name, by tag or digest.
+    pub image: String,
+    /// Unique on this host: lower-case letters, digits and inner dashes.
+    pub name: String,
+    /// `linux/amd64`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub platform: Option<String>,
+    /// Memory; `1GB` if omitted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<String>,
+    /// Memory added after boot; none if omitted. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hotplug_size: Option<String>,
+    /// Size of the writable layer; `10GB` if omitted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overlay_size: Option<String>,
+    /// vCPUs; 2 if omitted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<i64>,
+    /// Bytes per second to and from disks. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_io_bps: Option<String>,
+    /// Environment, over that of the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub env: Option<BTreeMap<String, String>>,
+    /// Secrets that never enter the guest. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub credentials: Option<BTreeMap<String, Credential>>,
+    /// The caller's labels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tags: Option<Tags>,
+    /// Time to live; `0s` is for ever. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<String>,
+    /// When it shall be deleted. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<DateTime<Utc>>,
+    /// Network; none if omitted. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<Network>,
+    /// Host devices. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub devices: Option<Vec<String>>,
+    /// Part of a GPU. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<Gpu>,
+    /// Volumes. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub volumes: Option<Vec<VolumeMount>>,
+    /// A name for the runtime, echoed; all of them mean the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hypervisor: Option<Hypervisor>,
+    /// How snapshots are kept. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot_policy: Option<SnapshotPolicy>,
+    /// When to go to standby. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub auto_standby: Option<AutoStandby>,
+    /// Whether the workload is well. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub health_check: Option<HealthCheck>,
+    /// When to start it again. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restart_policy: Option<RestartPolicy>,
+    /// No kernel headers in the guest. There are none yet, so that only `false` asks for something.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skip_kernel_headers: Option<bool>,
+    /// The agent does not listen: no graceful stop, and `Running` does not wait for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skip_guest_agent: Option<bool>,
+    /// Instead of the image's; empty is as if omitted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub entrypoint: Option<Vec<String>>,
+    /// Instead of the image's; empty is as if omitted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cmd: Option<Vec<String>>,
+}
+
+/// Names for the runtime that clients know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Hypervisor {
+    /// Ours.
+    Native,
+    /// Means ours.
+    CloudHypervisor,
+    /// Means ours.
+    Firecracker,
+    /// Means ours.
+    Qemu,
+    /// Means ours.
+    QemuMicrovm,
+    /// Of another operating system: refused.
+    Vz,
+}
+
+impl CreateInstance {
+    /// Checks everything.
+    ///
+    /// # Errors
+    ///
+    /// [`SpecError`], which names the field. What is malformed goes before what is not there yet.
+    pub fn into_spec(self, limits: &Limits) -> Result<InstanceSpec, SpecError> {
+        let unsupported = self.check_extras()?;
+        let name = self.name.parse().map_err(|error| SpecError::schema("name", error))?;
+        let image: Reference = self.image.parse().map_err(SpecError::Image)?;
+        check_platform(self.platform.as_deref().unwrap_or(PLATFORM))?;
+        let range = MEMORY_BYTES_MIN..=limits.memory_bytes_max;
+        let memory_bytes = sized("size", self.size.as_deref(), SIZE, range)?;
+        let overlay = self.overlay_size.as_deref();
+        let overlay_bytes =
+            sized("overlay_size", overlay, OVERLAY_SIZE, 1..=limits.overlay_bytes_max)?;
+        let vcpus = checked_vcpus(self.vcpus, limits.vcpus_max)?;
+        let env = self.env.unwrap_or_default();
+        check_env(&env)?;
+        let tags = self.tags.unwrap_or_default();
+        tags::check(&tags).map_err(SpecError::Tags)?;
+        let entrypoint = checked_words("entrypoint", self.entrypoint)?;
+        let cmd = checked_words("cmd", self.cmd)?;
+        let hypervisor = runtime_name(self.hypervisor)?.to_owned();
+        if let Some(field) = unsupported {
+            return Err(SpecError::NotSupported { field });
+        }
+        Ok(InstanceSpec {
+            name,
+            image,
+            memory_bytes,
+            overlay_bytes,
+            vcpus,
+            env,
+            tags,
+            hypervisor,
+            agent: !self.skip_guest_agent.unwrap_or_default(),
+            entrypoint,
+            cmd,
+        })
+    }
+}
+
+fn sized(
+    field: &'static str,
+    text: Option<&str>,
+    default: ByteSize,
+    range: RangeInclusive<u64>,
+) -> Result<u64, SpecError> {
+    let ByteSize(bytes) = match text {
+        Some(text) => text.parse().map_err(|error| SpecError::invalid(field, error))?,
+        None => ByteSize(default.0.min(*range.end())),
+    };
+    if range.contains(&bytes) {
+        return Ok(bytes);
+    }
+    let (least, most) = (ByteSize(*range.start()), ByteSize(*range.end()));
+    Err(SpecError::invalid(field, format!("{} is not within {least} to {most}", ByteSize(bytes))))
+}
+
+fn checked_vcpus(asked: Option<i64>, vcpus_max: u8) -> Result<u8, SpecError> {
+    let asked = asked.unwrap_or_else(|| VCPUS.min(vcpus_max).into());
+    if asked < 1 {
+        return Err(SpecError::schema("vcpus", "at least 1 expected"));
+    }
+    u8::try_from(asked).ok().filter(|&vcpus| vcpus <= vcpus_max).ok_or_else(|| {
+        SpecError::invalid("vcpus", format!("{asked} is more than this host gives: {vcpus_max}"))
+    })
+}
+
+/// What execve(2) takes: no NUL anywhere, no `=` in a name.
+fn check_env(env: &BTreeMap<String, String>) -> Result<(), SpecError> {
+    for (name, value) in env {
+        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
+            let name: String = name.chars().take(64).collect();
+            return Err(SpecError::invalid("env", format!("{name:?} is no variable")));
+        }
+    }
+    Ok(())
+}
+
+fn checked_words(
+    field: &'static str,
+    words: Option<Vec<String>>,
+) -> Result<Vec<String>, SpecError> {
+    let words = words.unwrap_or_default();
+    if words.iter().any(|word| word.contains('\0')) {
+        return Err(SpecError::invalid(field, "a NUL byte is in it"));
+    }
+    Ok(words)
+}
+
+fn runtime_name(asked: Option<Hypervisor>) -> Result<&'static str, SpecError> {
+    match asked {
+        None | Some(Hypervisor::Native) => Ok(RUNTIME),
+        Some(Hypervisor::CloudHypervisor) => Ok("cloud-hypervisor"),
+        Some(Hypervisor::Firecracker) => Ok("firecracker"),
+        Some(Hypervisor::Qemu) => Ok("qemu"),
+        Some(Hypervisor::QemuMicrovm) => Ok("qemu-microvm"),
+        Some(Hypervisor::Vz) => Err(SpecError::invalid("hypervisor", "vz is not for Linux hosts")),
+    }
+}
+
+/// `os/arch[/variant]`, of which there is one.
+fn check_platform(text: &str) -> Result<(), SpecError> {
+    let parts: Vec<&str> = text.split('/').collect();
+    let is_word = |part: &&str| {
+        !part.is_empty() && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
+    };
+    let platform = || text.chars().take(64).collect();
+    match parts[..] {
+        ["linux", "amd64"] => Ok(()),
+        ["linux", "amd64" | "arm64", ..] if parts.len() <= 3 && parts.iter().all(is_word) => {
+            Err(SpecError::OtherPlatform { platform: platform() })
+        }
+        _ => Err(SpecError::Platform { platform: platform() }),
+    }
+}
+
+/// Why a body is no instance.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// A value is outside of what the contract's document allows.
+    #[error("Value of {field} is invalid: {why}")]
+    Schema {
+        /// Which.
+        field: &'static str,
+        /// What it should be.
+        why: String,
+    },
+    /// The image's name.
+    #[error("Value of image is invalid")]
+    Image(#[source] ReferenceError),
+    /// The tags.
+    #[error("Value of tags is invalid")]
+    Tags(#[source] TagsError),
+    /// No platform.
+    #[error("Value of platform is invalid: {platform:?} is not os/arch of Linux")]
+    Platform {
+        /// The text.
+        platform: String,
+    },
+    /// Another platform.
+    #[error("Value of platform cannot be had: {platform:?} is not {PLATFORM}")]
+    OtherPlatform {
+        /// The text.
+        platform: String,
+    },
+    /// A value makes no sense, or not on this host.
+    #[error("Value of {field} is invalid: {why}")]
+    Invalid {
+        /// Which.
+        field: &'static str,
+        /// Why.
+        why: String,
+    },
+    /// A field asks for what is not there yet.
+    #[error("Not supported yet: {field}")]
+    NotSupported {
+        /// Which.
+        field: &'static str,
+    },
+}
+
+impl SpecError {
+    pub(super) fn schema(field: &'static str, why: impl Display) -> Self {
+        Self::Schema { field, why: format!("{why}") }
+    }
+
+    pub(super) fn invalid(field: &'static str, why: impl Display) -> Self {
+        Self::Invalid { field, why: format!("{why}") }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,212 @@
+//! Bodies of `POST /instances`: what they become, and what is said about bad ones.
+
+use serde_json::{Value, json};
+
+use super::*;
+
+const LIMITS: Limits = Limits {
+    vcpus_max: 16,
+    memory_bytes_max: 8 << 30,
+    overlay_bytes_max: 20 << 30,
+    body_bytes_max: 0,
+};
+
+fn spec(fields: Value) -> Result<InstanceSpec, SpecError> {
+    let mut body = json!({ "name": "web", "image": "nginx" });
+    body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+    serde_json::from_value::<CreateInstance>(body).unwrap().into_spec(&LIMITS)
+}
+
+/// The field a body is refused for.
+fn refused(fields: Value) -> String {
+    match spec(fields.clone()) {
+        Err(
+            SpecError::Schema { field, .. }
+            | SpecError::Invalid { field, .. }
+            | SpecError::NotSupported { field },
+        ) => field.to_owned(),
+        other => panic!("{fields}: {other:?}"),
+    }
+}
+
+#[test]
+fn name_and_image_are_enough() {
+    let spec = spec(json!({})).unwrap();
+
+    assert_eq!(spec.name.as_str(), "web");
+    assert_eq!(spec.image.to_string(), "docker.io/library/nginx:latest");
+    assert_eq!((spec.memory_bytes, spec.overlay_bytes, spec.vcpus), (1 << 30, 10 << 30, 2));
+    assert!(spec.agent);
+    assert_eq!(spec.hypervisor, "native");
+}
+
+#[test]
+fn what_is_given_is_taken() {
+    let spec = spec(json!({
+        "platform": "linux/amd64", "size": "512 MiB", "overlay_size": "2g", "vcpus": 4,
+        "env": { "A": "b=c" }, "tags": { "team": "one" }, "hypervisor": "qemu-microvm",
+        "skip_guest_agent": true, "skip_kernel_headers": true, "entrypoint": ["a"], "cmd": ["b"],
+        "unknown": { "property": 1 }, "ttl": null,
+    }))
+    .unwrap();
+
+    assert_eq!((spec.memory_bytes, spec.overlay_bytes, spec.vcpus), (512 << 20, 2 << 30, 4));
+    assert_eq!(spec.env["A"], "b=c");
+    assert_eq!(spec.hypervisor, "qemu-microvm");
+    assert!(!spec.agent);
+    assert_eq!((spec.entrypoint, spec.cmd), (vec!["a".into()], vec!["b".into()]));
+}
+
+#[test]
+fn what_asks_for_nothing_is_no_reason_to_refuse() {
+    let nothing = json!({
+        "hotplug_size": "0", "disk_io_bps": "0", "ttl": "0s", "credentials": {}, "devices": [],
+        "network": { "enabled": false }, "gpu": {}, "volumes": [], "auto_standby": {},
+        "health_check": { "type": "none" }, "restart_policy": { "policy": "never" },
+    });
+
+    assert!(spec(nothing).is_ok());
+}
+
+#[test]
+fn what_is_not_there_yet_is_refused_by_name() {
+    for (field, value) in asking() {
+        assert_eq!(spec(json!({ (field): value })), Err(SpecError::NotSupported { field }));
+    }
+    let secret = json!({
+        "env": { "KEY": "x" },
+        "network": { "enabled": true, "egress": { "enabled": true } },
+        "credentials": { "KEY": {
+            "source": { "env": "KEY" },
+            "inject": [{ "as": { "header": "Authorization", "format": "Bearer ${value}" } }],
+        } },
+    });
+    assert_eq!(spec(secret), Err(SpecError::NotSupported { field: "network" }));
+    for network in
+        [json!({ "bandwidth_download": "1Gbps" }), json!({ "egress": { "enabled": true } })]
+    {
+        assert_eq!(refused(json!({ "network": network })), "network");
+    }
+}
+
+#[test]
+fn what_is_malformed_goes_before_what_is_not_there_yet() {
+    assert_eq!(refused(json!({ "ttl": "1h", "size": "1.5GB" })), "size");
+}
+
+#[test]
+fn values_out_of_range_are_refused_by_name() {
+    for (field, value) in [
+        ("name", json!("Upper")),
+        ("size", json!("0")),
+        ("size", json!("63MB")),
+        ("size", json!("9GB")),
+        ("size", json!("1Gb")),
+        ("overlay_size", json!("0")),
+        ("overlay_size", json!("21GB")),
+        ("vcpus", json!(0)),
+        ("vcpus", json!(-1)),
+        ("vcpus", json!(17)),
+        ("vcpus", json!(1_000_000_000_000_i64)),
+        ("env", json!({ "": "x" })),
+        ("env", json!({ "A=B": "x" })),
+        ("env", json!({ "A": "x\0" })),
+        ("cmd", json!(["a\0b"])),
+        ("entrypoint", json!(["\0"])),
+        ("hypervisor", json!("vz")),
+        ("hotplug_size", json!("much")),
+        ("disk_io_bps", json!("fast")),
+        ("ttl", json!("1")),
+        ("ttl", json!("-1s")),
+        ("expires_at", json!("2001-01-01T00:00:00Z")),
+    ] {
+        assert_eq!(refused(json!({ (field): value })), field);
+    }
+}
+
+#[test]
+fn values_inside_of_what_is_not_there_yet_are_checked_too() {
+    let mount = |path: &str| json!({ "volumes": [{ "volume_id": "v", "mount_path": path }] });
+    for path in ["", "data", "/", "/etc", "/a/../b", "/a//b", "/a/"] {
+        assert_eq!(refused(mount(path)), "volumes.mount_path", "{path}");
+    }
+    assert_eq!(refused(mount("/etc/app")), "volumes");
+    for (fields, field) in [
+        (json!({ "ttl": "1h", "expires_at": "2999-01-01T00:00:00Z" }), "ttl"),
+        (json!({ "network": { "bandwidth_upload": "1.5" } }), "network.bandwidth_upload"),
+        (
+            json!({ "network": { "enabled": false, "egress": { "enabled": true } } }),
+            "network.egress",
+        ),
+        (json!({ "auto_standby": { "enabled": true } }), "auto_standby.idle_timeout"),
+        (
+            json!({ "auto_standby": { "ignore_source_cidrs": ["10.0.0.0/33"] } }),
+            "auto_standby.ignore_source_cidrs",
+        ),
+        (
+            json!({ "auto_standby": { "ignore_destination_ports": [0] } }),
+            "auto_standby.ignore_destination_ports",
+        ),
+        (json!({ "health_check": { "type": "http" } }), "health_check"),
+        (json!({ "health_check": { "tcp": { "port": 70_000 } } }), "health_check.tcp.port"),
+        (
+            json!({ "health_check": { "http": { "port": 1, "path": "x" } } }),
+            "health_check.http.path",
+        ),
+        (
+            json!({ "health_check": { "tcp": { "port": 1 }, "timeout": "11s" } }),
+            "health_check.timeout",
+        ),
+        (json!({ "restart_policy": { "max_attempts": -1 } }), "restart_policy.max_attempts"),
+        (
+            json!({ "snapshot_policy": { "compression": { "enabled": true, "level": 20 } } }),
+            "snapshot_policy.compression.level",
+        ),
+        (
+            json!({ "volumes": [{ "volume_id": "v", "mount_path": "/v", "overlay": true }] }),
+            "volumes.overlay_size",
+        ),
+        (
+            json!({ "credentials": { "K": { "source": { "env": "K" }, "inject": [] } } }),
+            "credentials",
+        ),
+    ] {
+        assert_eq!(refused(fields), field);
+    }
+}
+
+#[test]
+fn there_is_one_platform() {
+    for platform in ["linux/arm64", "linux/arm64/v8", "linux/amd64/v3"] {
+        let refused = spec(json!({ "platform": platform }));
+        assert!(matches!(refused, Err(SpecError::OtherPlatform { .. })), "{platform}");
+    }
+    for platform in ["", "linux", "windows/amd64", "linux/AMD64", "linux/amd64/", "linux/s390x"] {
+        let refused = spec(json!({ "platform": platform }));
+        assert!(matches!(refused, Err(SpecError::Platform { .. })), "{platform}");
+    }
+}
+
+#[test]
+fn an_image_name_that_is_none_is_refused() {
+    assert!(matches!(spec(json!({ "image": "a b" })), Err(SpecError::Image(_))));
+}
+
+/// A value that asks for something, for each field whose feature is not there yet.
+fn asking() -> BTreeMap<&'static str, Value> {
+    BTreeMap::from([
+        ("hotplug_size", json!("3GB")),
+        ("disk_io_bps", json!("10MB/s")),
+        ("ttl", json!("1h")),
+        ("expires_at", json!("2999-01-01T00:00:00Z")),
+        ("network", json!({ "enabled": true })),
+        ("devices", json!(["gpu"])),
+        ("gpu", json!({ "profile": "L40S-1Q" })),
+        ("volumes", json!([{ "volume_id": "v", "mount_path": "/mnt/v" }])),
+        ("snapshot_policy", json!({ "compression": { "enabled": true } })),
+        ("auto_standby", json!({ "enabled": true, "idle_timeout": "5m" })),
+        ("health_check", json!({ "http": { "port": 80 } })),
+        ("restart_policy", json!({ "policy": "always" })),
+        ("skip_kernel_headers", json!(false)),
+    ])
+}

@@ -1,0 +1,574 @@
+//! Fields of `POST /instances` whose features are not there yet: read, checked, and refused by
+//! name if they ask for anything.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use chrono::Utc;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::api::instances::create::{CreateInstance, SpecError};
+use crate::duration::GoDuration;
+use crate::size::{ByteRate, ByteSize};
+
+/// Folders of the guest that nothing may be mounted over.
+const SYSTEM_FOLDERS: [&str; 14] = [
+    "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", "/run", "/sbin", "/sys",
+    "/tmp", "/usr", "/var",
+];
+
+/// Most volumes of an instance.
+const VOLUMES_MAX: usize = 23;
+
+/// The network of an instance.
+#[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct Network {
+    /// Whether it has one.
+    pub enabled: Option<bool>,
+    /// Rate to the guest.
+    pub bandwidth_download: Option<String>,
+    /// Rate from the guest.
+    pub bandwidth_upload: Option<String>,
+    /// What the guest may reach.
+    pub egress: Option<Egress>,
+}
+
+/// What a guest may reach.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Egress {
+    /// Whether its traffic goes through the host's proxy.
+    pub enabled: Option<bool>,
+    /// How that is enforced.
+    pub enforcement: Option<Enforcement>,
+}
+
+/// How egress is enforced.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Enforcement {
+    /// What goes through the proxy.
+    pub mode: Option<EnforcementMode>,
+}
+
+/// What goes through the proxy.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum EnforcementMode {
+    /// All of TCP.
+    All,
+    /// Ports 80 and 443.
+    HttpHttpsOnly,
+}
+
+/// A secret that never enters the guest.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Credential {
+    /// Where its value is.
+    pub source: CredentialSource,
+    /// Where it goes.
+    pub inject: Vec<CredentialRule>,
+}
+
+/// Where the value of a credential is.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct CredentialSource {
+    /// A key of `env`.
+    pub env: String,
+}
+
+/// Where a credential goes.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct CredentialRule {
+    /// To which hosts; all if omitted.
+    pub hosts: Option<Vec<String>>,
+    /// In which header.
+    #[serde(rename = "as")]
+    pub header: CredentialHeader,
+}
+
+/// The header a credential goes in.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct CredentialHeader {
+    /// Its name.
+    pub header: String,
+    /// Its value, with `${value}` where the credential goes.
+    pub format: String,
+}
+
+/// Part of a GPU.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Gpu {
+    /// Which.
+    pub profile: Option<String>,
+}
+
+/// A volume in an instance.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct VolumeMount {
+    /// Id or name.
+    pub volume_id: String,
+    /// Where in the guest.
+    pub mount_path: String,
+    /// The guest cannot write.
+    pub readonly: Option<bool>,
+    /// What the guest writes goes into a layer of its own.
+    pub overlay: Option<bool>,
+    /// Size of that layer.
+    pub overlay_size: Option<String>,
+}
+
+/// How snapshots are kept.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct SnapshotPolicy {
+    /// Whether and how they are compressed.
+    pub compression: Option<Compression>,
+    /// How long after a standby.
+    pub standby_compression_delay: Option<String>,
+}
+
+/// Compression of a snapshot.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Compression {
+    /// Whether.
+    pub enabled: bool,
+    /// How.
+    pub algorithm: Option<CompressionAlgorithm>,
+    /// How much: zstd 1 to 19, lz4 0 to 9.
+    pub level: Option<i64>,
+}
+
+/// How a snapshot is compressed.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum CompressionAlgorithm {
+    /// Small.
+    Zstd,
+    /// Fast.
+    Lz4,
+}
+
+/// When an instance goes to standby.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct AutoStandby {
+    /// Whether.
+    pub enabled: Option<bool>,
+    /// After how long without connections.
+    pub idle_timeout: Option<String>,
+    /// Whose connections do not count.
+    pub ignore_source_cidrs: Option<Vec<String>>,
+    /// Connections to which ports do not count.
+    pub ignore_destination_ports: Option<Vec<i64>>,
+}
+
+/// Whether a workload is well.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct HealthCheck {
+    /// How it is asked; what the only one of the others says if omitted.
+    #[serde(rename = "type")]
+    pub kind: Option<HealthCheckKind>,
+    /// By HTTP.
+    pub http: Option<HttpCheck>,
+    /// By connecting.
+    pub tcp: Option<TcpCheck>,
+    /// By a program.
+    pub exec: Option<ExecCheck>,
+    /// How often.
+    pub interval: Option<String>,
+    /// How long one may take.
+    pub timeout: Option<String>,
+    /// How long failures do not count.
+    pub start_period: Option<String>,
+    /// Failures that make it unhealthy.
+    pub failure_threshold: Option<i64>,
+    /// Successes that make it healthy.
+    pub success_threshold: Option<i64>,
+}
+
+/// How a workload is asked whether it is well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum HealthCheckKind {
+    /// It is not.
+    None,
+    /// By HTTP.
+    Http,
+    /// By connecting.
+    Tcp,
+    /// By a program.
+    Exec,
+}
+
+/// A health check by HTTP.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct HttpCheck {
+    /// Port.
+    pub port: i64,
+    /// Path; `/` if omitted.
+    pub path: Option<String>,
+    /// `http` if omitted.
+    pub scheme: Option<HttpScheme>,
+    /// 200 if omitted.
+    pub expected_status: Option<i64>,
+}
+
+/// Scheme of a health check.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum HttpScheme {
+    /// Plain.
+    Http,
+    /// Encrypted.
+    Https,
+}
+
+/// A health check by connecting.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct TcpCheck {
+    /// Port.
+    pub port: i64,
+}
+
+/// A health check by a program.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct ExecCheck {
+    /// Program and arguments.
+    pub command: Vec<String>,
+    /// Where it runs.
+    pub working_dir: Option<String>,
+}
+
+/// When an instance is started again.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct RestartPolicy {
+    /// When; never if omitted.
+    pub policy: Option<RestartWhen>,
+    /// After how long.
+    pub backoff: Option<String>,
+    /// How often; 0 is without end.
+    pub max_attempts: Option<i64>,
+    /// After how long attempts are forgotten.
+    pub stable_after: Option<String>,
+}
+
+/// When an instance is started again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RestartWhen {
+    /// Never.
+    Never,
+    /// Whenever it ended.
+    Always,
+    /// If it ended badly.
+    OnFailure,
+}
+
+impl CreateInstance {
+    /// Checks the fields of this file; returns the first that asks for something.
+    pub(super) fn check_extras(&self) -> Result<Option<&'static str>, SpecError> {
+        let asks = [
+            ("hotplug_size", size_asks("hotplug_size", self.hotplug_size.as_deref())?),
+            ("disk_io_bps", rate_asks("disk_io_bps", self.disk_io_bps.as_deref())?),
+            ("ttl", self.lifetime_asks()?),
+            ("expires_at", self.expires_at.is_some()),
+            ("network", self.network.as_ref().map_or(Ok(false), Network::asks)?),
+            ("credentials", self.credentials_ask()?),
+            ("devices", self.devices.as_ref().is_some_and(|devices| !devices.is_empty())),
+            ("gpu", self.gpu.as_ref().is_some_and(Gpu::asks)),
+            ("volumes", self.volumes_ask()?),
+            (
+                "snapshot_policy",
+                self.snapshot_policy.as_ref().map_or(Ok(false), SnapshotPolicy::asks)?,
+            ),
+            ("auto_standby", self.auto_standby.as_ref().map_or(Ok(false), AutoStandby::asks)?),
+            ("health_check", self.health_check.as_ref().map_or(Ok(false), HealthCheck::asks)?),
+            (
+                "restart_policy",
+                self.restart_policy.as_ref().map_or(Ok(false), RestartPolicy::asks)?,
+            ),
+            ("skip_kernel_headers", self.skip_kernel_headers == Some(false)),
+        ];
+        Ok(asks.into_iter().find_map(|(field, asks)| asks.then_some(field)))
+    }
+
+    fn lifetime_asks(&self) -> Result<bool, SpecError> {
+        if self.ttl.is_some() && self.expires_at.is_some() {
+            return Err(SpecError::invalid("ttl", "not together with expires_at"));
+        }
+        if self.expires_at.is_some_and(|at| at <= Utc::now()) {
+            return Err(SpecError::invalid("expires_at", "it is in the past"));
+        }
+        duration_asks("ttl", self.ttl.as_deref())
+    }
+
+    fn credentials_ask(&self) -> Result<bool, SpecError> {
+        let invalid = |why: String| SpecError::invalid("credentials", why);
+        let Some(credentials) = &self.credentials else { return Ok(false) };
+        for (name, Credential { source, inject }) in credentials {
+            let value = self.env.as_ref().and_then(|env| env.get(&source.env));
+            if value.is_none_or(String::is_empty) {
+                return Err(invalid(format!("{name:?} has no value in env {:?}", source.env)));
+            }
+            if inject.is_empty() {
+                return Err(invalid(format!("{name:?} goes nowhere")));
+            }
+            let mut seen = BTreeSet::new();
+            for CredentialRule { hosts, header: CredentialHeader { header, format } } in inject {
+                let hosts: Vec<_> = hosts.iter().flatten().map(|host| host.trim()).collect();
+                let bad_host = hosts.iter().find(|host| !is_host_pattern(host));
+                if let Some(host) = bad_host {
+                    return Err(invalid(format!("{host:?} is no host")));
+                }
+                if header.trim().is_empty() || !format.contains("${value}") {
+                    return Err(invalid(format!("{name:?} needs a header and ${{value}} in it")));
+                }
+                if !seen.insert((hosts, header.trim(), format.trim())) {
+                    return Err(invalid(format!("{name:?} has a rule twice")));
+                }
+            }
+        }
+        let network = self.network.as_ref();
+        let egress = network.and_then(|network| network.egress.as_ref());
+        if !credentials.is_empty() && egress.and_then(|egress| egress.enabled) != Some(true) {
+            return Err(invalid("they need network.egress.enabled".to_owned()));
+        }
+        Ok(!credentials.is_empty())
+    }
+
+    fn volumes_ask(&self) -> Result<bool, SpecError> {
+        let Some(volumes) = &self.volumes else { return Ok(false) };
+        if volumes.len() > VOLUMES_MAX {
+            return Err(SpecError::invalid("volumes", format!("more than {VOLUMES_MAX}")));
+        }
+        let mut paths = BTreeSet::new();
+        for volume in volumes {
+            volume.check()?;
+            if !paths.insert(&volume.mount_path) {
+                let why = format!("{:?} is there twice", volume.mount_path);
+                return Err(SpecError::invalid("volumes.mount_path", why));
+            }
+        }
+        Ok(!volumes.is_empty())
+    }
+}
+
+impl Network {
+    fn asks(&self) -> Result<bool, SpecError> {
+        let rate =
+            |field, text: Option<&String>| match text.map(|text| ByteRate::from_network(text)) {
+                None => Ok(false),
+                Some(Ok(ByteRate(rate))) => Ok(rate > 0),
+                Some(Err(error)) => Err(SpecError::invalid(field, error)),
+            };
+        let download = rate("network.bandwidth_download", self.bandwidth_download.as_ref())?;
+        let upload = rate("network.bandwidth_upload", self.bandwidth_upload.as_ref())?;
+        let egress = self.egress.as_ref().and_then(|egress| egress.enabled) == Some(true);
+        if egress && self.enabled == Some(false) {
+            let why = "it needs network.enabled";
+            return Err(SpecError::invalid("network.egress", why));
+        }
+        Ok(self.enabled == Some(true) || download || upload || egress)
+    }
+}
+
+impl Gpu {
+    fn asks(&self) -> bool {
+        self.profile.as_ref().is_some_and(|profile| !profile.is_empty())
+    }
+}
+
+impl VolumeMount {
+    fn check(&self) -> Result<(), SpecError> {
+        if self.volume_id.is_empty() {
+            return Err(SpecError::invalid("volumes.volume_id", "it is empty"));
+        }
+        let path = &self.mount_path;
+        let is_normal = path
+            .strip_prefix('/')
+            .is_some_and(|rest| rest.split('/').all(|part| !matches!(part, "" | "." | "..")));
+        if !is_normal || path.contains('\0') || SYSTEM_FOLDERS.contains(&path.as_str()) {
+            let why = format!("{path:?} is no folder to mount at");
+            return Err(SpecError::invalid("volumes.mount_path", why));
+        }
+        let field = "volumes.overlay_size";
+        match (self.overlay.unwrap_or_default(), self.overlay_size.as_deref()) {
+            (false, None) => Ok(()),
+            (true, Some(size)) if size_asks(field, Some(size))? => Ok(()),
+            (true, _) => Err(SpecError::invalid(field, "an overlay needs a size")),
+            (false, Some(_)) => Err(SpecError::invalid(field, "only an overlay has a size")),
+        }
+    }
+}
+
+impl SnapshotPolicy {
+    fn asks(&self) -> Result<bool, SpecError> {
+        let delay = self.standby_compression_delay.as_deref();
+        duration_asks("snapshot_policy.standby_compression_delay", delay)?;
+        if let Some(Compression { algorithm, level: Some(level), .. }) = self.compression {
+            let levels = match algorithm.unwrap_or(CompressionAlgorithm::Zstd) {
+                CompressionAlgorithm::Zstd => 1..=19,
+                CompressionAlgorithm::Lz4 => 0..=9,
+            };
+            if !levels.contains(&level) {
+                let why = format!("{level} is not within {levels:?}");
+                return Err(SpecError::invalid("snapshot_policy.compression.level", why));
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl AutoStandby {
+    fn asks(&self) -> Result<bool, SpecError> {
+        let timeout = duration_asks("auto_standby.idle_timeout", self.idle_timeout.as_deref())?;
+        let enabled = self.enabled.unwrap_or_default();
+        if enabled && !timeout {
+            return Err(SpecError::invalid("auto_standby.idle_timeout", "it is needed"));
+        }
+        if let Some(cidr) = self.ignore_source_cidrs.iter().flatten().find(|cidr| !is_cidr(cidr)) {
+            let why = format!("{cidr:?} is no network");
+            return Err(SpecError::invalid("auto_standby.ignore_source_cidrs", why));
+        }
+        for &port in self.ignore_destination_ports.iter().flatten() {
+            check_port("auto_standby.ignore_destination_ports", port)?;
+        }
+        Ok(enabled)
+    }
+}
+
+impl HealthCheck {
+    fn asks(&self) -> Result<bool, SpecError> {
+        let (http, tcp, exec) = (self.http.as_ref(), self.tcp.as_ref(), self.exec.as_ref());
+        let given = [http.is_some(), tcp.is_some(), exec.is_some()];
+        let kind = match (self.kind, given) {
+            (Some(kind), _) => kind,
+            (None, [false, false, false]) => HealthCheckKind::None,
+            (None, [true, false, false]) => HealthCheckKind::Http,
+            (None, [false, true, false]) => HealthCheckKind::Tcp,
+            (None, [false, false, true]) => HealthCheckKind::Exec,
+            (None, _) => return Err(SpecError::invalid("health_check.type", "which of them?")),
+        };
+        self.check_times()?;
+        let missing = || Err(SpecError::invalid("health_check", "what its type needs is missing"));
+        match (kind, http, tcp, exec) {
+            (HealthCheckKind::None, ..) => return Ok(false),
+            (HealthCheckKind::Http, Some(http), ..) => http.check()?,
+            (HealthCheckKind::Tcp, _, Some(tcp), _) => {
+                check_port("health_check.tcp.port", tcp.port)?;
+            }
+            (HealthCheckKind::Exec, .., Some(exec)) => {
+                if exec.command.is_empty() {
+                    return Err(SpecError::invalid("health_check.exec.command", "it is empty"));
+                }
+            }
+            (HealthCheckKind::Http | HealthCheckKind::Tcp | HealthCheckKind::Exec, ..) => {
+                return missing();
+            }
+        }
+        Ok(true)
+    }
+
+    fn check_times(&self) -> Result<(), SpecError> {
+        let interval = self.interval.as_deref().unwrap_or("10s");
+        let timeout = self.timeout.as_deref().unwrap_or("2s");
+        duration_asks("health_check.start_period", self.start_period.as_deref())?;
+        let [interval, timeout] =
+            [("health_check.interval", interval), ("health_check.timeout", timeout)].map(
+                |(field, text)| {
+                    let duration = parsed_duration(field, text)?;
+                    duration
+                        .positive()
+                        .ok_or_else(|| SpecError::invalid(field, "more than 0 expected"))
+                },
+            );
+        if timeout? > interval? {
+            return Err(SpecError::invalid("health_check.timeout", "it is longer than interval"));
+        }
+        for (field, threshold) in [
+            ("health_check.failure_threshold", self.failure_threshold),
+            ("health_check.success_threshold", self.success_threshold),
+        ] {
+            if threshold.is_some_and(|threshold| threshold < 1) {
+                return Err(SpecError::invalid(field, "at least 1 expected"));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl HttpCheck {
+    fn check(&self) -> Result<(), SpecError> {
+        check_port("health_check.http.port", self.port)?;
+        if self.path.as_ref().is_some_and(|path| !path.starts_with('/')) {
+            return Err(SpecError::invalid("health_check.http.path", "it must begin with /"));
+        }
+        if self.expected_status.is_some_and(|status| !(100..=599).contains(&status)) {
+            return Err(SpecError::invalid("health_check.http.expected_status", "no status"));
+        }
+        Ok(())
+    }
+}
+
+impl RestartPolicy {
+    fn asks(&self) -> Result<bool, SpecError> {
+        duration_asks("restart_policy.backoff", self.backoff.as_deref())?;
+        duration_asks("restart_policy.stable_after", self.stable_after.as_deref())?;
+        if self.max_attempts.is_some_and(|attempts| attempts < 0) {
+            return Err(SpecError::invalid("restart_policy.max_attempts", "not negative expected"));
+        }
+        Ok(!matches!(self.policy, None | Some(RestartWhen::Never)))
+    }
+}
+
+fn size_asks(field: &'static str, text: Option<&str>) -> Result<bool, SpecError> {
+    let Some(text) = text else { return Ok(false) };
+    let size: ByteSize = text.parse().map_err(|error| SpecError::invalid(field, error))?;
+    Ok(size.0 > 0)
+}
+
+fn rate_asks(field: &'static str, text: Option<&str>) -> Result<bool, SpecError> {
+    let Some(text) = text else { return Ok(false) };
+    let rate = ByteRate::from_disk(text).map_err(|error| SpecError::invalid(field, error))?;
+    Ok(rate.0 > 0)
+}
+
+/// Whether a duration is longer than nothing. A negative one is invalid.
+fn duration_asks(field: &'static str, text: Option<&str>) -> Result<bool, SpecError> {
+    let Some(text) = text else { return Ok(false) };
+    let duration = parsed_duration(field, text)?;
+    match duration.positive() {
+        Some(_) => Ok(true),
+        None if duration.is_zero() => Ok(false),
+        None => Err(SpecError::invalid(field, "it is negative")),
+    }
+}
+
+fn parsed_duration(field: &'static str, text: &str) -> Result<GoDuration, SpecError> {
+    text.parse().map_err(|error| SpecError::invalid(field, error))
+}
+
+fn check_port(field: &'static str, port: i64) -> Result<(), SpecError> {
+    if (1..=65_535).contains(&port) {
+        Ok(())
+    } else {
+        Err(SpecError::invalid(field, format!("{port} is no port")))
+    }
+}
+
+fn is_cidr(text: &str) -> bool {
+    let Some((address, bits)) = text.split_once('/') else { return false };
+    let bits_max = match address.parse() {
+        Ok(IpAddr::V4(_)) => Ipv4Addr::BITS,
+        Ok(IpAddr::V6(_)) => Ipv6Addr::BITS,
+        Err(_) => return false,
+    };
+    bits.parse::<u32>().is_ok_and(|bits| bits <= bits_max)
+}
+
+/// A host name, or `*.` and one.
+fn is_host_pattern(text: &str) -> bool {
+    let name = text.strip_prefix("*.").unwrap_or(text);
+    !name.is_empty()
+        && name.split('.').all(|label| {
+            !label.is_empty() && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
+        })
+}

@@ -1,0 +1,209 @@
+//! `ovum run`: the whole way from an image's name to an exit code.
+
+use std::collections::BTreeMap;
+use std::env;
+use std::pin::pin;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Args;
+use futures_util::TryStreamExt;
+use tokio::signal;
+
+use super::{ServerArgs, images, output};
+use crate::api::instances::WaitView;
+use crate::api::instances::create::CreateInstance;
+use crate::api::instances::view::InstanceView;
+use crate::client::{Client, segment};
+
+/// Exit code if the workload has none, as docker does it.
+const NO_EXIT_CODE: u8 = 125;
+
+/// Exit code after Ctrl-C: 128 and the number of SIGINT.
+const INTERRUPTED: u8 = 130;
+
+/// Phases in their order, which JSON does not keep.
+const PHASES: [&str; 8] =
+    ["image", "disks", "worker", "vmm", "kernel", "agent", "workload", "first_output"];
+
+/// Longest name that is made from an image's: four characters and a dash follow.
+const NAME_CHARS_MAX: usize = 40;
+
+/// What can be typed after `ovum run`.
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// For example alpine or docker.io/library/alpine:3.20
+    image: String,
+    /// Instead of the image's command
+    #[arg(last = true)]
+    command: Vec<String>,
+    /// Name of the instance; made from the image's if omitted
+    #[arg(long)]
+    name: Option<String>,
+    /// Environment: NAME=VALUE, or NAME to pass on one's own; may be repeated
+    #[arg(short, long)]
+    env: Vec<String>,
+    /// Memory
+    #[arg(long, default_value = "1GB")]
+    memory: String,
+    /// vCPUs
+    #[arg(long, default_value_t = 2)]
+    cpus: i64,
+    /// Size of the writable layer
+    #[arg(long, default_value = "10GB")]
+    overlay_size: String,
+    /// Instead of the image's entrypoint; may be repeated, one word each
+    #[arg(long, allow_hyphen_values = true)]
+    entrypoint: Vec<String>,
+    /// Tag: KEY=VALUE; may be repeated
+    #[arg(short = 'l', long)]
+    tag: Vec<String>,
+    /// The guest's agent does not listen
+    #[arg(long)]
+    skip_guest_agent: bool,
+    /// Delete the instance afterwards
+    #[arg(long, conflicts_with = "detach")]
+    rm: bool,
+    /// Print the id and leave it running
+    #[arg(short, long)]
+    detach: bool,
+    /// Say afterwards where the time of the boot went
+    #[arg(long, conflicts_with = "detach")]
+    timeline: bool,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+pub(super) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
+    let RunArgs { rm, detach, timeline, .. } = args;
+    let (client, body) = request(args)?;
+    images::ensure(&client, &body.image).await?;
+    let created: InstanceView = client.post("/instances", &body).await?;
+    if detach {
+        output::line(&created.id)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let path = format!("/instances/{}", segment(&created.id));
+    let code = tokio::select! {
+        code = attend(&client, &path, timeline) => code,
+        interrupted = signal::ctrl_c() => {
+            interrupted.context("Failed to await Ctrl-C")?;
+            if !rm {
+                let name = &created.name;
+                output::note(&format!("Instance {name} runs on; `ovum rm -f {name}` ends it"));
+            }
+            Ok(ExitCode::from(INTERRUPTED))
+        }
+    };
+    if rm {
+        client.delete(&path).await.context("Failed to delete the instance")?;
+    }
+    code
+}
+
+fn request(args: RunArgs) -> anyhow::Result<(Client, CreateInstance)> {
+    let name = args.name.unwrap_or_else(|| name_from(&args.image));
+    let tags = args.tag.iter().map(|tag| tag.split_once('=').unwrap_or((tag, "")));
+    let body = CreateInstance {
+        image: args.image,
+        name,
+        size: Some(args.memory),
+        overlay_size: Some(args.overlay_size),
+        vcpus: Some(args.cpus),
+        env: Some(environment(&args.env)),
+        tags: Some(tags.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()),
+        skip_guest_agent: args.skip_guest_agent.then_some(true),
+        entrypoint: Some(args.entrypoint),
+        cmd: Some(args.command),
+        ..CreateInstance::default()
+    };
+    Ok((args.server.client()?, body))
+}
+
+fn environment(given: &[String]) -> BTreeMap<String, String> {
+    given
+        .iter()
+        .filter_map(|text| match text.split_once('=') {
+            Some((name, value)) => Some((name.to_owned(), value.to_owned())),
+            None => env::var(text).ok().map(|value| (text.clone(), value)),
+        })
+        .collect()
+}
+
+/// The last part of the image's name, and four characters that make it unique.
+fn name_from(image: &str) -> String {
+    let image = image.split('@').next().unwrap_or(image);
+    let last = image.rsplit('/').next().unwrap_or(image);
+    let last = last.split(':').next().unwrap_or(last).to_ascii_lowercase();
+    let is_allowed = |c: &char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let name: String = last.chars().filter(is_allowed).take(NAME_CHARS_MAX).collect();
+    let name = if name.is_empty() { "instance" } else { &name };
+    let id = cuid2::create_id();
+    let unique = id.get(id.len().saturating_sub(4)..).unwrap_or(&id);
+    format!("{name}-{unique}")
+}
+
+/// Shows what the instance writes until it has ended; returns its exit code as ours.
+async fn attend(client: &Client, path: &str, timeline: bool) -> anyhow::Result<ExitCode> {
+    let log = format!("{path}/logs?follow=true&until=Stopped&tail=100000");
+    let mut lines = pin!(client.lines(&log).await?);
+    while let Some(line) = lines.try_next().await? {
+        output::line(line)?;
+    }
+    while client.get::<WaitView>(&format!("{path}/wait?state=Stopped")).await?.timed_out {}
+    let ended: InstanceView = client.get(path).await?;
+    if timeline {
+        show_timeline(&ended);
+    }
+    if let Some(error) = &ended.state_error {
+        output::note(&format!("{}: {error}", ended.name));
+    }
+    if let (Some(code @ 1..), Some(message)) = (ended.exit_code, &ended.exit_message) {
+        output::note(&format!("{}: exit code {code}: {message}", ended.name));
+    }
+    Ok(ExitCode::from(ended.exit_code.unwrap_or(NO_EXIT_CODE)))
+}
+
+fn show_timeline(instance: &InstanceView) {
+    let phases = &instance.phase_durations_ms;
+    let total: u64 = phases.values().sum();
+    output::note(&format!("boot of {}, {total} ms in all:", instance.name));
+    let widest = phases.values().copied().max().unwrap_or(1).max(1);
+    for phase in PHASES {
+        if let Some(&took) = phases.get(phase) {
+            let bar = "#".repeat(usize::try_from(took * 40 / widest).unwrap_or_default());
+            output::note(format!("  {phase:<12} {took:>7} ms  {bar}").trim_end());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_comes_from_the_image() {
+        for (image, name) in [
+            ("alpine", "alpine-"),
+            ("127.0.0.1:5000/Team/My_App:v1.2", "myapp-"),
+            ("docker.io/library/debian@sha256:00", "debian-"),
+            ("___", "instance-"),
+        ] {
+            let made = name_from(image);
+            assert!(made.starts_with(name) && made.len() == name.len() + 4, "{image}: {made}");
+        }
+        assert_ne!(name_from("alpine"), name_from("alpine"));
+    }
+
+    #[test]
+    fn environment_is_given_or_passed_on() {
+        let given = ["A=b=c", "EMPTY=", "CARGO_PKG_NAME", "SURELY_NOT_SET_ANYWHERE"];
+
+        let env = environment(&given.map(str::to_owned));
+
+        assert_eq!(env["A"], "b=c");
+        assert_eq!(env["EMPTY"], "");
+        assert_eq!(env.get("CARGO_PKG_NAME").map(String::as_str), option_env!("CARGO_PKG_NAME"));
+        assert!(!env.contains_key("SURELY_NOT_SET_ANYWHERE"));
+    }
+}

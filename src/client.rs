@@ -1,0 +1,293 @@
+//! A client of the API, for the command line.
+
+use std::env;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt, TryStreamExt, stream};
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use reqwest::{Body, Method, Response, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::config::{self, LISTEN};
+use crate::token::Secret;
+
+/// How long the token lives that the command line makes for itself. Commands can follow a log.
+const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
+
+/// Who that token is for.
+const TOKEN_USER: &str = "local";
+
+/// Longest event of a log: a line of 64 KiB, each byte of it escaped.
+const EVENT_BYTES_MAX: usize = 1 << 20;
+
+/// How long it may take to connect.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A server, and the right to use it.
+#[derive(Debug, Clone)]
+pub struct Client {
+    http: reqwest::Client,
+    base_url: String,
+    token: Option<String>,
+}
+
+impl Client {
+    /// For the server at `base_url` (else the environment's, else this host's) with `token` (else
+    /// the environment's, else one made with the secret in `data_dir`, if it can be read).
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError::Setup`].
+    pub fn new(
+        base_url: Option<String>,
+        token: Option<String>,
+        data_dir: &Path,
+    ) -> Result<Self, ClientError> {
+        let from_env = |names: [&str; 2]| {
+            names.into_iter().find_map(|name| env::var(name).ok().filter(|text| !text.is_empty()))
+        };
+        let base_url = base_url
+            .or_else(|| from_env(["HYPEMAN_BASE_URL", "OVUM_BASE_URL"]))
+            .unwrap_or_else(|| format!("http://{LISTEN}"));
+        let token = token.or_else(|| from_env(["HYPEMAN_API_KEY", "OVUM_API_KEY"])).or_else(|| {
+            let secret = config::jwt_secret().map(|secret| Secret::new(&secret));
+            let secret = secret.or_else(|| Secret::load(data_dir).ok())?;
+            Some(secret.mint(TOKEN_USER, TOKEN_LIFETIME, None))
+        });
+        let http = reqwest::Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .build()
+            .map_err(ClientError::Setup)?;
+        Ok(Self { http, base_url: base_url.trim_end_matches('/').to_owned(), token })
+    }
+
+    /// What `GET path` answers.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`].
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.json(self.send(Method::GET, path, None).await?).await
+    }
+
+    /// What `GET path` answers; `None` if there is no such thing.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`].
+    pub async fn find<T: DeserializeOwned>(&self, path: &str) -> Result<Option<T>, ClientError> {
+        match self.get(path).await {
+            Ok(found) => Ok(Some(found)),
+            Err(ClientError::Refused { status: StatusCode::NOT_FOUND, .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// What `POST path` answers.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`].
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(ClientError::Request)?;
+        self.json(self.send(Method::POST, path, Some(body.into())).await?).await
+    }
+
+    /// What `POST path` answers to a stream of bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`].
+    pub async fn upload<T, S>(&self, path: &str, body: S) -> Result<T, ClientError>
+    where
+        T: DeserializeOwned,
+        S: Stream<Item = io::Result<Bytes>> + Send + 'static,
+    {
+        let body = Body::wrap_stream(body);
+        self.json(self.send(Method::POST, path, Some(body)).await?).await
+    }
+
+    /// `DELETE path`.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`].
+    pub async fn delete(&self, path: &str) -> Result<(), ClientError> {
+        self.send(Method::DELETE, path, None).await.map(drop)
+    }
+
+    /// The lines of a log. A line that is no event is skipped.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`], also later, if the connection breaks.
+    pub async fn lines(
+        &self,
+        path: &str,
+    ) -> Result<impl Stream<Item = Result<String, ClientError>> + use<>, ClientError> {
+        let response = self.send(Method::GET, path, None).await?;
+        let base_url = self.base_url.clone();
+        let broken = move |source| ClientError::Broken { base_url: base_url.clone(), source };
+        let mut events = Events::default();
+        let chunks = response.bytes_stream().map_err(broken);
+        Ok(chunks.flat_map(move |chunk| {
+            let lines = match chunk {
+                Ok(chunk) => events.take(&chunk).into_iter().map(Ok).collect(),
+                Err(error) => vec![Err(error)],
+            };
+            stream::iter(lines)
+        }))
+    }
+
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Body>,
+    ) -> Result<Response, ClientError> {
+        let mut request = self.http.request(method, format!("{}{path}", self.base_url));
+        if let Some(token) = &self.token {
+            request = request.bearer_auth(token);
+        }
+        if let Some(body) = body {
+            request = request.header("content-type", "application/json").body(body);
+        }
+        let response = request.send().await.map_err(|source| ClientError::Unreachable {
+            base_url: self.base_url.clone(),
+            source,
+        })?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let text = response.text().await.unwrap_or_default();
+        let message = serde_json::from_str::<serde_json::Value>(&text)
+            .ok()
+            .and_then(|body| body["message"].as_str().map(str::to_owned))
+            .unwrap_or(text);
+        let without_token = self.token.is_none() && status == StatusCode::UNAUTHORIZED;
+        Err(ClientError::Refused {
+            status,
+            message: if without_token { NO_TOKEN.into() } else { message },
+        })
+    }
+
+    async fn json<T: DeserializeOwned>(&self, response: Response) -> Result<T, ClientError> {
+        let base_url = || self.base_url.clone();
+        let bytes = response
+            .bytes()
+            .await
+            .map_err(|source| ClientError::Broken { base_url: base_url(), source })?;
+        serde_json::from_slice(&bytes)
+            .map_err(|source| ClientError::Foreign { base_url: base_url(), source })
+    }
+}
+
+/// What to do about a missing token.
+const NO_TOKEN: &str = "a token is needed: give one with --token or OVUM_API_KEY (`ovum token` on \
+                        the server's host makes one), or run this as the server's user";
+
+/// A name in one segment of a path, whatever is in it.
+pub fn segment(name: &str) -> String {
+    utf8_percent_encode(name, NON_ALPHANUMERIC).to_string()
+}
+
+/// Server-sent events, put together from the pieces in which they arrive.
+#[derive(Debug, Default)]
+struct Events {
+    pending: Vec<u8>,
+}
+
+impl Events {
+    /// The lines that are whole now.
+    fn take(&mut self, chunk: &[u8]) -> Vec<String> {
+        self.pending.extend_from_slice(chunk);
+        let Some(end) = self.pending.iter().rposition(|&byte| byte == b'\n') else {
+            if self.pending.len() > EVENT_BYTES_MAX {
+                self.pending.clear();
+            }
+            return Vec::new();
+        };
+        let whole: Vec<u8> = self.pending.drain(..=end).collect();
+        whole
+            .split(|&byte| byte == b'\n')
+            .filter_map(|line| line.strip_prefix(b"data: "))
+            .filter_map(|data| serde_json::from_slice(data).ok())
+            .collect()
+    }
+}
+
+/// Why a server did not do what it was asked for.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// The HTTP client cannot be made.
+    #[error("Failed to set up the HTTP client")]
+    Setup(#[source] reqwest::Error),
+    /// The request cannot be written.
+    #[error("Failed to write the request")]
+    Request(#[source] serde_json::Error),
+    /// Nobody answers.
+    #[error("No server answers at {base_url} (`ovum serve` starts one)")]
+    Unreachable {
+        /// Where.
+        base_url: String,
+        /// Why.
+        #[source]
+        source: reqwest::Error,
+    },
+    /// It said no.
+    #[error("{message}")]
+    Refused {
+        /// What kind of no.
+        status: StatusCode,
+        /// Why, as it says.
+        message: String,
+    },
+    /// The connection broke.
+    #[error("The connection to {base_url} broke")]
+    Broken {
+        /// Where.
+        base_url: String,
+        /// Why.
+        #[source]
+        source: reqwest::Error,
+    },
+    /// It is another kind of server.
+    #[error("{base_url} does not answer like this program")]
+    Foreign {
+        /// Where.
+        base_url: String,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_arrive_however_the_bytes_are_cut() {
+        let bytes = b"data: \"one\"\n\ndata: \"t\\u00fc\"\n\ndata: \"\"\n\n";
+
+        for cut in 1..bytes.len() {
+            let mut events = Events::default();
+            let lines: Vec<_> = bytes.chunks(cut).flat_map(|chunk| events.take(chunk)).collect();
+            assert_eq!(lines, ["one", "tü", ""], "cut every {cut}");
+        }
+    }
+
+    #[test]
+    fn an_image_name_is_one_segment() {
+        assert_eq!(segment("docker.io/a:b"), "docker%2Eio%2Fa%3Ab");
+    }
+}

@@ -1,0 +1,328 @@
+//! The fleet: one worker process per running instance.
+//!
+//! [`Fleet::spawn`] starts this same binary as `worker` and hands it a machine and open files over
+//! a socket pair; [`Worker`] is the server's end from then on. A worker outlives the server: after
+//! a restart [`Fleet::adopt`] finds it again by what lies in its folder:
+//!
+//! ```text
+//! worker.json    which process it is, written before it is told anything
+//! control.sock   where it takes connections
+//! events         what happened, one line each: the truth, whoever was connected
+//! worker.log     what the process itself says
+//! ```
+//!
+//! Invariant: nothing here knows what runs in the guest. That is `agent`'s business.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{major, minor};
+use tokio::time;
+
+use crate::control::{
+    DiskSpec, FileRole, LAUNCH_FD, Launch, MEMORY_BYTES_STEP, MachineSpec, Reply,
+};
+use crate::fleet::worker::Worker;
+use crate::os::packets::{self, PacketListener, PacketSocket};
+use crate::os::spawn::{self, Identity};
+
+pub mod journal;
+pub mod worker;
+
+/// How long a worker may take to build its machine. Seconds only where memory is short or KVM is
+/// emulated.
+const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a worker may take to answer anything else.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Device number of /dev/kvm (misc device 232, Documentation/admin-guide/devices.txt).
+const KVM_DEVICE: (u32, u32) = (10, 232);
+
+/// The guest's vsock address. Each guest has a transport of its own, so all can have the same; 0 to
+/// 2 are reserved (virtio 1.3, 5.10.4 "Device configuration layout").
+const VSOCK_CID: u32 = 3;
+
+/// What workers are made with.
+#[derive(Debug, Clone)]
+pub struct Fleet {
+    /// This program. `/proc/self/exe` stays the same after an upgrade on disk.
+    pub program: PathBuf,
+    /// The KVM device.
+    pub kvm: PathBuf,
+    /// The guest kernel.
+    pub kernel: PathBuf,
+}
+
+/// One machine to be started.
+#[derive(Debug)]
+pub struct WorkerSpec<'a> {
+    /// The instance's folder: exists, has no worker.
+    pub dir: &'a Path,
+    /// vCPUs.
+    pub vcpus: u8,
+    /// Guest memory, in bytes; rounded up to whole huge pages.
+    pub memory_bytes: u64,
+    /// Initramfs archives, in order.
+    pub initramfs: Vec<File>,
+    /// Disks, in the order in which the guest names them.
+    pub disks: Vec<WorkerDisk<'a>>,
+    /// Whether the guest gets a vsock device.
+    pub vsock: bool,
+}
+
+/// One disk of a machine to be started.
+#[derive(Debug)]
+pub struct WorkerDisk<'a> {
+    /// What the guest reads as its serial number, at most 20 bytes.
+    pub id: &'a str,
+    /// The guest cannot write to it.
+    pub read_only: bool,
+    /// The file behind it.
+    pub file: BorrowedFd<'a>,
+}
+
+/// A worker that was just started: dropped, it is killed, unless it was kept.
+#[derive(Debug)]
+pub struct NewWorker(Option<Worker>);
+
+impl NewWorker {
+    /// The worker stays.
+    pub fn keep(mut self) -> Worker {
+        self.0.take().expect("only `keep` and `drop` take the worker, and each is the last")
+    }
+}
+
+impl Drop for NewWorker {
+    fn drop(&mut self) {
+        if let Some(worker) = self.0.take()
+            && let Err(error) = worker.kill()
+        {
+            tracing::error!(pid = worker.pid(), %error, "Failed to kill a worker");
+        }
+    }
+}
+
+/// Names of what lies in an instance's folder.
+pub mod files {
+    /// What the guest writes to its console.
+    pub const CONSOLE: &str = "console.log";
+    /// What happened in the machine.
+    pub const EVENTS: &str = "events";
+    /// What the worker process says.
+    pub const WORKER_LOG: &str = "worker.log";
+    /// Where host processes reach the guest's vsock ports.
+    pub const VSOCK: &str = "vsock.sock";
+    pub(super) const CONTROL: &str = "control.sock";
+    pub(super) const IDENTITY: &str = "worker.json";
+}
+
+impl Fleet {
+    /// Starts a worker and returns once the machine runs.
+    ///
+    /// # Errors
+    ///
+    /// [`SpawnError`]; no process is left. Files may be: the folder is the caller's to remove.
+    pub async fn spawn(&self, spec: WorkerSpec<'_>) -> Result<NewWorker, SpawnError> {
+        let dir = spec.dir;
+        let in_dir = |name: &str| {
+            let path = dir.join(name);
+            move |source| SpawnError::File { path, source }
+        };
+        let kvm = self.open_kvm()?;
+        let kernel = File::open(&self.kernel)
+            .map_err(|source| SpawnError::File { path: self.kernel.clone(), source })?;
+        let console = append(&dir.join(files::CONSOLE)).map_err(in_dir(files::CONSOLE))?;
+        let events = append(&dir.join(files::EVENTS)).map_err(in_dir(files::EVENTS))?;
+        let log = append(&dir.join(files::WORKER_LOG)).map_err(in_dir(files::WORKER_LOG))?;
+        let control =
+            PacketListener::bind(&dir.join(files::CONTROL)).map_err(in_dir(files::CONTROL))?;
+        let vsock = spec
+            .vsock
+            .then(|| UnixListener::bind(dir.join(files::VSOCK)))
+            .transpose()
+            .map_err(in_dir(files::VSOCK))?;
+
+        let mut cargo = Cargo::default();
+        cargo.add(FileRole::Kvm, kvm.as_fd());
+        cargo.add(FileRole::Kernel, kernel.as_fd());
+        spec.initramfs.iter().for_each(|file| cargo.add(FileRole::Initramfs, file.as_fd()));
+        spec.disks.iter().for_each(|disk| cargo.add(FileRole::Disk, disk.file));
+        cargo.add(FileRole::Console, console.as_fd());
+        cargo.add(FileRole::Events, events.as_fd());
+        cargo.add(FileRole::Control, control.as_fd());
+        vsock.iter().for_each(|socket| cargo.add(FileRole::Vsock, socket.as_fd()));
+        self.start(machine(&spec), cargo, dir, log).await
+    }
+
+    /// Starts the process, writes down which it is, and only then tells it what to be: a server
+    /// that dies in between leaves a process that hears of its death and ends.
+    async fn start(
+        &self,
+        machine: MachineSpec,
+        cargo: Cargo<'_>,
+        dir: &Path,
+        log: File,
+    ) -> Result<NewWorker, SpawnError> {
+        let (ours, theirs) = packets::pair().map_err(SpawnError::Start)?;
+        let theirs = OwnedFd::from(theirs);
+        let child = spawn::start(&self.program, "worker", (&theirs, LAUNCH_FD), log)
+            .map_err(SpawnError::Start)?;
+        drop(theirs);
+        let pid = child.id().ok_or(SpawnError::Died)?;
+        let identity = Identity::of(pid).map_err(SpawnError::Start)?;
+        let process = identity.find().map_err(SpawnError::Start)?.ok_or(SpawnError::Died)?;
+        let worker = Worker::started(identity, process, child, dir).map_err(SpawnError::Start)?;
+        let mut worker = NewWorker(Some(worker));
+        let Some(started) = worker.0.as_mut() else { return Err(SpawnError::Died) };
+        let path = dir.join(files::IDENTITY);
+        fs::write(&path, serde_json::to_vec(started.identity()).unwrap_or_default())
+            .map_err(|source| SpawnError::File { path, source })?;
+
+        let launch = Launch { machine, files: cargo.roles };
+        let launch = serde_json::to_vec(&launch).map_err(|e| SpawnError::Start(e.into()))?;
+        ours.send(&launch, &cargo.files).map_err(SpawnError::Start)?;
+        started.connect_with(ours).map_err(SpawnError::Start)?;
+        match time::timeout(LAUNCH_TIMEOUT, started.reply()).await {
+            Ok(Ok(Reply::Done { .. })) => Ok(worker),
+            Ok(Ok(Reply::Failed { message })) => Err(SpawnError::Refused { message }),
+            Ok(Ok(Reply::Event(_)) | Err(_)) => Err(SpawnError::Died),
+            Err(_elapsed) => Err(SpawnError::Silent { after: LAUNCH_TIMEOUT }),
+        }
+    }
+
+    /// Finds the worker in the folder `dir` again; `None` if there is none, or no more.
+    ///
+    /// A worker that runs but takes no connection is found too: it can be watched and killed.
+    ///
+    /// # Errors
+    ///
+    /// [`AdoptError`]; whether there is a worker is not known then.
+    pub async fn adopt(&self, dir: &Path) -> Result<Option<Worker>, AdoptError> {
+        let failed = |source| AdoptError { dir: dir.to_owned(), source };
+        let identity = match fs::read(dir.join(files::IDENTITY)) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed(error)),
+        };
+        // Half a file: the server died before it told the worker anything.
+        let Ok(identity) = serde_json::from_slice::<Identity>(&identity) else { return Ok(None) };
+        let Some(process) = identity.find().map_err(failed)? else { return Ok(None) };
+        let mut worker = Worker::found(identity, process, dir).map_err(failed)?;
+        match time::timeout(ANSWER_TIMEOUT, worker.status()).await {
+            Ok(Ok(pid)) if pid == worker.pid() => {}
+            Ok(Ok(pid)) => tracing::error!(pid, dir = %dir.display(), "Worker has another pid"),
+            Ok(Err(error)) => {
+                tracing::warn!(pid = worker.pid(), %error, "Worker takes no control connection");
+            }
+            Err(_elapsed) => tracing::warn!(pid = worker.pid(), "Worker does not answer"),
+        }
+        Ok(Some(worker))
+    }
+
+    fn open_kvm(&self) -> Result<File, SpawnError> {
+        let failed = |source| SpawnError::Kvm { path: self.kvm.clone(), source };
+        let kvm = File::options().read(true).write(true).open(&self.kvm).map_err(failed)?;
+        let found = kvm.metadata().map_err(failed)?;
+        let device = (major(found.rdev()), minor(found.rdev()));
+        if found.file_type().is_char_device() && device == KVM_DEVICE {
+            Ok(kvm)
+        } else {
+            Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "it is not the KVM device")))
+        }
+    }
+}
+
+/// The files of a launch message with their roles, in step.
+#[derive(Debug, Default)]
+struct Cargo<'a> {
+    roles: Vec<FileRole>,
+    files: Vec<BorrowedFd<'a>>,
+}
+
+impl<'a> Cargo<'a> {
+    fn add(&mut self, role: FileRole, file: BorrowedFd<'a>) {
+        self.roles.push(role);
+        self.files.push(file);
+    }
+}
+
+fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
+    let disks = spec.disks.iter();
+    MachineSpec {
+        vcpus: spec.vcpus,
+        memory_bytes: spec.memory_bytes.next_multiple_of(MEMORY_BYTES_STEP),
+        cmdline: String::new(),
+        disks: disks
+            .map(|disk| DiskSpec { id: disk.id.to_owned(), read_only: disk.read_only })
+            .collect(),
+        vsock_cid: spec.vsock.then_some(VSOCK_CID),
+        serial: false,
+    }
+}
+
+fn append(path: &Path) -> io::Result<File> {
+    File::options().append(true).create(true).open(path)
+}
+
+/// Connects to the worker in `dir`.
+fn connect(dir: &Path) -> io::Result<PacketSocket> {
+    PacketSocket::connect(&dir.join(files::CONTROL))
+}
+
+/// Why there is no worker.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// KVM cannot be used.
+    #[error("Failed to open {path}: guests need KVM (`ovum doctor` says what to do)", path = path.display())]
+    Kvm {
+        /// The device.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel, or a file or socket in the instance's folder.
+    #[error("Failed to use {path}", path = path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The process did not start.
+    #[error("Failed to start a worker process")]
+    Start(#[source] io::Error),
+    /// It ended without an answer.
+    #[error("The worker process ended before its machine ran; its log says more")]
+    Died,
+    /// It said no.
+    #[error("The machine did not start: {message}")]
+    Refused {
+        /// The chain of causes, as the worker tells it.
+        message: String,
+    },
+    /// It did not say anything.
+    #[error("The worker process did not answer within {} s", after.as_secs())]
+    Silent {
+        /// For how long.
+        after: Duration,
+    },
+}
+
+/// Why it is not known whether there is a worker.
+#[derive(Debug, thiserror::Error)]
+#[error("Failed to look for the worker of {dir}", dir = dir.display())]
+pub struct AdoptError {
+    /// The instance's folder.
+    pub dir: PathBuf,
+    /// Why.
+    #[source]
+    pub source: io::Error,
+}

@@ -1,0 +1,607 @@
+//! Instances: create, find, wait, read, delete.
+//!
+//! Each instance has one owner, a task in which all of its changes happen ([`owner`]): events of
+//! its worker and orders of clients arrive there, one after the other. Everyone else looks at the
+//! latest [`Instance`], which the owner publishes. So a list of all instances asks nobody.
+//!
+//! ```text
+//! create ──> record ──> folder ──> overlay ──> worker ──> owner
+//!              each step undone, in reverse, unless all of them worked
+//! ```
+//!
+//! A killed server undoes nothing; the next one does it from the records ([`reconcile`]).
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
+
+use chrono::{DateTime, Utc};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::disks::{Disk, DiskError, Disks};
+use crate::fleet::{Fleet, NewWorker, SpawnError, WorkerDisk, WorkerSpec};
+use crate::images::digest::Digest;
+use crate::images::reference::Reference;
+use crate::images::{
+    ImageSpec, ImageStatus, Images, ImagesError, ReadyError, RequestError, RootDisk,
+};
+use crate::initramfs::{Archive, ArchiveError};
+use crate::instances::history::Ending;
+use crate::instances::owner::{Order, Owner};
+use crate::instances::record::{Phase, Record, ReserveError};
+use crate::instances::spec::InstanceSpec;
+use crate::instances::state::State;
+use crate::instances::timeline::{Moment, Timeline};
+use crate::logs::watch::FileWatch;
+use crate::store::Store;
+
+pub mod follow;
+mod guest;
+pub mod history;
+mod owner;
+mod reconcile;
+pub mod record;
+pub mod spec;
+pub mod state;
+pub mod timeline;
+
+/// How long a creation waits for an image that is not there yet.
+const IMAGE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Orders that may wait for an owner: clients that hang up leave theirs behind.
+const ORDERS_MAX: usize = 32;
+
+/// The writable layer's file in an instance's folder.
+const OVERLAY: &str = "overlay.ext4";
+
+/// What instances are made with.
+#[derive(Debug)]
+pub struct InstancesSpec {
+    /// Folder in which each instance gets its own.
+    pub dir: PathBuf,
+    /// The records.
+    pub store: Store,
+    /// Where root disks come from.
+    pub images: Images,
+    /// Where writable layers come from.
+    pub disks: Disks,
+    /// Where workers come from.
+    pub fleet: Fleet,
+    /// The agent's program.
+    pub agent: PathBuf,
+}
+
+/// The instances of this host. Clones are the same instances.
+#[derive(Debug, Clone)]
+pub struct Instances {
+    shared: Arc<Shared>,
+}
+
+/// What [`Instances`] and the owners have in common.
+#[derive(Debug)]
+struct Shared {
+    dir: PathBuf,
+    store: Store,
+    images: Images,
+    disks: Disks,
+    fleet: Fleet,
+    agent: PathBuf,
+    /// By id. Held for moments, never across an await.
+    entries: RwLock<BTreeMap<String, Entry>>,
+    log_watch: FileWatch,
+    owners: TaskTracker,
+    closing: CancellationToken,
+}
+
+/// One instance to those who are not its owner.
+#[derive(Debug, Clone)]
+struct Entry {
+    view: watch::Receiver<Arc<Instance>>,
+    orders: mpsc::Sender<Order>,
+}
+
+/// An instance as it is at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Instance {
+    /// 24 letters and digits.
+    pub id: String,
+    /// What was asked for.
+    pub spec: InstanceSpec,
+    /// What the image's name stood for at creation.
+    pub digest: Digest,
+    /// Where it is in its life.
+    pub state: State,
+    /// When it was asked for.
+    pub created_at: DateTime<Utc>,
+    /// When its vCPUs first ran, if they did.
+    pub started_at: Option<DateTime<Utc>>,
+    /// When it ended, once it has.
+    pub stopped_at: Option<DateTime<Utc>>,
+    /// How it ended; empty before.
+    pub ending: Ending,
+    /// Where the time of its boot went.
+    pub phases: Vec<(&'static str, Duration)>,
+}
+
+/// What came of waiting for a state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Waited {
+    /// The state now.
+    pub state: State,
+    /// What went wrong with the instance, if something did.
+    pub error: Option<String>,
+    /// The time was over first.
+    pub timed_out: bool,
+}
+
+impl Instances {
+    /// Opens the instances in `spec.dir`: takes back workers that still run, and undoes or
+    /// finishes what a killed server had begun.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`].
+    pub async fn open(spec: InstancesSpec) -> Result<Self, OpenError> {
+        let InstancesSpec { dir, store, images, disks, fleet, agent } = spec;
+        let failed = |source| OpenError::Dir { path: dir.clone(), source };
+        fs::create_dir_all(&dir).map_err(failed)?;
+        let log_watch = FileWatch::new().map_err(failed)?;
+        let shared = Arc::new(Shared {
+            dir,
+            store,
+            images,
+            disks,
+            fleet,
+            agent,
+            entries: RwLock::default(),
+            log_watch,
+            owners: TaskTracker::new(),
+            closing: CancellationToken::new(),
+        });
+        reconcile::reconcile(&shared).await?;
+        Ok(Self { shared })
+    }
+
+    /// Creates an instance and starts its machine; does not wait for the guest.
+    ///
+    /// Every step hands back a guard that undoes the step when dropped. Locals drop in reverse
+    /// order, so `?` is the rollback, and so is a client that hangs up: worker killed, files
+    /// removed, record erased.
+    ///
+    /// # Errors
+    ///
+    /// [`CreateError`]; nothing is left, except that a pull that was begun goes on.
+    pub async fn create(&self, spec: InstanceSpec) -> Result<Arc<Instance>, CreateError> {
+        let mut timeline = Timeline::begin();
+        let image = self.root_disk(&spec.image).await?;
+        timeline.mark(Moment::ImageReady);
+        let config = guest::config(&spec, &image.config).ok_or(CreateError::NothingToRun)?;
+        let config = rewound(&Archive::config(&config)?)?;
+        let base = self.base_archive()?;
+        let mut reservation = Reservation::make(&self.shared, spec, &image, timeline)?;
+        let overlay_path = reservation.dir.join(OVERLAY);
+        let overlay_bytes = reservation.record.spec.overlay_bytes;
+        let overlay = self.shared.disks.create(&overlay_path, overlay_bytes).await?;
+        reservation.record.timeline.mark(Moment::DisksReady);
+        let worker = self
+            .shared
+            .fleet
+            .spawn(WorkerSpec {
+                dir: &reservation.dir,
+                vcpus: reservation.record.spec.vcpus,
+                memory_bytes: reservation.record.spec.memory_bytes,
+                initramfs: vec![base, config],
+                disks: vec![
+                    WorkerDisk { id: "root", read_only: true, file: image.file.as_fd() },
+                    WorkerDisk { id: "overlay", read_only: false, file: overlay.file().as_fd() },
+                ],
+                vsock: reservation.record.spec.agent,
+            })
+            .await?;
+        self.keep(reservation, overlay, worker)
+    }
+
+    /// All steps worked: the record says so, and then nothing is undone any more.
+    fn keep(
+        &self,
+        mut reservation: Reservation,
+        overlay: Disk,
+        worker: NewWorker,
+    ) -> Result<Arc<Instance>, CreateError> {
+        reservation.record.phase = Phase::Kept;
+        let record = reservation.record.clone();
+        self.shared.store.transact(|records| record.update(records)).map_err(|source| {
+            CreateError::Reserve(ReserveError::Store { name: record.spec.name.to_string(), source })
+        })?;
+        overlay.keep();
+        reservation.keep();
+        let owner = Owner::new(Arc::clone(&self.shared), record).with_worker(worker.keep());
+        Ok(Shared::add(&self.shared, owner))
+    }
+
+    /// The root disk of `name`, pulled first if it is not there; a pull that takes long goes on.
+    async fn root_disk(&self, name: &Reference) -> Result<RootDisk, CreateError> {
+        let images = &self.shared.images;
+        match images.ready(name) {
+            Ok(disk) => return Ok(disk),
+            Err(ReadyError::Missing { .. }) => {
+                let (platform, credentials, tags) = (None, None, BTreeMap::new());
+                let spec = ImageSpec { name: name.clone(), platform, credentials, tags };
+                images.request(spec).await?;
+            }
+            Err(ReadyError::NotReady { .. }) => {}
+            Err(ReadyError::Host(error)) => return Err(CreateError::Images(error)),
+        }
+        // Elapsed or not: what counts is how the image is now.
+        let _ = time::timeout(IMAGE_TIMEOUT, images.settled(name)).await;
+        images.ready(name).map_err(|error| match error {
+            ReadyError::Missing { name } => CreateError::ImageMissing { name },
+            ReadyError::NotReady { name: text, status: ImageStatus::Failed } => {
+                let why = images.get(name).and_then(|image| image.error).unwrap_or_default();
+                CreateError::ImageFailed { name: text, why }
+            }
+            ReadyError::NotReady { name, .. } => CreateError::ImageNotReady { name },
+            ReadyError::Host(error) => CreateError::Images(error),
+        })
+    }
+
+    /// The initramfs with the agent, the same for every guest: each worker gets a description of
+    /// its own, so that none moves another's place in the file.
+    fn base_archive(&self) -> Result<File, CreateError> {
+        let failed = |source| CreateError::File { path: self.shared.agent.clone(), source };
+        let agent = fs::read(&self.shared.agent).map_err(failed)?;
+        rewound(&Archive::base(&agent)?)
+    }
+
+    /// The instance that `key` means: its id, else its name, else the only id that begins so.
+    ///
+    /// # Errors
+    ///
+    /// [`FindError`].
+    pub fn find(&self, key: &str) -> Result<Arc<Instance>, FindError> {
+        Ok(Arc::clone(&self.entry(key)?.view.borrow()))
+    }
+
+    /// All instances, oldest first.
+    pub fn list(&self) -> Vec<Arc<Instance>> {
+        let mut list: Vec<_> =
+            self.shared.read().values().map(|entry| Arc::clone(&entry.view.borrow())).collect();
+        list.sort_by(|a, b| (a.created_at, &a.id).cmp(&(b.created_at, &b.id)));
+        list
+    }
+
+    /// Whether an instance needs the root disk of `digest`.
+    pub fn uses(&self, digest: &Digest) -> bool {
+        self.shared.read().values().any(|entry| entry.view.borrow().digest == *digest)
+    }
+
+    /// Waits until the instance is in state `target`, can no longer get there by itself, or
+    /// `timeout` is over.
+    ///
+    /// # Errors
+    ///
+    /// [`FindError`], also if it is deleted meanwhile.
+    pub async fn wait(
+        &self,
+        key: &str,
+        target: State,
+        timeout: Duration,
+    ) -> Result<Waited, FindError> {
+        let mut view = self.entry(key)?.view;
+        let settled = |instance: &Arc<Instance>| {
+            instance.state == target || instance.state.is_dead_end_for(target)
+        };
+        let waited = |instance: &Arc<Instance>, timed_out| {
+            let error = instance.ending.error.clone();
+            Waited { state: instance.state, error, timed_out }
+        };
+        match time::timeout(timeout, view.wait_for(settled)).await {
+            Ok(Ok(instance)) => return Ok(waited(&instance, false)),
+            Ok(Err(_deleted)) => return Err(FindError::Missing),
+            Err(_elapsed) => {}
+        }
+        let instance = view.borrow();
+        Ok(waited(&instance, true))
+    }
+
+    /// Ends the instance, in whatever state it is, and removes all of it. `graceful` gives the
+    /// workload a moment to end by itself. Goes on if the caller goes away.
+    ///
+    /// # Errors
+    ///
+    /// [`DeleteError`]; the instance is still there and can be deleted again.
+    pub async fn delete(&self, key: &str, graceful: bool) -> Result<(), DeleteError> {
+        let entry = self.entry(key)?;
+        let (done, outcome) = oneshot::channel();
+        let order = Order::Delete { graceful, done };
+        // An owner that takes no orders, or never answers one, has deleted its instance.
+        if entry.orders.send(order).await.is_err() {
+            return Err(FindError::Missing.into());
+        }
+        outcome.await.unwrap_or(Err(FindError::Missing.into()))
+    }
+
+    /// Leaves all instances running and stops to watch them.
+    pub async fn close(&self) {
+        self.shared.closing.cancel();
+        self.shared.owners.close();
+        self.shared.owners.wait().await;
+    }
+
+    fn entry(&self, key: &str) -> Result<Entry, FindError> {
+        let entries = self.shared.read();
+        if let Some(entry) = entries.get(key) {
+            return Ok(entry.clone());
+        }
+        let named = |entry: &&Entry| entry.view.borrow().spec.name.as_str() == key;
+        if let Some(entry) = entries.values().find(named) {
+            return Ok(entry.clone());
+        }
+        let from_key = entries.range(key.to_owned()..);
+        let mut matching = from_key.take_while(|(id, _)| !key.is_empty() && id.starts_with(key));
+        match (matching.next(), matching.next()) {
+            (Some((_, entry)), None) => Ok(entry.clone()),
+            (Some(_), Some(_)) => Err(FindError::Ambiguous),
+            (None, _) => Err(FindError::Missing),
+        }
+    }
+}
+
+impl Shared {
+    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<String, Entry>> {
+        self.entries.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<String, Entry>> {
+        self.entries.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where the instance `id` has its files.
+    fn dir_of(&self, id: &str) -> PathBuf {
+        self.dir.join(id)
+    }
+
+    /// Lets `owner` own its instance from now on; returns the instance as it is.
+    fn add(shared: &Arc<Self>, owner: Owner) -> Arc<Instance> {
+        let view = owner.view();
+        let (sender, receiver) = mpsc::channel(ORDERS_MAX);
+        let instance = Arc::clone(&view.borrow());
+        let entry = Entry { view, orders: sender };
+        shared.write().insert(instance.id.clone(), entry);
+        shared.owners.spawn(owner.run(receiver));
+        instance
+    }
+}
+
+/// An archive as a file that reads from its beginning.
+fn rewound(archive: &Archive) -> Result<File, CreateError> {
+    let file = archive.to_file()?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    File::open(&path).map_err(|source| CreateError::File { path, source })
+}
+
+/// A name taken and a folder made, for an instance that is not there yet: dropped, both are free
+/// again, unless they were kept.
+#[derive(Debug)]
+struct Reservation {
+    shared: Arc<Shared>,
+    record: Record,
+    dir: PathBuf,
+    is_kept: bool,
+}
+
+impl Reservation {
+    fn make(
+        shared: &Arc<Shared>,
+        spec: InstanceSpec,
+        image: &RootDisk,
+        timeline: Timeline,
+    ) -> Result<Self, CreateError> {
+        let id = cuid2::create_id();
+        let record = Record {
+            id: id.clone(),
+            spec,
+            digest: image.digest,
+            created_at: Utc::now(),
+            phase: Phase::Creating,
+            timeline,
+            end: None,
+        };
+        shared.store.transact(|records| record.insert(records)).map_err(|source| {
+            CreateError::Reserve(ReserveError::from_sqlite(record.spec.name.as_str(), source))
+        })?;
+        let dir = shared.dir_of(&id);
+        let reservation =
+            Self { shared: Arc::clone(shared), record, dir: dir.clone(), is_kept: false };
+        fs::create_dir(&dir).map_err(|source| CreateError::File { path: dir, source })?;
+        Ok(reservation)
+    }
+
+    fn keep(mut self) {
+        self.is_kept = true;
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if self.is_kept {
+            return;
+        }
+        if let Err(error) = remove_folder(&self.dir) {
+            tracing::error!(dir = %self.dir.display(), %error, "Failed to remove a folder");
+        }
+        let id = &self.record.id;
+        if let Err(error) = self.shared.store.transact(|records| Record::remove(id, records)) {
+            tracing::error!(%id, %error, "Failed to remove a record");
+        }
+    }
+}
+
+/// Removes an instance's folder, which may not exist.
+fn remove_folder(dir: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+/// Why instances cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Their folder.
+    #[error("Failed to use {path}", path = path.display())]
+    Dir {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Their records.
+    #[error("Failed to read the records of instances")]
+    Records(#[source] rusqlite::Error),
+}
+
+/// Why no instance is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FindError {
+    /// None has this id, name or beginning of an id.
+    #[error("No such instance")]
+    Missing,
+    /// Several ids begin so.
+    #[error("Several instances match")]
+    Ambiguous,
+}
+
+/// Why an instance was not created.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// The image cannot be asked for.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// The image was deleted while it was waited for.
+    #[error("Image {name} is not on this host")]
+    ImageMissing {
+        /// Which.
+        name: String,
+    },
+    /// The image is on its way.
+    #[error("Image {name} is being pulled: try again shortly")]
+    ImageNotReady {
+        /// Which.
+        name: String,
+    },
+    /// The image cannot be had.
+    #[error("Image {name} failed: {why}")]
+    ImageFailed {
+        /// Which.
+        name: String,
+        /// The chain of causes.
+        why: String,
+    },
+    /// The images of this host cannot be used.
+    #[error(transparent)]
+    Images(ImagesError),
+    /// Neither image nor request say what to run.
+    #[error("The image has neither entrypoint nor cmd: give one")]
+    NothingToRun,
+    /// Environment and arguments are more than a guest takes.
+    #[error("The environment, entrypoint and cmd are too large")]
+    TooMuchText(#[source] ArchiveError),
+    /// The record.
+    #[error(transparent)]
+    Reserve(ReserveError),
+    /// A file or folder of the instance, or the agent's program.
+    #[error("Failed to use {path}", path = path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The initramfs.
+    #[error(transparent)]
+    Initramfs(ArchiveError),
+    /// A writable layer cannot have the size asked for.
+    #[error("Value of overlay_size cannot be had")]
+    OverlaySize(#[source] DiskError),
+    /// The host has no room for the writable layer.
+    #[error(transparent)]
+    NoSpace(DiskError),
+    /// The writable layer.
+    #[error(transparent)]
+    Disk(DiskError),
+    /// The worker.
+    #[error(transparent)]
+    Worker(#[from] SpawnError),
+}
+
+impl From<ArchiveError> for CreateError {
+    fn from(error: ArchiveError) -> Self {
+        match error {
+            ArchiveError::ConfigLength { .. } => Self::TooMuchText(error),
+            ArchiveError::FileLength { .. }
+            | ArchiveError::ConfigEncode(_)
+            | ArchiveError::Memory { .. } => Self::Initramfs(error),
+        }
+    }
+}
+
+impl From<DiskError> for CreateError {
+    fn from(error: DiskError) -> Self {
+        match error {
+            DiskError::Size { .. } => Self::OverlaySize(error),
+            DiskError::NoSpace { .. } => Self::NoSpace(error),
+            _ => Self::Disk(error),
+        }
+    }
+}
+
+/// Why an instance was not deleted.
+#[derive(Debug, thiserror::Error)]
+pub enum DeleteError {
+    /// Which one?
+    #[error(transparent)]
+    Find(#[from] FindError),
+    /// The worker outlived its kill.
+    #[error("Worker process {pid} could not be killed")]
+    Stuck {
+        /// Its process id.
+        pid: u32,
+    },
+    /// Whether there is a worker is not known.
+    #[error("Failed to find out whether instance {id} still runs")]
+    Worker {
+        /// Which instance.
+        id: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The record.
+    #[error("Failed to change the record of instance {id}")]
+    Record {
+        /// Which instance.
+        id: String,
+        /// Why.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// The files.
+    #[error("Failed to remove {path}", path = path.display())]
+    Folder {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}

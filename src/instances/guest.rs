@@ -1,0 +1,95 @@
+//! What a guest shall run: the image's word, with the instance's over it.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ovum_agent_proto::VERSION;
+use ovum_agent_proto::config::GuestConfig;
+
+use crate::images::config::ImageConfig;
+use crate::instances::spec::InstanceSpec;
+
+/// The image's disk, the first of the machine.
+const ROOT_DEVICE: &str = "/dev/vda";
+
+/// The writable layer's, the second.
+const OVERLAY_DEVICE: &str = "/dev/vdb";
+
+/// What the agent of `spec`'s guest is told; `None` if neither says what to run.
+///
+/// Entrypoint and arguments override each other's counterpart only: an entrypoint alone keeps the
+/// image's arguments. Programs run as root, whatever the image's user.
+pub(super) fn config(spec: &InstanceSpec, image: &ImageConfig) -> Option<GuestConfig> {
+    let entrypoint = if spec.entrypoint.is_empty() { &image.entrypoint } else { &spec.entrypoint };
+    let cmd = if spec.cmd.is_empty() { &image.cmd } else { &spec.cmd };
+    let argv: Vec<String> = entrypoint.iter().chain(cmd).cloned().collect();
+    let mut env = image.env.clone();
+    env.extend(spec.env.clone());
+    let working_dir =
+        if image.working_dir.is_empty() { "/".to_owned() } else { image.working_dir.clone() };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    (!argv.is_empty()).then(|| GuestConfig {
+        version: VERSION,
+        hostname: spec.name.to_string(),
+        root_device: ROOT_DEVICE.to_owned(),
+        overlay_device: Some(OVERLAY_DEVICE.to_owned()),
+        argv,
+        env: env.into_iter().collect(),
+        working_dir,
+        listen: spec.agent,
+        realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    fn words(text: &str) -> Vec<String> {
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
+    fn argv(ours: (&str, &str), images: (&str, &str)) -> Option<Vec<String>> {
+        let image = ImageConfig {
+            entrypoint: words(images.0),
+            cmd: words(images.1),
+            ..ImageConfig::default()
+        };
+        let spec = InstanceSpec {
+            entrypoint: words(ours.0),
+            cmd: words(ours.1),
+            ..InstanceSpec::sample()
+        };
+        config(&spec, &image).map(|config| config.argv)
+    }
+
+    #[test]
+    fn entrypoint_and_arguments_are_overridden_one_by_one() {
+        assert_eq!(argv(("", ""), ("run", "a b")), Some(words("run a b")));
+        assert_eq!(argv(("", "c"), ("run", "a b")), Some(words("run c")));
+        assert_eq!(argv(("own", ""), ("run", "a b")), Some(words("own a b")));
+        assert_eq!(argv(("own", "c"), ("run", "a b")), Some(words("own c")));
+        assert_eq!(argv(("", "c"), ("", "")), Some(words("c")));
+        assert_eq!(argv(("", ""), ("", "")), None);
+    }
+
+    #[test]
+    fn the_instances_environment_lies_over_the_images() {
+        let env = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+            pairs.iter().map(|(name, value)| ((*name).into(), (*value).into())).collect()
+        };
+        let image = ImageConfig {
+            cmd: words("run"),
+            env: env(&[("PATH", "/image"), ("LANG", "C")]),
+            ..ImageConfig::default()
+        };
+        let spec = InstanceSpec { env: env(&[("PATH", "/own")]), ..InstanceSpec::sample() };
+
+        let config = config(&spec, &image).unwrap();
+
+        assert_eq!(config.env, [("LANG".into(), "C".into()), ("PATH".into(), "/own".into())]);
+        assert_eq!(config.working_dir, "/");
+        assert_eq!(config.hostname, "sample");
+    }
+}

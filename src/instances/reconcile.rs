@@ -1,0 +1,101 @@
+//! After a restart: records against what is really there.
+//!
+//! | record | folder, worker | becomes |
+//! |---|---|---|
+//! | `Creating` | any | gone: nobody was told of it |
+//! | `Deleting` | any | gone: somebody may have been told so |
+//! | `Kept`, ended | any | stopped, as before |
+//! | `Kept` | a worker | as its events say, and watched again |
+//! | `Kept` | no worker | stopped, as its events say |
+//! | none | any | gone |
+//!
+//! A record that cannot be read keeps its folder: somebody may be able to repair it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use futures_util::future::join_all;
+
+use crate::fleet::journal;
+use crate::instances::owner::Owner;
+use crate::instances::record::{Phase, Record};
+use crate::instances::{OpenError, Shared, remove_folder};
+
+/// Makes instances of the records and leaves nothing else behind.
+///
+/// # Errors
+///
+/// [`OpenError`]. What goes wrong with one instance is logged and leaves that one as it is.
+pub(super) async fn reconcile(shared: &Arc<Shared>) -> Result<(), OpenError> {
+    let records = shared.store.transact(Record::all).map_err(OpenError::Records)?;
+    let records: BTreeMap<String, Option<Record>> = records.into_iter().collect();
+    let failed = |source| OpenError::Dir { path: shared.dir.clone(), source };
+    let strays = strays(&shared.dir, &records).map_err(failed)?;
+    join_all(strays.iter().map(|id| clear(shared, id))).await;
+    join_all(records.into_values().flatten().map(|record| settle(shared, record))).await;
+    Ok(())
+}
+
+/// Names in the folder of instances that no record has.
+fn strays(dir: &Path, records: &BTreeMap<String, Option<Record>>) -> io::Result<Vec<String>> {
+    let mut strays = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        match entry?.file_name().into_string() {
+            Ok(name) if !records.contains_key(&name) => strays.push(name),
+            Ok(_known) => {}
+            Err(name) => tracing::warn!(?name, "A file that is not ours lies among instances"),
+        }
+    }
+    Ok(strays)
+}
+
+async fn settle(shared: &Arc<Shared>, record: Record) {
+    match record.phase {
+        Phase::Creating | Phase::Deleting => clear(shared, &record.id).await,
+        Phase::Kept => {
+            let owner = revive(shared, record).await;
+            Shared::add(shared, owner);
+        }
+    }
+}
+
+async fn revive(shared: &Arc<Shared>, record: Record) -> Owner {
+    let dir = shared.dir_of(&record.id);
+    let has_ended = record.end.is_some();
+    let owner = Owner::new(Arc::clone(shared), record);
+    if has_ended {
+        return owner;
+    }
+    match shared.fleet.adopt(&dir).await {
+        Ok(Some(worker)) => owner.with_worker(worker),
+        Ok(None) => match journal::read(&dir) {
+            Ok(events) => owner.ended_unseen(&events),
+            Err(error) => owner.unknown(format!("Failed to read its events: {error}")),
+        },
+        Err(error) => {
+            tracing::error!(%error, cause = %error.source, "An instance is in an unknown state");
+            owner.unknown(format!("{error}: {}", error.source))
+        }
+    }
+}
+
+/// Ends what runs in the folder of `id`, removes it, and then the record if there is one.
+async fn clear(shared: &Shared, id: &str) {
+    let dir = shared.dir_of(id);
+    let result = async {
+        if let Some(mut worker) = shared.fleet.adopt(&dir).await.map_err(io::Error::other)? {
+            worker.kill()?;
+            worker.gone().await;
+        }
+        remove_folder(&dir)?;
+        let removed = shared.store.transact(|records| Record::remove(id, records));
+        removed.map_err(io::Error::other)
+    };
+    match result.await {
+        Ok(()) => tracing::info!(id, "Removed an instance that was half made or half deleted"),
+        Err(error) => tracing::error!(id, %error, "Failed to remove a half-made instance"),
+    }
+}

@@ -1,0 +1,145 @@
+//! The record of an instance: all that must survive the server, and how it is kept.
+//!
+//! A record in phase `Creating` or `Deleting` belongs to an operation under way; after a restart
+//! that operation is undone or finished by `reconcile.rs`. What a guest does is not written here
+//! as it happens: the events file in the instance's folder has it.
+
+use chrono::{DateTime, Utc};
+use rusqlite::{ErrorCode, Transaction};
+use serde::{Deserialize, Serialize};
+
+use crate::images::digest::Digest;
+use crate::instances::history::Ending;
+use crate::instances::spec::InstanceSpec;
+use crate::instances::timeline::Timeline;
+
+/// One instance, as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// 24 letters and digits, beginning with a letter.
+    pub id: String,
+    /// What was asked for.
+    pub spec: InstanceSpec,
+    /// What the image's name stood for at creation.
+    pub digest: Digest,
+    /// When it was asked for.
+    pub created_at: DateTime<Utc>,
+    /// Whether an operation is under way.
+    pub phase: Phase,
+    /// The moments before there was a worker; after the end, all.
+    pub timeline: Timeline,
+    /// How and when it ended, once it has.
+    pub end: Option<End>,
+}
+
+/// Whether an operation on a record is under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Being created: not acknowledged, so that nobody relies on it.
+    Creating,
+    /// There.
+    Kept,
+    /// Being deleted: nobody may rely on it any more.
+    Deleting,
+}
+
+/// How and when an instance ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// When.
+    pub at: DateTime<Utc>,
+    /// When the machine had started, if it had.
+    pub started_at: Option<DateTime<Utc>>,
+    /// How.
+    pub how: Ending,
+}
+
+/// Why a record was not written.
+#[derive(Debug, thiserror::Error)]
+pub enum ReserveError {
+    /// Another record has the name.
+    #[error("Instance name {name:?} is taken")]
+    NameTaken {
+        /// Which.
+        name: String,
+    },
+    /// SQLite.
+    #[error("Failed to keep the record of instance {name:?}")]
+    Store {
+        /// Which.
+        name: String,
+        /// Why.
+        #[source]
+        source: rusqlite::Error,
+    },
+}
+
+impl Record {
+    /// Adds this record.
+    ///
+    /// # Errors
+    ///
+    /// SQLite's; [`ReserveError::from_sqlite`] knows what they mean.
+    pub fn insert(&self, records: &Transaction<'_>) -> rusqlite::Result<()> {
+        let name = self.spec.name.as_str();
+        let statement = "INSERT INTO instances (id, name, json) VALUES (?1, ?2, ?3)";
+        records.execute(statement, (&self.id, name, &self.json()?)).map(drop)
+    }
+
+    /// Replaces what is kept under this id.
+    ///
+    /// # Errors
+    ///
+    /// SQLite's.
+    pub fn update(&self, records: &Transaction<'_>) -> rusqlite::Result<()> {
+        let statement = "UPDATE instances SET json = ?2 WHERE id = ?1";
+        records.execute(statement, (&self.id, &self.json()?)).map(drop)
+    }
+
+    /// Removes the record `id`; its name is free again.
+    ///
+    /// # Errors
+    ///
+    /// SQLite's.
+    pub fn remove(id: &str, records: &Transaction<'_>) -> rusqlite::Result<()> {
+        records.execute("DELETE FROM instances WHERE id = ?1", [id]).map(drop)
+    }
+
+    /// All records by id. One that cannot be read is logged and `None`: it must not keep the others
+    /// from being served.
+    ///
+    /// # Errors
+    ///
+    /// SQLite's.
+    pub fn all(records: &Transaction<'_>) -> rusqlite::Result<Vec<(String, Option<Self>)>> {
+        let mut statement = records.prepare("SELECT id, json FROM instances ORDER BY id")?;
+        let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        let mut found = Vec::new();
+        for row in rows {
+            let (id, json): (String, String) = row?;
+            let record = serde_json::from_str(&json);
+            if let Err(error) = &record {
+                tracing::error!(%id, %error, "Record of an instance is unreadable");
+            }
+            found.push((id, record.ok()));
+        }
+        Ok(found)
+    }
+
+    fn json(&self) -> rusqlite::Result<String> {
+        serde_json::to_string(self)
+            .map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))
+    }
+}
+
+impl ReserveError {
+    /// What `source` means for the instance called `name`.
+    pub fn from_sqlite(name: &str, source: rusqlite::Error) -> Self {
+        let name = name.to_owned();
+        match source.sqlite_error_code() {
+            Some(ErrorCode::ConstraintViolation) => Self::NameTaken { name },
+            _ => Self::Store { name, source },
+        }
+    }
+}

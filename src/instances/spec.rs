@@ -1,0 +1,155 @@
+//! What an instance is asked to be, known to be well-formed.
+//!
+//! Grammar of texts and limits of this host are checked at the door (`api/instances/create.rs`);
+//! what a value of these types can be at all is checked here.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::images::reference::Reference;
+
+pub use crate::control::MEMORY_BYTES_MIN;
+
+/// Longest name: it becomes the guest's host name, a DNS label (RFC 1035, 2.3.4 "Size limits").
+const NAME_BYTES_MAX: usize = 63;
+
+/// An instance someone asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceSpec {
+    /// Its name, unique on this host.
+    pub name: InstanceName,
+    /// The image; what the name stands for is settled once, at creation.
+    #[serde(with = "reference_text")]
+    pub image: Reference,
+    /// Guest memory, in bytes, as asked for; the machine's is rounded up to its step.
+    pub memory_bytes: u64,
+    /// Size of the writable layer, in bytes.
+    pub overlay_bytes: u64,
+    /// vCPUs, at least 1.
+    pub vcpus: u8,
+    /// Environment, over that of the image.
+    pub env: BTreeMap<String, String>,
+    /// The caller's labels.
+    pub tags: BTreeMap<String, String>,
+    /// The runtime by the name the caller gave it. There is one, whatever it is called.
+    pub hypervisor: String,
+    /// Whether the guest's agent listens; without it there is no graceful stop.
+    pub agent: bool,
+    /// Instead of the image's entrypoint; empty: the image's.
+    pub entrypoint: Vec<String>,
+    /// Instead of the image's arguments; empty: the image's.
+    pub cmd: Vec<String>,
+}
+
+/// The name of an instance: lower-case letters, digits and inner dashes, 1 to 63 of them.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct InstanceName(String);
+
+impl InstanceName {
+    /// As text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for InstanceName {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let is_inner = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+        let bytes = text.as_bytes();
+        let ends = [bytes.first(), bytes.last()];
+        let well_formed = bytes.len() <= NAME_BYTES_MAX
+            && ends.into_iter().all(|end| end.is_some_and(|&byte| is_inner(byte)))
+            && bytes.iter().all(|&byte| is_inner(byte) || byte == b'-');
+        if well_formed { Ok(Self(text.to_owned())) } else { Err(NameError) }
+    }
+}
+
+impl TryFrom<String> for InstanceName {
+    type Error = NameError;
+
+    fn try_from(text: String) -> Result<Self, NameError> {
+        text.parse()
+    }
+}
+
+impl From<InstanceName> for String {
+    fn from(name: InstanceName) -> Self {
+        name.0
+    }
+}
+
+impl fmt::Display for InstanceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// The text is not the name of an instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "Instance name must be 1 to {NAME_BYTES_MAX} lower-case letters, digits and dashes, with no \
+     dash at its ends"
+)]
+pub struct NameError;
+
+/// A reference in a record is its normalised text.
+mod reference_text {
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use super::Reference;
+
+    pub(super) fn serialize<S: Serializer>(
+        reference: &Reference,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(reference)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Reference, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
+}
+
+#[cfg(test)]
+impl InstanceSpec {
+    /// An instance like most.
+    pub(crate) fn sample() -> Self {
+        Self {
+            name: InstanceName("sample".to_owned()),
+            image: "alpine".parse().unwrap(),
+            memory_bytes: 1 << 30,
+            overlay_bytes: 10 << 30,
+            vcpus: 2,
+            env: BTreeMap::new(),
+            tags: BTreeMap::new(),
+            hypervisor: "native".to_owned(),
+            agent: true,
+            entrypoint: Vec::new(),
+            cmd: Vec::new(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_host_names() {
+        for name in ["a", "a-b", "0", "web-1", &"x".repeat(63)] {
+            assert!(name.parse::<InstanceName>().is_ok(), "{name}");
+        }
+        for name in ["", "-", "-a", "a-", "A", "a_b", "a.b", "a/b", "ü", "../a", &"x".repeat(64)] {
+            assert_eq!(name.parse::<InstanceName>(), Err(NameError), "{name}");
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! Records on disk: one SQLite file, in write-ahead mode.
+//!
+//! What a commit has returned from survives the death of this process at any moment. The loss of
+//! power is another matter: SQLite stays consistent, but commits of about the last half minute can
+//! be gone (`synchronous = NORMAL` syncs at checkpoints only). That is the price of not waiting
+//! for the disk in each request, and machines do not survive a loss of power either.
+//!
+//! The schema is a list of steps; `user_version` says how many of them a file has seen. Steps are
+//! only ever added.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rusqlite::{Connection, Transaction};
+
+/// The schema, as steps from an empty file.
+const STEPS: &[&str] = &[include_str!("store/0001_instances.sql")];
+
+/// How many those are.
+#[expect(clippy::cast_possible_truncation, reason = "a list written by hand")]
+const KNOWN: u32 = STEPS.len() as u32;
+
+/// How long a statement waits for another process, such as a person with sqlite3.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The records. Clones are the same file.
+#[derive(Debug, Clone)]
+pub struct Store {
+    connection: Arc<Mutex<Connection>>,
+}
+
+impl Store {
+    /// Opens the file at `path`, made and brought up to date if need be.
+    ///
+    /// # Errors
+    ///
+    /// [`StoreError`]; the file is as before.
+    pub fn open(path: &Path) -> Result<Self, StoreError> {
+        let mut connection = connect(path)?;
+        migrate(&mut connection, path)?;
+        Ok(Self { connection: Arc::new(Mutex::new(connection)) })
+    }
+
+    /// Does `work` in one transaction: all of it is kept, or on an error none.
+    ///
+    /// Statements here take tens of microseconds, so that callers in async code do not leave it.
+    ///
+    /// # Errors
+    ///
+    /// What `work` says, or SQLite of the commit.
+    pub fn transact<T>(
+        &self,
+        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        // A panic in `work` has rolled its transaction back: the connection is as good as before.
+        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let transaction = connection.transaction()?;
+        let result = work(&transaction)?;
+        transaction.commit()?;
+        Ok(result)
+    }
+}
+
+/// Opens the file at `path` for one user of it, made if need be, as it is.
+///
+/// # Errors
+///
+/// [`StoreError::Open`].
+pub fn connect(path: &Path) -> Result<Connection, StoreError> {
+    let open = || {
+        let connection = Connection::open(path)?;
+        connection.busy_timeout(BUSY_TIMEOUT)?;
+        connection.pragma_update(None, "journal_mode", "wal")?;
+        connection.pragma_update(None, "synchronous", "normal")?;
+        connection.pragma_update(None, "foreign_keys", true)?;
+        Ok(connection)
+    };
+    open().map_err(|source| StoreError::Open { path: path.to_owned(), source })
+}
+
+fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
+    let failed = |source| StoreError::Open { path: path.to_owned(), source };
+    let transaction = connection.transaction().map_err(failed)?;
+    let seen: u32 =
+        transaction.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(failed)?;
+    if seen > KNOWN {
+        return Err(StoreError::Newer { path: path.to_owned(), seen, known: KNOWN });
+    }
+    for (_, step) in (0..).zip(STEPS).filter(|&(number, _)| number >= seen) {
+        transaction.execute_batch(step).map_err(failed)?;
+    }
+    transaction.pragma_update(None, "user_version", KNOWN).map_err(failed)?;
+    transaction.commit().map_err(failed)
+}
+
+/// Why the records cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// SQLite refuses the file.
+    #[error("Failed to open records {path}", path = path.display())]
+    Open {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// The file is of a later version of this program.
+    #[error(
+        "Records {path} are of a newer version: {seen} schema steps, {known} known",
+        path = path.display()
+    )]
+    Newer {
+        /// Which.
+        path: PathBuf,
+        /// Steps the file has seen.
+        seen: u32,
+        /// Steps this version knows.
+        known: u32,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transaction_is_kept_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("records");
+        let insert = "INSERT INTO instances (id, name, json) VALUES (?1, ?2, '{}')";
+        let store = Store::open(&path).unwrap();
+        store.transact(|records| records.execute(insert, ["a", "one"])).unwrap();
+
+        let refused = store.transact(|records| {
+            records.execute(insert, ["b", "two"])?;
+            records.execute(insert, ["c", "one"])
+        });
+
+        assert!(refused.is_err(), "a name is taken once");
+        let again = Store::open(&path).unwrap();
+        let count = "SELECT count(*) FROM instances";
+        let count = again.transact(|records| records.query_row(count, [], |row| row.get(0)));
+        assert_eq!(count, Ok(1));
+    }
+
+    #[test]
+    fn a_file_of_a_later_version_is_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("records");
+        let store = Store::open(&path).unwrap();
+        store.transact(|records| records.pragma_update(None, "user_version", 99)).unwrap();
+
+        assert!(matches!(Store::open(&path), Err(StoreError::Newer { seen: 99, .. })));
+    }
+}
