@@ -62,8 +62,16 @@ pub struct Machine {
     events: Arc<Events>,
     vm: VmFd,
     msrs: Arc<[u32]>,
-    paused: bool,
+    phase: Phase,
     _memory: Memory,
+}
+
+/// What was asked of a machine last; its guest may have ended it meanwhile.
+#[derive(Debug, Clone, Copy)]
+enum Phase {
+    Running,
+    Paused,
+    Stopped,
 }
 
 impl Machine {
@@ -116,7 +124,7 @@ impl Machine {
             events,
             vm,
             msrs: msrs.as_slice().into(),
-            paused: false,
+            phase: Phase::Running,
             _memory: memory,
         })
     }
@@ -152,10 +160,11 @@ impl Machine {
     ///
     /// [`Ended`] if a thread of the machine is no more.
     pub fn pause(&mut self) -> Result<(), Ended> {
-        if self.paused {
-            return Ok(());
+        match self.phase {
+            Phase::Running => self.phase = Phase::Paused,
+            Phase::Paused => return Ok(()),
+            Phase::Stopped => return Err(Ended),
         }
-        self.paused = true;
         let answers: Vec<_> = self.vcpus.iter().map(Vcpu::pause).collect();
         for answer in answers {
             answer.recv().map_err(|_gone| Ended)?;
@@ -169,10 +178,11 @@ impl Machine {
     ///
     /// [`Ended`] if a thread of the machine is no more.
     pub fn resume(&mut self) -> Result<(), Ended> {
-        if !self.paused {
-            return Ok(());
+        match self.phase {
+            Phase::Running => return Ok(()),
+            Phase::Paused => self.phase = Phase::Running,
+            Phase::Stopped => return Err(Ended),
         }
-        self.paused = false;
         self.orders.resume().ok_or(Ended)?;
         self.vcpus.iter().try_for_each(|vcpu| vcpu.resume().ok_or(Ended))
     }
@@ -180,6 +190,8 @@ impl Machine {
     /// Ends the machine as if its power was cut: when this returns it runs no more guest code, and
     /// [`StopReason::Ordered`] follows unless it had ended by itself.
     pub fn stop(&mut self) {
+        self.phase = Phase::Stopped;
+        self.unstarted.clear();
         self.vcpus.clear();
         self.events.push(MachineEventKind::Stopped { reason: StopReason::Ordered });
     }
@@ -190,8 +202,10 @@ impl Machine {
     ///
     /// [`SaveError`].
     pub fn save(&self) -> Result<MachineState, SaveError> {
-        if !self.paused {
-            return Err(SaveError::Running);
+        match self.phase {
+            Phase::Running => return Err(SaveError::Running),
+            Phase::Paused => {}
+            Phase::Stopped => return Err(SaveError::Ended(Ended)),
         }
         let save = |vcpu: &Vcpu| vcpu.save(Arc::clone(&self.msrs));
         let vcpus = self.vcpus.iter().map(save).collect::<Result<_, _>>()?;
