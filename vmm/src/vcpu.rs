@@ -165,7 +165,8 @@ impl VcpuThread {
                 Turn::Kicked => self.look_for_orders(),
                 Turn::Ended(reason) => {
                     self.platform.events.push(MachineEventKind::Stopped { reason });
-                    self.rest();
+                    // It follows orders as ever, but there is nothing to resume.
+                    while self.rest() {}
                     false
                 }
             };
