@@ -193,11 +193,11 @@ impl Worker {
         match order {
             Order::Status => {}
             Order::Pause => {
-                self.machine.pause();
+                self.machine.pause().context("Failed to pause the machine")?;
                 self.running = false;
             }
             Order::Resume => {
-                self.machine.resume();
+                self.machine.resume().context("Failed to resume the machine")?;
                 self.running = true;
             }
             // The end itself arrives as an event.

@@ -7,7 +7,7 @@ const CHARACTER_DEVICE: u32 = 0o020_600;
 const ALIGN_BYTES: usize = 4;
 
 /// An archive under construction.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Archive {
     bytes: Vec<u8>,
     entries: u32,

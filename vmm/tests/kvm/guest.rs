@@ -31,6 +31,7 @@ pub(crate) struct GuestSpec {
     pub(crate) spec: MachineSpec,
     pub(crate) script: String,
     pub(crate) disks: Vec<File>,
+    pub(crate) archives: Vec<Archive>,
 }
 
 /// A machine that runs `script` on one vCPU with 128 MiB.
@@ -43,7 +44,7 @@ pub(crate) fn guest(script: &str) -> GuestSpec {
         vsock_cid: None,
         serial: false,
     };
-    GuestSpec { spec, script: script.into(), disks: Vec::new() }
+    GuestSpec { spec, script: script.into(), disks: Vec::new(), archives: Vec::new() }
 }
 
 impl GuestSpec {
@@ -62,6 +63,17 @@ impl GuestSpec {
         self
     }
 
+    pub(crate) fn cmdline(mut self, words: &str) -> Self {
+        self.spec.cmdline = words.into();
+        self
+    }
+
+    /// Adds an archive behind the one that has the script.
+    pub(crate) fn archive(mut self, archive: Archive) -> Self {
+        self.archives.push(archive);
+        self
+    }
+
     /// Adds a disk over the file that `file` is.
     pub(crate) fn disk(mut self, file: &File, read_only: bool) -> Self {
         let id = format!("disk{}", self.disks.len());
@@ -76,7 +88,10 @@ impl GuestSpec {
         let files = MachineFiles {
             kvm: kvm(),
             kernel: kernel(),
-            initramfs: vec![initramfs(&self.script)],
+            initramfs: [initramfs(&self.script)]
+                .into_iter()
+                .chain(self.archives.iter().map(|archive| file(&archive.clone().finish())))
+                .collect(),
             disks: self.disks.iter().map(|disk| disk.try_clone().unwrap()).collect(),
             console: File::from(console),
             vsock: None,
@@ -118,6 +133,15 @@ impl Guest {
             assert!(ready, "no end in time; the guest said:\n{}", self.console.text());
             self.console.take(Duration::ZERO);
         }
+    }
+
+    /// The words it has reported, in order.
+    pub(crate) fn reports(&self) -> Vec<u32> {
+        let word = |event: &MachineEventKind| match event {
+            MachineEventKind::Reported { word } => Some(*word),
+            MachineEventKind::Started | MachineEventKind::Stopped { .. } => None,
+        };
+        self.events.iter().filter_map(word).collect()
     }
 
     /// Waits until it has written `text` after what was waited for before.
