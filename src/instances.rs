@@ -42,6 +42,9 @@ use crate::instances::timeline::{Moment, Timeline};
 use crate::logs::watch::FileWatch;
 use crate::store::Store;
 
+pub use delete_error::DeleteError;
+
+mod delete_error;
 pub mod follow;
 mod guest;
 pub mod history;
@@ -563,45 +566,4 @@ impl From<DiskError> for CreateError {
             _ => Self::Disk(error),
         }
     }
-}
-
-/// Why an instance was not deleted.
-#[derive(Debug, thiserror::Error)]
-pub enum DeleteError {
-    /// Which one?
-    #[error(transparent)]
-    Find(#[from] FindError),
-    /// The worker outlived its kill.
-    #[error("Worker process {pid} could not be killed")]
-    Stuck {
-        /// Its process id.
-        pid: u32,
-    },
-    /// Whether there is a worker is not known.
-    #[error("Failed to find out whether instance {id} still runs")]
-    Worker {
-        /// Which instance.
-        id: String,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The record.
-    #[error("Failed to change the record of instance {id}")]
-    Record {
-        /// Which instance.
-        id: String,
-        /// Why.
-        #[source]
-        source: rusqlite::Error,
-    },
-    /// The files.
-    #[error("Failed to remove {path}", path = path.display())]
-    Folder {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
 }

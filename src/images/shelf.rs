@@ -425,4 +425,5 @@ impl Shelf {
 }
 
 /// What became of a pull that cannot be resumed.
-const INTERRUPTED: &str = "Interrupted by a restart of the server, which keeps neither credentials nor archives: ask again";
+const INTERRUPTED: &str = "Interrupted by a restart of the server, which keeps neither \
+    credentials nor archives: ask again";

@@ -207,7 +207,10 @@ async fn corrupted_content_is_refused_and_not_kept() {
     fs::write(&path, flipped).unwrap();
     let error = anonymous(&name).await.unwrap_err();
     assert!(
-        matches!(error, RegistryError::Blob(BlobError::Mismatch { expected, .. }) if expected == layer),
+        matches!(
+            error,
+            RegistryError::Blob(BlobError::Mismatch { expected, .. }) if expected == layer
+        ),
         "{error:?}"
     );
 }

@@ -186,8 +186,8 @@ impl Aml for PanicPort {
     }
 }
 
-/// The 16550. Without this a kernel writes its own messages there all the same, but programs cannot:
-/// on a hardware-reduced machine only interrupts that a table names can be had.
+/// The 16550. Without this a kernel writes its own messages there all the same, but programs
+/// cannot: on a hardware-reduced machine only interrupts that a table names can be had.
 struct Com1;
 
 impl Aml for Com1 {

@@ -2,7 +2,8 @@
 //!
 //! A vCPU thread that touches a register works on [`Registers`] under the slot's lock. Only two
 //! things reach the device thread from here, and the vCPU waits for both: that the driver is ready
-//! (its queues are checked and frozen, then the device starts) and a reset. Kicks do not come by: they are ioeventfds.
+//! (its queues are checked and frozen, then the device starts) and a reset. Kicks do not come by:
+//! they are ioeventfds.
 //! Virtio 1.3, 4.2 "Virtio Over MMIO".
 
 use serde::{Deserialize, Serialize};

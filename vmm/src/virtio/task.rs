@@ -1,8 +1,8 @@
 //! One device on the device thread: its queues, its files and its turn.
 //!
 //! The task owns the device and does for it what is the same for all: it checks the queues, raises
-//! the interrupt if the driver wants it, comes back for what was left over, and takes a device whose
-//! driver broke the rules out of service.
+//! the interrupt if the driver wants it, comes back for what was left over, and takes a device
+//! whose driver broke the rules out of service.
 
 use std::io;
 use std::sync::Arc;

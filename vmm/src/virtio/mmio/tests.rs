@@ -409,7 +409,8 @@ fn touch() -> impl Strategy<Value = Touch> {
                 device,
             });
     prop_oneof![
-        3 => (any_offset.clone(), width.clone()).prop_map(|(offset, width)| Touch::Read { offset, width }),
+        3 => (any_offset.clone(), width.clone())
+            .prop_map(|(offset, width)| Touch::Read { offset, width }),
         3 => (any_offset, width.clone(), any::<u64>())
             .prop_map(|(offset, width, value)| Touch::Write { offset, width, value }),
         6 => (register, width, value)
