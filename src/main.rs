@@ -4,6 +4,8 @@ use std::process::ExitCode;
 
 use ovum::cli;
 
+use ovum::cli;
+
 fn main() -> ExitCode {
     cli::main()
 }

@@ -12,11 +12,14 @@ mod journal;
 
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::process;
 
 use anyhow::{Context, anyhow, bail};
+use ovum_agent_proto::report::REPORT_PORT as AGENT_REPORT_PORT;
 use ovum_vmm::layout::REPORT_PORT;
 use ovum_vmm::machine::{Machine, MachineEvent, MachineEventKind, StopReason};
 use rustix::event::{self, PollFd, PollFlags};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
 
 use crate::control::{Event, Happening, LAUNCH_FD, Launch, Order, Reply, StopCause};
 use crate::os::packets::{Packet, PacketListener, PacketSocket};
@@ -30,7 +33,7 @@ const CONNECTIONS_MAX: usize = 8;
 const REPORTS_MAX: usize = 64;
 
 // The machine listens where the agent writes.
-const _: () = assert!(REPORT_PORT == ovum_agent_proto::report::REPORT_PORT);
+const _: () = assert!(REPORT_PORT == AGENT_REPORT_PORT);
 
 /// A machine with everyone who watches it.
 #[derive(Debug)]
@@ -55,7 +58,7 @@ pub fn main() -> anyhow::Result<()> {
     #[expect(unsafe_code, reason = "an inherited descriptor has no owner until it is given one")]
     let launch = unsafe { OwnedFd::from_raw_fd(LAUNCH_FD) };
     let launch = PacketSocket::from(launch);
-    rustix::io::fcntl_setfd(&launch, rustix::io::FdFlags::CLOEXEC)
+    fcntl_setfd(&launch, FdFlags::CLOEXEC)
         .context("No launch socket: a worker is started by the server, not by hand")?;
     let packet = launch.recv().context("Failed to receive the launch message")?;
     let launched_ns = now_ns();
@@ -178,7 +181,7 @@ impl Worker {
             bail!("Closed by the other end");
         }
         let reply = match serde_json::from_slice(&packet.bytes) {
-            Ok(order) => self.obey(order),
+            Ok(order) => self.obey(&order),
             Err(error) => Err(anyhow!(error).context("Malformed order")),
         };
         let reply = reply.unwrap_or_else(|error| Reply::Failed { message: format!("{error:#}") });
@@ -186,15 +189,15 @@ impl Worker {
         Ok(send(connection, &reply)?)
     }
 
-    fn obey(&mut self, order: Order) -> anyhow::Result<Reply> {
+    fn obey(&mut self, order: &Order) -> anyhow::Result<Reply> {
         match order {
             Order::Status => {}
             Order::Pause => {
-                self.machine.pause();
+                self.machine.pause().context("Failed to pause the machine")?;
                 self.running = false;
             }
             Order::Resume => {
-                self.machine.resume();
+                self.machine.resume().context("Failed to resume the machine")?;
                 self.running = true;
             }
             // The end itself arrives as an event.
@@ -204,7 +207,7 @@ impl Worker {
     }
 
     fn status(&self) -> Reply {
-        Reply::Done { pid: std::process::id(), running: self.running }
+        Reply::Done { pid: process::id(), running: self.running }
     }
 
     fn wait(&self) -> anyhow::Result<Ready> {
@@ -218,7 +221,7 @@ impl Worker {
         );
         match event::poll(&mut files, None) {
             Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
+            Err(Errno::INTR) => return Ok(Ready::default()),
             Err(error) => return Err(error).context("Failed to wait for events"),
         }
         let mut ready = files.iter().map(|file| !file.revents().is_empty());

@@ -4,7 +4,7 @@
 //! process, which is all that is promised: a host that loses power loses its machines too.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, Write};
 
 use rustix::time::{self, ClockId};
 
@@ -36,7 +36,7 @@ impl Journal {
         event
     }
 
-    fn write(&mut self, event: &Event) -> std::io::Result<()> {
+    fn write(&mut self, event: &Event) -> io::Result<()> {
         let mut line = serde_json::to_vec(event)?;
         line.push(b'\n');
         self.file.write_all(&line)

@@ -43,10 +43,10 @@ fn boot() -> Result<(), AnyError> {
     if let Some(pause) = pause {
         // The guest is left alone for a while: that is what is being tried.
         thread::park_timeout(pause);
-        machine.pause();
+        machine.pause()?;
         let state = serde_json::to_vec(&machine.save()?)?;
         say(&format!("paused, {} bytes of state", state.len()));
-        machine.resume();
+        machine.resume()?;
         say("resumed");
     }
     loop {

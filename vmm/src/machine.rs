@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard};
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
@@ -23,11 +23,11 @@ use crate::arch::{acpi, boot, cpuid, registers};
 use crate::events::Events;
 pub use crate::events::{MachineEvent, MachineEventKind, StopReason};
 use crate::layout::{KVM_TSS_START, MMIO_GSI_FIRST, MMIO_SLOTS, SERIAL_GSI, mmio_slot};
-use crate::machine_error::{BuildError, SaveError};
+use crate::machine_error::{BuildError, Ended, SaveError};
 use crate::machine_state::{DeviceSlotState, IrqchipState, MachineState};
 use crate::memory::{Memory, MemoryListener, MemoryRange};
 use crate::ports::{Ports, SerialInterrupt};
-use crate::reactor::Reactor;
+use crate::reactor::{self, Orders, Reactor};
 use crate::slots::Slots;
 use crate::spec::{MachineFiles, MachineSpec};
 use crate::vcpu::{Exits, Platform, Vcpu, install_kick};
@@ -41,13 +41,13 @@ use crate::virtio::vsock::Vsock;
 
 /// Words that every guest of this machine gets.
 ///
-/// No reboot but by ACPI, a panic ends the machine, the console is virtio, and whatever a machine
-/// like this does not have is not looked for.
-const CMDLINE: &str = "console=hvc0 quiet panic=-1 tsc=reliable no_timer_check \
-    random.trust_cpu=on";
-/// Without a 16550 there is none to look for.
-const CMDLINE_NO_SERIAL: &str = "8250.nr_uarts=0";
-/// With one the kernel speaks from its first line.
+/// A panic ends the machine, and whatever a machine like this does not have is not looked for:
+/// - `pci=off`: there is no bus, and finding that out takes over 200 exits;
+/// - `tsc=reliable no_timer_check`: there is no second clock or timer to check against.
+const CMDLINE: &str = "quiet panic=-1 pci=off tsc=reliable no_timer_check random.trust_cpu=on";
+/// Without a 16550 there is none to look for, and the console is virtio.
+const CMDLINE_NO_SERIAL: &str = "console=hvc0 8250.nr_uarts=0";
+/// With one the kernel speaks from its first line, and there only: both go to the same file.
 const CMDLINE_SERIAL: &str = "console=ttyS0 earlyprintk=ttyS0 ignore_loglevel";
 
 /// One machine.
@@ -57,11 +57,21 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     unstarted: Vec<VcpuFd>,
     _reactor: Reactor,
+    orders: Orders,
     platform: Arc<Platform>,
     events: Arc<Events>,
     vm: VmFd,
-    msrs: Vec<u32>,
+    msrs: Arc<[u32]>,
+    phase: Phase,
     _memory: Memory,
+}
+
+/// What was asked of a machine last; its guest may have ended it meanwhile.
+#[derive(Debug, Clone, Copy)]
+enum Phase {
+    Running,
+    Paused,
+    Stopped,
 }
 
 impl Machine {
@@ -83,8 +93,10 @@ impl Machine {
         let log = files.console.try_clone().map_err(BuildError::Thread)?;
         let devices = devices(spec, files.disks, files.vsock, files.console)?;
         let device_count = devices.len() as u64;
-        let (tasks, registers) = place(&vm, &memory, devices)?;
-        let reactor = Reactor::start(tasks, Arc::clone(&events)).map_err(BuildError::Thread)?;
+        let (orders, inbox) = reactor::orders().map_err(BuildError::Thread)?;
+        let (tasks, registers) = place(&vm, &memory, devices, &orders)?;
+        let reactor = Reactor::start(tasks, orders.clone(), inbox, Arc::clone(&events))
+            .map_err(BuildError::Thread)?;
 
         acpi::write_tables(memory.mem(), spec.vcpus, device_count, spec.serial)?;
         let mut cmdline = String::from(CMDLINE);
@@ -103,16 +115,16 @@ impl Machine {
             events: Arc::clone(&events),
             exits: Exits::default(),
         });
-        let msrs = msrs.as_slice().to_vec();
-        let vcpus = Vec::new();
         Ok(Self {
-            vcpus,
+            vcpus: Vec::new(),
             unstarted,
             _reactor: reactor,
+            orders,
             platform,
             events,
             vm,
-            msrs,
+            msrs: msrs.as_slice().into(),
+            phase: Phase::Running,
             _memory: memory,
         })
     }
@@ -141,40 +153,62 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops all vCPUs where they are, and lets devices finish what they are at.
-    pub fn pause(&self) {
-        for vcpu in &self.vcpus {
-            vcpu.pause();
+    /// Stops all vCPUs where they are, lets devices finish what they are at, and then stops them
+    /// too: until [`Machine::resume`] nothing of this machine changes.
+    ///
+    /// # Errors
+    ///
+    /// [`Ended`] if a thread of the machine is no more.
+    pub fn pause(&mut self) -> Result<(), Ended> {
+        match self.phase {
+            Phase::Running => self.phase = Phase::Paused,
+            Phase::Paused => return Ok(()),
+            Phase::Stopped => return Err(Ended),
         }
-        for registers in self.platform.slots.each() {
-            registers.task().drain();
+        let answers: Vec<_> = self.vcpus.iter().map(Vcpu::pause).collect();
+        for answer in answers {
+            answer.recv().map_err(|_gone| Ended)?;
         }
+        self.orders.pause().ok_or(Ended)
     }
 
-    /// Lets paused vCPUs go on.
-    pub fn resume(&self) {
-        for vcpu in &self.vcpus {
-            vcpu.resume();
+    /// Lets a paused machine go on.
+    ///
+    /// # Errors
+    ///
+    /// [`Ended`] if a thread of the machine is no more.
+    pub fn resume(&mut self) -> Result<(), Ended> {
+        match self.phase {
+            Phase::Running => return Ok(()),
+            Phase::Paused => self.phase = Phase::Running,
+            Phase::Stopped => return Err(Ended),
         }
+        self.orders.resume().ok_or(Ended)?;
+        self.vcpus.iter().try_for_each(|vcpu| vcpu.resume().ok_or(Ended))
     }
 
     /// Ends the machine as if its power was cut: when this returns it runs no more guest code, and
     /// [`StopReason::Ordered`] follows unless it had ended by itself.
-    pub fn stop(&self) {
-        for vcpu in &self.vcpus {
-            vcpu.end();
-        }
+    pub fn stop(&mut self) {
+        self.phase = Phase::Stopped;
+        self.unstarted.clear();
+        self.vcpus.clear();
         self.events.push(MachineEventKind::Stopped { reason: StopReason::Ordered });
     }
 
-    /// Everything but the content of memory, of a machine that was paused.
+    /// Everything but the content of memory, of a machine that is paused.
     ///
     /// # Errors
     ///
     /// [`SaveError`].
     pub fn save(&self) -> Result<MachineState, SaveError> {
-        let vcpus =
-            self.vcpus.iter().map(|v| v.save(self.msrs.clone())).collect::<Result<_, _>>()?;
+        match self.phase {
+            Phase::Running => return Err(SaveError::Running),
+            Phase::Paused => {}
+            Phase::Stopped => return Err(SaveError::Ended(Ended)),
+        }
+        let save = |vcpu: &Vcpu| vcpu.save(Arc::clone(&self.msrs));
+        let vcpus = self.vcpus.iter().map(save).collect::<Result<_, _>>()?;
         let clock = self.vm.get_clock().map_err(SaveError::kvm("clock"))?;
         let mut irqchips = Vec::new();
         for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC] {
@@ -182,16 +216,12 @@ impl Machine {
             self.vm.get_irqchip(&mut chip).map_err(SaveError::kvm("interrupt controller"))?;
             irqchips.push(IrqchipState::new(&chip));
         }
-        let devices = self
-            .platform
-            .slots
-            .each()
-            .map(|slot| {
-                let task = slot.task().save().ok_or(SaveError::Ended)?;
-                let (registers, line) = (slot.state().clone(), slot.line().state());
-                Ok(DeviceSlotState { registers, line, task })
-            })
-            .collect::<Result<_, SaveError>>()?;
+        let tasks = self.orders.save().ok_or(SaveError::Ended(Ended))?;
+        let slot = |(registers, task): (MutexGuard<'_, Registers>, _)| {
+            let (registers, line) = (registers.state().clone(), registers.line().state());
+            DeviceSlotState { registers, line, task }
+        };
+        let devices = self.platform.slots.each().zip(tasks).map(slot).collect();
         Ok(MachineState { vcpus, clock, irqchips, devices })
     }
 
@@ -277,23 +307,24 @@ fn place(
     vm: &VmFd,
     memory: &Memory,
     devices: Vec<Box<dyn Device>>,
+    orders: &Orders,
 ) -> Result<(Vec<Task>, Vec<Registers>), BuildError> {
     let (mut tasks, mut all) = (Vec::new(), Vec::new());
-    for (device, slot) in devices.into_iter().zip(0_u64..) {
-        let start = mmio_slot(slot).ok_or(BuildError::TooManyDevices { max: MMIO_SLOTS })?;
-        let gsi = MMIO_GSI_FIRST + u32::try_from(slot).expect("slots are few");
+    for (device, slot) in devices.into_iter().zip(0_u8..) {
+        let start = mmio_slot(slot.into()).ok_or(BuildError::TooManyDevices { max: MMIO_SLOTS })?;
+        let gsi = MMIO_GSI_FIRST + u32::from(slot);
         let irq = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BuildError::Thread)?);
         vm.register_irqfd(&irq, gsi).map_err(BuildError::kvm("register an interrupt"))?;
         let line = Line::new(irq);
         let mem = memory.mem().clone();
         let identity = Identity::of(&*device);
-        let (task, handle) = Task::new(device, mem, line.clone()).map_err(BuildError::Thread)?;
+        let task = Task::new(device, mem, line.clone()).map_err(BuildError::Thread)?;
         let notify = IoEventAddress::Mmio(start + QUEUE_NOTIFY);
         for (kick, queue) in task.kicks().iter().zip(0_u32..) {
             vm.register_ioevent(kick, &notify, queue)
                 .map_err(BuildError::kvm("register a kick"))?;
         }
-        all.push(Registers::new(identity, handle, line));
+        all.push(Registers::new(slot, identity, orders.clone(), line));
         tasks.push(task);
     }
     Ok((tasks, all))

@@ -94,10 +94,18 @@ pub enum SaveError {
         #[source]
         source: kvm_ioctls::Error,
     },
+    /// It runs: what would be read would be of different moments.
+    #[error("The machine is not paused")]
+    Running,
     /// The machine has ended.
-    #[error("The machine has ended")]
-    Ended,
+    #[error(transparent)]
+    Ended(#[from] Ended),
 }
+
+/// A thread of the machine is no more, and with it the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("The machine has ended")]
+pub struct Ended;
 
 impl SaveError {
     pub(crate) fn kvm(part: &'static str) -> impl Fn(kvm_ioctls::Error) -> Self {

@@ -1,28 +1,23 @@
 //! Guest memory: the one place that knows where it is, and tells those who have to follow.
 //!
-//! RAM is one memfd, mapped in as many ranges as the layout has. Everyone who keeps a picture of
-//! it (KVM's slots today; DMA maps, a dirty log, snapshots) is a [`MemoryListener`] and hears of
-//! each range before the guest can reach it.
+//! RAM is anonymous memory, mapped in as many ranges as the layout has: only there does Linux give
+//! huge pages without being told to by the host's administrator (docs/decisions, "Guest memory").
+//! Everyone who keeps a picture of it (KVM's slots today; DMA maps, a dirty log, snapshots) is a
+//! [`MemoryListener`] and hears of each range before the guest can reach it.
 
-use std::fs::File;
 use std::io;
 
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion,
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion,
 };
 
 use crate::layout;
 
 /// Guest memory as devices see it.
 pub type Mem = GuestMemoryMmap<()>;
-
-/// The name of the memfd, by which a host's tools can tell guest memory from the worker's own.
-pub const MEMFD_NAME: &str = "guest-memory";
 
 /// Someone who keeps a picture of guest memory.
 pub trait MemoryListener {
@@ -54,15 +49,6 @@ pub struct Memory {
 /// Why there is no memory for a guest.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// The memfd could not be made.
-    #[error("Failed to reserve {bytes} bytes of guest memory")]
-    Reserve {
-        /// How much was asked for.
-        bytes: u64,
-        /// What the kernel says.
-        #[source]
-        source: io::Error,
-    },
     /// A range could not be mapped.
     #[error("Failed to map guest memory at {guest_start:#x}, {bytes} bytes")]
     Map {
@@ -95,18 +81,9 @@ impl Memory {
     ///
     /// [`MemoryError`]; nothing stays reserved.
     pub fn new(bytes: u64, listener: &mut dyn MemoryListener) -> Result<Self, MemoryError> {
-        let reserve = |source: Errno| MemoryError::Reserve { bytes, source: source.into() };
-        let file = memfd_create(MEMFD_NAME, MemfdFlags::CLOEXEC).map_err(reserve)?;
-        ftruncate(&file, bytes).map_err(reserve)?;
-        let file = File::from(file);
-        let mut regions = Vec::new();
-        let mut offset = 0;
-        for (guest_start, range_bytes) in layout::ram_ranges(bytes) {
-            let clone =
-                file.try_clone().map_err(|source| MemoryError::Reserve { bytes, source })?;
-            regions.push(map(FileOffset::new(clone, offset), guest_start, range_bytes)?);
-            offset += range_bytes;
-        }
+        let ranges = layout::ram_ranges(bytes).into_iter();
+        let regions = ranges.map(|(guest_start, bytes)| map(guest_start, bytes));
+        let regions = regions.collect::<Result<_, _>>()?;
         let mem = Mem::from_regions(regions).expect("the layout's ranges are sorted and apart");
         for region in mem.iter() {
             let range = MemoryRange {
@@ -130,9 +107,9 @@ impl Memory {
     }
 }
 
-fn map(file: FileOffset, guest_start: u64, bytes: u64) -> Result<GuestRegionMmap<()>, MemoryError> {
+fn map(guest_start: u64, bytes: u64) -> Result<GuestRegionMmap<()>, MemoryError> {
     let length = usize::try_from(bytes).expect("usize is 64 bits wide");
-    let mapping = MmapRegion::from_file(file, length).map_err(|source| MemoryError::Map {
+    let mapping = MmapRegion::new(length).map_err(|source| MemoryError::Map {
         guest_start,
         bytes,
         source,

@@ -1,73 +1,152 @@
-//! The device thread: one loop that waits for everything that devices wait for.
+//! The device thread: one loop that owns all devices and waits for everything they wait for.
+//!
+//! Other threads reach a device only by an [`Order`], through [`Orders`]. A vCPU gives two of them,
+//! when its driver is ready and when it resets; the machine pauses, saves and ends. A kick is no
+//! order but an ioeventfd, an interrupt an irqfd, so a request costs no vCPU an exit to this
+//! process.
+//!
+//! Lock order: a vCPU holds the lock of its slot's registers while it waits for an order to be
+//! carried out. That cannot deadlock, because this thread takes no lock and waits for no vCPU.
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::{self, JoinHandle};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::events::{Events as MachineEvents, MachineEventKind, StopReason};
-use crate::virtio::task::Task;
+use crate::events::{self, MachineEventKind, StopReason};
+use crate::layout::MMIO_SLOTS;
+use crate::virtio::task::{Activation, Task, TaskState};
+use crate::virtio::{Interest, TOKEN_MAX, Watch};
 
 /// Stack of the device thread. Devices keep their buffers elsewhere.
 const STACK_BYTES: usize = 256 << 10;
+
+/// Something to be done on the device thread. Devices are named by their slot.
+#[derive(Debug)]
+enum Order {
+    Activate { slot: u8, activation: Activation, done: Sender<()> },
+    Reset { slot: u8, done: Sender<()> },
+    Pause { done: Sender<()> },
+    Resume,
+    Save { states: Sender<Vec<TaskState>> },
+    End,
+}
+
+/// Gives orders to the device thread. They are carried out one after the other, as given.
+#[derive(Debug, Clone)]
+pub struct Orders {
+    sender: Sender<Order>,
+    signal: Arc<EventFd>,
+}
+
+/// The other end of [`Orders`], for the thread itself.
+#[derive(Debug)]
+pub struct Inbox {
+    receiver: Receiver<Order>,
+    signal: Arc<EventFd>,
+}
+
+/// A way to give orders, and where they arrive.
+///
+/// # Errors
+///
+/// What eventfd(2) says.
+pub fn orders() -> io::Result<(Orders, Inbox)> {
+    let signal = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+    let (sender, receiver) = mpsc::channel();
+    Ok((Orders { sender, signal: Arc::clone(&signal) }, Inbox { receiver, signal }))
+}
+
+impl Orders {
+    /// Starts the device of `slot`. One that cannot start is broken, which its driver finds in the
+    /// status.
+    pub fn activate(&self, slot: u8, activation: Activation) {
+        let _ = self.wait_for(|done| Order::Activate { slot, activation, done });
+    }
+
+    /// Stops the device of `slot`; when this returns it touches guest memory no more.
+    pub fn reset(&self, slot: u8) {
+        let _ = self.wait_for(|done| Order::Reset { slot, done });
+    }
+
+    /// Brings all requests in flight to an end; from then on until [`Orders::resume`] no device
+    /// does anything. None if the thread has ended.
+    pub fn pause(&self) -> Option<()> {
+        self.wait_for(|done| Order::Pause { done })
+    }
+
+    /// Lets the devices go on. None if the thread has ended.
+    pub fn resume(&self) -> Option<()> {
+        self.sender.send(Order::Resume).ok()
+    }
+
+    /// What the devices would need to go on elsewhere, by slot. None if the thread has ended.
+    pub fn save(&self) -> Option<Vec<TaskState>> {
+        self.wait_for(|states| Order::Save { states })
+    }
+
+    fn give(&self, order: Order) {
+        // The thread ends only together with the machine; what it is told then does not matter.
+        let _ = self.sender.send(order);
+        let _ = self.signal.write(1);
+    }
+
+    fn wait_for<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Option<T> {
+        let (sender, answer) = mpsc::channel();
+        self.give(order(sender));
+        answer.recv().ok()
+    }
+}
 
 /// The running device thread; ends it when dropped.
 #[derive(Debug)]
 pub struct Reactor {
     thread: Option<JoinHandle<()>>,
-    stop: Stop,
-}
-
-#[derive(Debug)]
-struct Stop {
-    asked: Arc<AtomicBool>,
-    signal: EventFd,
-}
-
-#[derive(Debug)]
-enum Subscriber {
-    Device(Box<Task>),
-    Stop(Stop),
+    orders: Orders,
 }
 
 impl Reactor {
-    /// Starts the thread with all its devices. If it cannot go on, `events` is told that the machine
-    /// has ended: without devices a guest would only hang.
+    /// Starts the thread: `tasks` are the devices of slots 0 and on. Should it ever fail, the
+    /// machine ends, which it tells `machine`.
     ///
     /// # Errors
     ///
-    /// What epoll_create(2), eventfd(2) or clone(2) says.
-    pub fn start(tasks: Vec<Task>, events: Arc<MachineEvents>) -> io::Result<Self> {
-        let asked = Arc::new(AtomicBool::new(false));
-        let signal = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let stop = Stop { asked: Arc::clone(&asked), signal: signal.try_clone()? };
+    /// What epoll_create(2), epoll_ctl(2) or clone(2) says.
+    pub fn start(
+        tasks: Vec<Task>,
+        orders: Orders,
+        inbox: Inbox,
+        machine: Arc<events::Events>,
+    ) -> io::Result<Self> {
         let mut manager = EventManager::new().map_err(io::Error::other)?;
-        manager.add_subscriber(Subscriber::Stop(Stop { asked: Arc::clone(&asked), signal }));
-        for task in tasks {
-            manager.add_subscriber(Subscriber::Device(Box::new(task)));
+        let board = Board { tasks, inbox, failed: None, ended: false };
+        let board = manager.add_subscriber(board);
+        let failed = manager.subscriber_mut(board).map_err(io::Error::other)?.failed.take();
+        if let Some(error) = failed {
+            return Err(io::Error::other(error));
         }
         let run = move || {
-            while !asked.load(Ordering::SeqCst) {
-                // Interrupted waits come back as zero events.
-                if let Err(error) = manager.run() {
-                    let reason = StopReason::Fault(format!("device thread: {error}"));
-                    events.push(MachineEventKind::Stopped { reason });
-                    break;
-                }
+            let mut result = Ok(0);
+            while result.is_ok() && manager.subscriber_mut(board).is_ok_and(|board| !board.ended) {
+                result = manager.run();
+            }
+            if let Err(error) = result {
+                let reason = StopReason::Fault(format!("Device thread: {error}"));
+                machine.push(MachineEventKind::Stopped { reason });
             }
         };
         let builder = thread::Builder::new().name("devices".into()).stack_size(STACK_BYTES);
-        Ok(Self { thread: Some(builder.spawn(run)?), stop })
+        Ok(Self { thread: Some(builder.spawn(run)?), orders })
     }
 }
 
 impl Drop for Reactor {
     fn drop(&mut self) {
-        self.stop.asked.store(true, Ordering::SeqCst);
-        let _ = self.stop.signal.write(1);
+        self.orders.give(Order::End);
         if let Some(thread) = self.thread.take() {
             // A device thread that panicked has said so on standard error.
             let _ = thread.join();
@@ -75,22 +154,180 @@ impl Drop for Reactor {
     }
 }
 
-impl MutEventSubscriber for Subscriber {
+/// All devices, as the event manager's one subscriber.
+#[derive(Debug)]
+struct Board {
+    tasks: Vec<Task>,
+    inbox: Inbox,
+    failed: Option<event_manager::Error>,
+    ended: bool,
+}
+
+impl MutEventSubscriber for Board {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        match self {
-            Self::Device(task) => task.init(ops),
-            Self::Stop(stop) => ops
-                .add(Events::new(&stop.signal, EventSet::IN))
-                .expect("a new eventfd can be waited for"),
+        let kicks = self.tasks.iter().zip(0_u8..).flat_map(|(task, slot)| {
+            task.kicks().iter().zip(0_u16..).map(move |(kick, queue)| (kick, slot, queue))
+        });
+        let kicks = kicks.map(|(kick, slot, queue)| (kick, Token::Kick { slot, queue }));
+        for (file, token) in kicks.chain([(&*self.inbox.signal, Token::Orders)]) {
+            if let Err(error) = ops.add(Events::with_data(file, token.pack(), EventSet::IN)) {
+                self.failed = Some(error);
+            }
         }
     }
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        match self {
-            Self::Device(task) => task.process(events, ops),
-            Self::Stop(stop) => {
-                let _ = stop.signal.read();
+        let token = Token::unpack(events.data());
+        if let Token::Orders = token {
+            // How often it was raised does not matter: what counts is in the channel.
+            let _ = self.inbox.signal.read();
+            while let Ok(order) = self.inbox.receiver.try_recv() {
+                self.obey(order, ops);
             }
+        }
+        let (Token::Kick { slot, .. } | Token::Device { slot, .. }) = token else { return };
+        let Some(task) = self.tasks.get_mut(usize::from(slot)) else { return };
+        let watch = &mut SlotWatch { ops, slot };
+        match token {
+            Token::Kick { queue, .. } => task.serve(queue, watch),
+            Token::Device { token, .. } => task.wake(token, watch),
+            Token::Orders => {}
+        }
+    }
+}
+
+impl Board {
+    fn obey(&mut self, order: Order, ops: &mut EventOps<'_>) {
+        // Whoever gave the order may be gone; the order is carried out all the same.
+        match order {
+            Order::Activate { slot, activation, done } => {
+                if let Some(task) = self.tasks.get_mut(usize::from(slot)) {
+                    task.activate(&activation, &mut SlotWatch { ops, slot });
+                }
+                let _ = done.send(());
+            }
+            Order::Reset { slot, done } => {
+                if let Some(task) = self.tasks.get_mut(usize::from(slot)) {
+                    task.reset(&mut SlotWatch { ops, slot });
+                }
+                let _ = done.send(());
+            }
+            Order::Pause { done } => {
+                for (task, slot) in self.tasks.iter_mut().zip(0_u8..) {
+                    task.drain(&mut SlotWatch { ops, slot });
+                }
+                let _ = done.send(());
+                self.stand_still(ops);
+            }
+            Order::Save { states } => {
+                let _ = states.send(self.tasks.iter().map(Task::save).collect());
+            }
+            Order::Resume => {}
+            Order::End => self.ended = true,
+        }
+    }
+
+    /// Follows orders and nothing else until one says to go on.
+    fn stand_still(&mut self, ops: &mut EventOps<'_>) {
+        loop {
+            match self.inbox.receiver.recv() {
+                Ok(Order::Resume) => return,
+                Ok(Order::Pause { done }) => {
+                    let _ = done.send(());
+                }
+                Ok(Order::End) | Err(mpsc::RecvError) => {
+                    self.ended = true;
+                    return;
+                }
+                Ok(order) => self.obey(order, ops),
+            }
+        }
+    }
+}
+
+/// What the thread wakes up for, as the 32 bits that come back from epoll.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Token {
+    /// There are orders.
+    Orders,
+    /// The driver in `slot` kicked a queue.
+    Kick { slot: u8, queue: u16 },
+    /// The device in `slot` waits for a file, for which it has a token of its own.
+    Device { slot: u8, token: u32 },
+}
+
+/// The top byte: a slot, a slot that was kicked, or all ones.
+const KICKED: u32 = 0x80;
+const ORDERS: u32 = 0xff;
+const _: () = assert!(TOKEN_MAX == 1 << 24 && MMIO_SLOTS < (ORDERS - KICKED) as u64);
+
+impl Token {
+    fn pack(self) -> u32 {
+        match self {
+            Self::Orders => ORDERS << 24,
+            Self::Kick { slot, queue } => ((KICKED | u32::from(slot)) << 24) | u32::from(queue),
+            Self::Device { slot, token } => (u32::from(slot) << 24) | (token % TOKEN_MAX),
+        }
+    }
+
+    fn unpack(packed: u32) -> Self {
+        let [top, _, queue @ ..] = packed.to_be_bytes();
+        match u32::from(top) {
+            ORDERS => Self::Orders,
+            KICKED.. => Self::Kick { slot: top & 0x7f, queue: u16::from_be_bytes(queue) },
+            _ => Self::Device { slot: top, token: packed % TOKEN_MAX },
+        }
+    }
+}
+
+/// The event manager as the device in one slot sees it.
+#[derive(Debug)]
+struct SlotWatch<'o, 'm> {
+    ops: &'o mut EventOps<'m>,
+    slot: u8,
+}
+
+impl SlotWatch<'_, '_> {
+    fn events(&self, file: BorrowedFd<'_>, token: u32, interest: Interest) -> Events {
+        let set = match interest {
+            Interest::Nothing => EventSet::empty(),
+            Interest::Read => EventSet::IN,
+            Interest::Write => EventSet::OUT,
+            Interest::ReadWrite => EventSet::IN | EventSet::OUT,
+        };
+        Events::with_data(&file, Token::Device { slot: self.slot, token }.pack(), set)
+    }
+}
+
+impl Watch for SlotWatch<'_, '_> {
+    fn add(&mut self, file: BorrowedFd<'_>, token: u32, interest: Interest) -> io::Result<()> {
+        self.ops.add(self.events(file, token, interest)).map_err(io::Error::other)
+    }
+
+    fn change(&mut self, file: BorrowedFd<'_>, token: u32, interest: Interest) -> io::Result<()> {
+        self.ops.modify(self.events(file, token, interest)).map_err(io::Error::other)
+    }
+
+    fn remove(&mut self, file: BorrowedFd<'_>) -> io::Result<()> {
+        self.ops.remove(Events::empty_raw(file.as_raw_fd())).map_err(io::Error::other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_survives_its_packing() {
+        let last = u8::try_from(MMIO_SLOTS - 1).unwrap();
+        for token in [
+            Token::Orders,
+            Token::Kick { slot: 0, queue: 0 },
+            Token::Kick { slot: last, queue: u16::MAX },
+            Token::Device { slot: 0, token: 0 },
+            Token::Device { slot: last, token: TOKEN_MAX - 1 },
+        ] {
+            assert_eq!(Token::unpack(token.pack()), token);
         }
     }
 }

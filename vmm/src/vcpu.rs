@@ -1,28 +1,28 @@
 //! A vCPU: a thread that runs guest code and answers what KVM cannot.
 //!
-//! Orders reach it over a channel. A signal takes it out of KVM_RUN; one that comes a moment too
-//! early is lost, so whoever gave the order sends it again until the order is answered.
+//! Orders reach it over a channel; a kick takes it out of KVM_RUN to look there. Between two turns
+//! of guest code it looks only when it was kicked, so whatever a vCPU was doing with a device when
+//! the order came, it has finished it when it obeys.
+
+#[expect(unsafe_code, reason = "a signal handler writes to the page shared with KVM")]
+mod kick;
 
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError};
+use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::events::{Events, MachineEventKind, StopReason};
 use crate::ports::Ports;
 use crate::slots::Slots;
 use crate::vcpu_state::{VcpuState, VcpuStateError};
+use kick::Kickable;
 
 /// Stack of a vCPU thread: the run loop and what it calls are shallow.
 const STACK_BYTES: usize = 256 << 10;
-
-/// How long an order waits before its signal is sent again.
-const KICK_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Exits to this process, by kind.
 #[derive(Debug, Default)]
@@ -60,24 +60,18 @@ pub struct Vcpu {
 #[derive(Debug)]
 enum Order {
     Pause(Sender<()>),
-    Resume(Sender<()>),
-    Save(Vec<u32>, Sender<Result<VcpuState, VcpuStateError>>),
+    Resume,
+    Save(Arc<[u32]>, Sender<Result<VcpuState, VcpuStateError>>),
     End,
 }
 
-/// Makes the kick signal harmless but for interrupting KVM_RUN. Once in a process is enough.
+/// Prepares this process for vCPUs. Once is enough.
 ///
 /// # Errors
 ///
 /// What sigaction(2) says.
 pub fn install_kick() -> io::Result<()> {
-    extern "C" fn nothing(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    register_signal_handler(kick_signal(), nothing)
-        .map_err(|error| io::Error::from_raw_os_error(error.errno()))
-}
-
-fn kick_signal() -> libc::c_int {
-    SIGRTMIN()
+    kick::install()
 }
 
 impl Vcpu {
@@ -95,61 +89,47 @@ impl Vcpu {
         Ok(Self { orders, thread: Some(thread) })
     }
 
-    /// Stops it where it is. It is stopped when this returns.
-    pub fn pause(&self) {
-        self.order(Order::Pause);
+    /// Stops it where it is; it is stopped once the answer can be received.
+    pub fn pause(&self) -> Receiver<()> {
+        self.order(Order::Pause)
     }
 
-    /// Lets it go on.
-    pub fn resume(&self) {
-        self.order(Order::Resume);
+    /// Lets it go on, if it was paused. None if the thread has ended.
+    pub fn resume(&self) -> Option<()> {
+        self.orders.send(Order::Resume).ok()
     }
 
-    /// What it would need to go on elsewhere, the registers in `msrs` included. Only while paused.
+    /// What a paused vCPU would need to go on elsewhere, those of `msrs` included that can be read.
     ///
     /// # Errors
     ///
     /// [`VcpuStateError`].
-    pub fn save(&self, msrs: Vec<u32>) -> Result<VcpuState, VcpuStateError> {
-        self.order(|done| Order::Save(msrs, done)).unwrap_or(Err(VcpuStateError::Ended))
+    pub fn save(&self, msrs: Arc<[u32]>) -> Result<VcpuState, VcpuStateError> {
+        let answer = self.order(|state| Order::Save(msrs, state));
+        answer.recv().unwrap_or(Err(VcpuStateError::Ended))
     }
 
-    /// Gives an order and waits until it is carried out. None if the thread has ended.
-    fn order<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Option<T> {
-        let (done, answer) = mpsc::channel();
-        self.orders.send(order(done)).ok()?;
-        loop {
-            self.kick();
-            match answer.recv_timeout(KICK_INTERVAL) {
-                Ok(answer) => return Some(answer),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return None,
-            }
-        }
+    /// Gives an order whose answer can be received; it cannot if the thread has ended.
+    fn order<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Receiver<T> {
+        let (sender, answer) = mpsc::channel();
+        self.give(order(sender));
+        answer
     }
 
-    /// Ends the thread, wherever the guest was. It has ended when this returns.
-    pub fn end(&self) {
-        let _ = self.orders.send(Order::End);
-        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) {
-            self.kick();
-            thread::park_timeout(KICK_INTERVAL);
-        }
-    }
-
-    fn kick(&self) {
+    fn give(&self, order: Order) {
+        // A thread that has ended follows no orders, which its caller sees by the answer.
+        let _ = self.orders.send(order);
         if let Some(thread) = &self.thread {
-            // It fails only for a thread that has ended, which the caller notices by itself.
-            let _ = thread.kill(kick_signal());
+            kick::kick(thread);
         }
     }
 }
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        self.end();
+        self.give(Order::End);
         if let Some(thread) = self.thread.take() {
-            // A vCPU thread that panicked has said so on standard error.
+            // One that panicked has said so on standard error.
             let _ = thread.join();
         }
     }
@@ -166,69 +146,83 @@ struct VcpuThread {
 enum Turn {
     /// Nothing that concerns others.
     On,
-    /// Someone may have sent an order.
-    Interrupted,
+    /// The thread was kicked: there may be an order.
+    Kicked,
     /// The machine has ended.
     Ended(StopReason),
 }
 
 impl VcpuThread {
     fn run(mut self) {
+        // SAFETY: `self` owns the vCPU and is dropped after what is returned, being older.
+        #[expect(unsafe_code, reason = "the signal handler needs to know this thread's vCPU")]
+        let _kickable = unsafe { Kickable::new(&mut self.fd) };
+        // An order that was given before the thread could be kicked is waiting already.
+        let mut turn = Turn::Kicked;
         loop {
-            match self.turn() {
-                Turn::On => {}
-                Turn::Interrupted => match self.orders.try_recv() {
-                    Ok(order) => {
-                        if !self.obey(order) {
-                            return;
-                        }
-                    }
-                    Err(TryRecvError::Empty) => {}
-                    Err(TryRecvError::Disconnected) => return,
-                },
+            let goes_on = match turn {
+                Turn::On => true,
+                Turn::Kicked => self.look_for_orders(),
                 Turn::Ended(reason) => {
                     self.platform.events.push(MachineEventKind::Stopped { reason });
-                    self.rest();
-                    return;
+                    // It follows orders as ever, but there is nothing to resume.
+                    while self.rest() {}
+                    false
                 }
+            };
+            if !goes_on {
+                return;
+            }
+            turn = self.turn();
+        }
+    }
+
+    /// Follows the orders there are; false if the last one was among them.
+    fn look_for_orders(&mut self) -> bool {
+        // First, so that a kick that comes from here on is seen by the next KVM_RUN.
+        self.fd.set_kvm_immediate_exit(0);
+        loop {
+            let goes_on = match self.orders.try_recv() {
+                Ok(order) => self.obey(order),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => false,
+            };
+            if !goes_on {
+                return false;
             }
         }
     }
 
     /// Carries out an order; false if it was the last.
     fn obey(&mut self, order: Order) -> bool {
+        // Whoever gave the order may be gone; it is carried out all the same.
         match order {
             Order::Pause(done) => {
                 let _ = done.send(());
                 self.rest()
             }
-            Order::Resume(done) => {
-                let _ = done.send(());
-                true
-            }
-            Order::Save(msrs, done) => {
-                let _ = done.send(VcpuState::save(&self.fd, &msrs));
+            Order::Resume => true,
+            Order::Save(msrs, state) => {
+                let _ = state.send(VcpuState::save(&self.fd, &msrs));
                 true
             }
             Order::End => false,
         }
     }
 
-    /// Waits for orders without running the guest; false if the last one came.
+    /// Follows orders without running the guest, until one lets it go on; false if the last one
+    /// came.
     fn rest(&mut self) -> bool {
         loop {
             match self.orders.recv() {
-                Ok(Order::Resume(done)) => {
-                    let _ = done.send(());
-                    return true;
-                }
+                Ok(Order::Resume) => return true,
                 Ok(Order::Pause(done)) => {
                     let _ = done.send(());
                 }
                 Ok(order @ Order::Save(..)) => {
                     self.obey(order);
                 }
-                Ok(Order::End) | Err(_) => return false,
+                Ok(Order::End) | Err(mpsc::RecvError) => return false,
             }
         }
     }
@@ -270,7 +264,7 @@ impl VcpuThread {
             }
             Ok(exit) => return fault(format!("vCPU {index}: unexpected exit {exit:?}")),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
-                return Turn::Interrupted;
+                return Turn::Kicked;
             }
             Err(error) => return fault(format!("vCPU {index}: KVM_RUN failed: {error}")),
         }

@@ -1,6 +1,7 @@
 //! What CPUID tells a vCPU: what KVM supports, with the topology of this machine.
 //!
-//! One socket, a core for each vCPU, one thread in each core. APIC ids are vCPU indexes.
+//! One socket, a core for each vCPU, one thread in each core. APIC ids are vCPU indexes. There are
+//! no performance counters: they would be more state to carry and a probe at each boot.
 //! Leaves as in SDM volume 2, "CPUID", and AMD's "CPUID Specification".
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
@@ -10,6 +11,10 @@ const CACHES: u32 = 0x4;
 const POWER: u32 = 0x6;
 const TOPOLOGY: u32 = 0xb;
 const TOPOLOGY_V2: u32 = 0x1f;
+const COUNTERS: u32 = 0xa;
+const AMD_FEATURES: u32 = 0x8000_0001;
+const AMD_CACHES: u32 = 0x8000_001d;
+const AMD_COUNTERS: u32 = 0x8000_0022;
 const AMD_SIZES: u32 = 0x8000_0008;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
 
@@ -17,10 +22,16 @@ const AMD_TOPOLOGY: u32 = 0x8000_001e;
 const TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1, ECX: there is a hypervisor.
 const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 1, ECX: the register that says what the performance counters can do.
+const COUNTER_CAPABILITIES: u32 = 1 << 15;
 /// Leaf 1, EDX: the count of logical processors is valid.
 const HYPER_THREADING: u32 = 1 << 28;
 /// Leaf 6, ECX: the APERF and MPERF counters, which KVM does not give to guests.
 const APERF_MPERF: u32 = 1;
+/// AMD, leaf 0x80000001, ECX: the logical processors are cores, not threads.
+const CORES_ONLY: u32 = 1 << 1;
+/// AMD, leaf 0x80000001, ECX: performance counters of the core, of the northbridge, of the cache.
+const AMD_EXTRA_COUNTERS: u32 = 1 << 23 | 1 << 24 | 1 << 28;
 
 /// Adapts what KVM supports to vCPU `index` of `vcpus`.
 pub fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8) -> Vec<kvm_cpuid_entry2> {
@@ -46,16 +57,22 @@ fn adapt(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8) {
         FEATURES => {
             entry.ebx = entry.ebx & 0xffff | vcpus << 16 | index << 24;
             entry.ecx |= TSC_DEADLINE | HYPERVISOR;
-            entry.edx &= !HYPER_THREADING;
-            if vcpus > 1 {
-                entry.edx |= HYPER_THREADING;
-            }
+            entry.ecx &= !COUNTER_CAPABILITIES;
+            entry.edx = with_bit(entry.edx, HYPER_THREADING, vcpus > 1);
         }
-        // Cores of the package in 31:26; who shares the cache in 25:14: all share the third level.
-        CACHES if entry.eax & 0x1f != 0 => {
+        AMD_FEATURES => {
+            entry.ecx = with_bit(entry.ecx, CORES_ONLY, vcpus > 1);
+            entry.ecx &= !AMD_EXTRA_COUNTERS;
+        }
+        // Both makers have who shares the cache in 25:14; Intel has the package's cores above.
+        CACHES | AMD_CACHES if entry.eax & 0x1f != 0 => {
             let level = entry.eax >> 5 & 7;
             let sharing = if level >= 3 { vcpus - 1 } else { 0 };
-            entry.eax = entry.eax & 0x3fff | sharing << 14 | (vcpus - 1) << 26;
+            let cores = if entry.function == CACHES { vcpus - 1 } else { 0 };
+            entry.eax = entry.eax & 0x3fff | sharing << 14 | cores << 26;
+        }
+        COUNTERS | AMD_COUNTERS => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
         }
         POWER => entry.ecx &= !APERF_MPERF,
         AMD_SIZES => entry.ecx = entry.ecx & !0xf0ff | id_bits(vcpus) << 12 | (vcpus - 1),
@@ -66,6 +83,10 @@ fn adapt(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8) {
         }
         _ => {}
     }
+}
+
+fn with_bit(register: u32, bit: u32, set: bool) -> u32 {
+    if set { register | bit } else { register & !bit }
 }
 
 /// Extended topology: level 1 is the thread (one), level 2 the core.
@@ -99,7 +120,17 @@ mod tests {
 
     fn supported() -> CpuId {
         let entry = |function, eax| kvm_cpuid_entry2 { function, eax, ..Default::default() };
-        let entries = [entry(0, 0x1f), entry(1, 0), entry(4, 0x63), entry(0xb, 0xffff)];
+        let entries = [
+            entry(0, 0x1f),
+            entry(1, 0),
+            entry(4, 0x63),
+            entry(0xa, 0x0730_0802),
+            entry(0xb, 0xffff),
+            kvm_cpuid_entry2 { ecx: u32::MAX, ..entry(AMD_FEATURES, 0) },
+            entry(AMD_SIZES, 0x3030),
+            entry(AMD_CACHES, 0x0fff_c121),
+            entry(AMD_TOPOLOGY, 0xff),
+        ];
         CpuId::from_entries(&entries).unwrap()
     }
 
@@ -119,10 +150,31 @@ mod tests {
     }
 
     #[test]
+    fn amd_leaves_tell_the_same() {
+        let entries = for_vcpu(&supported(), 5, 6);
+
+        assert_eq!(leaf(&entries, AMD_SIZES, 0).ecx, 3 << 12 | 5);
+        let topology = leaf(&entries, AMD_TOPOLOGY, 0);
+        assert_eq!((topology.eax, topology.ebx, topology.ecx), (5, 5, 0));
+        // The first level of the cache is a core's own.
+        assert_eq!(leaf(&entries, AMD_CACHES, 0).eax, 0x121);
+        assert_ne!(leaf(&entries, AMD_FEATURES, 0).ecx & CORES_ONLY, 0);
+    }
+
+    #[test]
+    fn there_are_no_performance_counters() {
+        let entries = for_vcpu(&supported(), 0, 1);
+
+        assert_eq!(leaf(&entries, COUNTERS, 0).eax, 0);
+        assert_eq!(leaf(&entries, AMD_FEATURES, 0).ecx & AMD_EXTRA_COUNTERS, 0);
+    }
+
+    #[test]
     fn a_single_cpu_has_no_siblings() {
         let entries = for_vcpu(&supported(), 0, 1);
 
         assert_eq!(leaf(&entries, 1, 0).edx & HYPER_THREADING, 0);
+        assert_eq!(leaf(&entries, AMD_FEATURES, 0).ecx & CORES_ONLY, 0);
         assert_eq!(leaf(&entries, TOPOLOGY, 1).ebx, 1);
     }
 }

@@ -1,9 +1,9 @@
 //! The virtio-mmio transport: the registers of one slot, as a vCPU sees them.
 //!
 //! A vCPU thread that touches a register works on [`Registers`] under the slot's lock. Only two
-//! things reach the device thread from here, and the vCPU waits for both: the driver being ready
-//! (its queues are checked and frozen, then the device starts) and a reset. Kicks do not come by:
-//! they are ioeventfds. Virtio 1.3, 4.2 "Virtio Over MMIO".
+//! things reach the device thread from here, and the vCPU waits for both: that the driver is ready
+//! (its queues are checked and frozen, then the device starts) and a reset. Kicks do not come by: they are ioeventfds.
+//! Virtio 1.3, 4.2 "Virtio Over MMIO".
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
@@ -15,7 +15,8 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::Device;
-use super::task::{Activation, Line, TaskHandle};
+use super::task::{Activation, Line};
+use crate::reactor::Orders;
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
@@ -61,7 +62,8 @@ const TRANSPORT_FEATURES: u64 =
 pub struct Registers {
     identity: Identity,
     state: RegistersState,
-    task: TaskHandle,
+    slot: u8,
+    orders: Orders,
     line: Line,
 }
 
@@ -126,10 +128,11 @@ pub struct QueueSetup {
 }
 
 impl Registers {
-    /// The slot of `identity`, whose task is reached through `task`, which interrupts by `line`.
-    pub fn new(identity: Identity, task: TaskHandle, line: Line) -> Self {
+    /// Slot number `slot`: the device behind it says `identity` of itself, interrupts by `line`
+    /// and is reached by `orders`.
+    pub fn new(slot: u8, identity: Identity, orders: Orders, line: Line) -> Self {
         let state = RegistersState::after_reset(identity.queue_sizes);
-        Self { identity, state, task, line }
+        Self { identity, state, slot, orders, line }
     }
 
     /// What the driver has written.
@@ -140,11 +143,6 @@ impl Registers {
     /// The device's interrupt.
     pub fn line(&self) -> &Line {
         &self.line
-    }
-
-    /// The way to the device.
-    pub fn task(&self) -> &TaskHandle {
-        &self.task
     }
 
     /// A vCPU reads `data.len()` bytes at `offset`. What is not there reads as ones.
@@ -225,7 +223,7 @@ impl Registers {
         if value == 0 {
             return self.reset();
         }
-        // A driver adds to what it read, and so writes back bits that are ours.
+        // A driver adds a bit to what it read, and may so write NEEDS_RESET, which is not its own.
         let value = value & DRIVER_BITS;
         let added = value & !old;
         let needed = match added {
@@ -259,12 +257,12 @@ impl Registers {
             queues: self.state.queues.clone(),
         };
         self.state.status = status;
-        self.task.activate(activation);
+        self.orders.activate(self.slot, activation);
     }
 
     fn reset(&mut self) {
         if self.state.status & DRIVER_OK != 0 {
-            self.task.reset();
+            self.orders.reset(self.slot);
         }
         self.line.clear();
         self.state = RegistersState::after_reset(self.identity.queue_sizes);

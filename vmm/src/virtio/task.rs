@@ -1,28 +1,22 @@
 //! One device on the device thread: its queues, its files and its turn.
 //!
-//! The task owns the device. vCPU threads reach it through a [`TaskHandle`], whose orders are
-//! rare and waited for; kicks arrive on ioeventfds and interrupts leave on an irqfd, so a request
-//! costs no vCPU an exit to this process beyond KVM's own.
+//! The task owns the device and does for it what is the same for all: it checks the queues, raises
+//! the interrupt if the driver wants it, comes back for what was left over, and takes a device whose
+//! driver broke the rules out of service.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::mpsc::{self, Receiver, Sender};
 
-use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::mmio::QueueSetup;
 use super::ring::Ring;
-use super::{Device, DeviceIo, DeviceState, Fault, Interest, Served, TOKEN_MAX, Watch};
+use super::{Device, DeviceIo, DeviceState, Fault, Served, Watch};
 use crate::memory::Mem;
-
-/// Token of the order signal; the kick of queue n is the n-th after it.
-const ORDER_TOKEN: u32 = TOKEN_MAX;
-const KICK_TOKEN: u32 = ORDER_TOKEN + 1;
 
 /// A used buffer waits to be looked at (virtio 1.3, 4.2.2, InterruptStatus).
 const USED_BUFFER: u32 = 1;
@@ -122,80 +116,30 @@ impl Line {
     }
 }
 
-/// How other threads reach a task.
-#[derive(Debug)]
-pub struct TaskHandle {
-    orders: Sender<Order>,
-    signal: EventFd,
-}
-
-#[derive(Debug)]
-enum Order {
-    Activate(Activation, Sender<()>),
-    Reset(Sender<()>),
-    Drain(Sender<()>),
-    Save(Sender<TaskState>),
-}
-
-impl TaskHandle {
-    /// Starts the device; if its queues make no sense it is broken instead.
-    pub fn activate(&self, activation: Activation) {
-        self.order(|done| Order::Activate(activation, done));
-    }
-
-    /// Stops the device; when this returns it touches guest memory no more.
-    pub fn reset(&self) {
-        self.order(Order::Reset);
-    }
-
-    /// Brings its requests in flight to an end.
-    pub fn drain(&self) {
-        self.order(Order::Drain);
-    }
-
-    /// What it would need to go on elsewhere; nothing if the device thread has ended.
-    pub fn save(&self) -> Option<TaskState> {
-        self.order(Order::Save)
-    }
-
-    /// Sends an order and waits for the answer. None if the device thread has ended, as it does
-    /// only together with the machine.
-    fn order<T>(&self, order: impl FnOnce(Sender<T>) -> Order) -> Option<T> {
-        let (done, answer) = mpsc::channel();
-        self.orders.send(order(done)).ok()?;
-        let _ = self.signal.write(1);
-        answer.recv().ok()
-    }
-}
-
 /// A device with its queues.
 #[derive(Debug)]
 pub struct Task {
     device: Box<dyn Device>,
     mem: Mem,
+    /// Empty while the device is not active.
     rings: Vec<Ring>,
     kicks: Vec<EventFd>,
     line: Line,
-    orders: Receiver<Order>,
-    signal: EventFd,
 }
 
 impl Task {
-    /// A task for `device` that interrupts by `line`, and the handle to it.
+    /// A task for `device` that interrupts by `line`.
     ///
     /// # Errors
     ///
     /// What eventfd(2) says.
-    pub fn new(device: Box<dyn Device>, mem: Mem, line: Line) -> io::Result<(Self, TaskHandle)> {
+    pub fn new(device: Box<dyn Device>, mem: Mem, line: Line) -> io::Result<Self> {
         let kicks = device
             .queue_sizes()
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<io::Result<_>>()?;
-        let signal = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        let (sender, orders) = mpsc::channel();
-        let handle = TaskHandle { orders: sender, signal: signal.try_clone()? };
-        Ok((Self { device, mem, rings: Vec::new(), kicks, line, orders, signal }, handle))
+        Ok(Self { device, mem, rings: Vec::new(), kicks, line })
     }
 
     /// The kick of each queue, to be registered as ioeventfd.
@@ -203,37 +147,47 @@ impl Task {
         &self.kicks
     }
 
-    fn obey(&mut self, watch: &mut OpsWatch<'_, '_>) {
-        // The signal only says that there is an order; how often it was raised does not matter.
-        let _ = self.signal.read();
-        while let Ok(order) = self.orders.try_recv() {
-            // Whoever gave the order may be gone; the order is carried out all the same.
-            match order {
-                Order::Activate(activation, done) => {
-                    if self.activate(&activation, watch).is_err() {
-                        self.fail(watch);
-                    }
-                    let _ = done.send(());
-                }
-                Order::Reset(done) => {
-                    self.stop(watch);
-                    let _ = done.send(());
-                }
-                Order::Drain(done) => {
-                    self.with_device(watch, |device, io| device.drain(io));
-                    let _ = done.send(());
-                }
-                Order::Save(state) => {
-                    let _ = state.send(self.save());
-                }
-            }
+    /// The driver is ready: checks its queues, which are frozen from here on, and starts the
+    /// device. If anything makes no sense the device is broken instead.
+    pub fn activate(&mut self, activation: &Activation, watch: &mut dyn Watch) {
+        if self.try_activate(activation, watch).is_err() {
+            self.fail(watch);
         }
     }
 
-    fn activate(
+    /// Stops the device. It touches guest memory no more.
+    pub fn reset(&mut self, watch: &mut dyn Watch) {
+        self.device.reset(watch);
+        self.rings.clear();
+    }
+
+    /// Serves queue `index`, which the driver kicked.
+    pub fn serve(&mut self, index: u16, watch: &mut dyn Watch) {
+        let Some(kick) = self.kicks.get(usize::from(index)) else { return };
+        let _ = kick.read();
+        self.with_device(watch, |device, io| device.service(index, io));
+    }
+
+    /// Wakes the device: the file to which it gave `token` is ready.
+    pub fn wake(&mut self, token: u32, watch: &mut dyn Watch) {
+        self.with_device(watch, |device, io| device.wake(token, io));
+    }
+
+    /// Brings requests in flight to an end.
+    pub fn drain(&mut self, watch: &mut dyn Watch) {
+        self.with_device(watch, |device, io| device.drain(io));
+    }
+
+    /// What the device and its queues would need to go on elsewhere.
+    pub fn save(&self) -> TaskState {
+        let queues = self.rings.iter().map(Ring::state).collect();
+        TaskState { device: self.device.save(), queues }
+    }
+
+    fn try_activate(
         &mut self,
         activation: &Activation,
-        watch: &mut OpsWatch<'_, '_>,
+        watch: &mut dyn Watch,
     ) -> Result<(), Fault> {
         self.rings.clear();
         let sizes = self.device.queue_sizes();
@@ -247,7 +201,7 @@ impl Task {
     /// Lets the device work, then tells the guest of used buffers and comes back for the rest.
     fn with_device(
         &mut self,
-        watch: &mut OpsWatch<'_, '_>,
+        watch: &mut dyn Watch,
         work: impl FnOnce(&mut dyn Device, &mut DeviceIo<'_>) -> Result<Served, Fault>,
     ) {
         if self.rings.is_empty() {
@@ -270,6 +224,7 @@ impl Task {
         if raise {
             self.line.raise(USED_BUFFER);
         }
+        // What is left waits behind the other devices, as if the driver had kicked again.
         for (index, kick) in self.kicks.iter().enumerate() {
             if served.again & 1 << index != 0 {
                 let _ = kick.write(1);
@@ -279,44 +234,9 @@ impl Task {
     }
 
     /// The guest broke its device: it is stopped until the driver resets it.
-    fn fail(&mut self, watch: &mut OpsWatch<'_, '_>) {
-        self.stop(watch);
+    fn fail(&mut self, watch: &mut dyn Watch) {
+        self.reset(watch);
         self.line.fail();
-    }
-
-    fn stop(&mut self, watch: &mut OpsWatch<'_, '_>) {
-        self.device.reset(watch);
-        self.rings.clear();
-    }
-
-    fn save(&self) -> TaskState {
-        let queues = self.rings.iter().map(Ring::state).collect();
-        TaskState { device: self.device.save(), queues }
-    }
-}
-
-impl MutEventSubscriber for Task {
-    fn init(&mut self, ops: &mut EventOps<'_>) {
-        let files = [&self.signal].into_iter().chain(&self.kicks);
-        for (token, file) in (ORDER_TOKEN..).zip(files) {
-            ops.add(Events::with_data(file, token, EventSet::IN))
-                .expect("a new eventfd can be waited for");
-        }
-    }
-
-    fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
-        let watch = &mut OpsWatch { ops };
-        match events.data() {
-            ORDER_TOKEN => self.obey(watch),
-            token @ KICK_TOKEN.. => {
-                let index = token - KICK_TOKEN;
-                let Some(kick) = self.kicks.get(index as usize) else { return };
-                let _ = kick.read();
-                let Ok(index) = u16::try_from(index) else { return };
-                self.with_device(watch, |device, io| device.service(index, io));
-            }
-            token => self.with_device(watch, |device, io| device.wake(token, io)),
-        }
     }
 }
 
@@ -332,11 +252,9 @@ fn ring(
     let mut queue = Queue::new(size_max).map_err(fault)?;
     if setup.ready {
         queue.try_set_size(setup.size).map_err(fault)?;
-        queue
-            .try_set_desc_table_address(vm_memory::GuestAddress(setup.descriptors))
-            .map_err(fault)?;
-        queue.try_set_avail_ring_address(vm_memory::GuestAddress(setup.driver)).map_err(fault)?;
-        queue.try_set_used_ring_address(vm_memory::GuestAddress(setup.device)).map_err(fault)?;
+        queue.try_set_desc_table_address(GuestAddress(setup.descriptors)).map_err(fault)?;
+        queue.try_set_avail_ring_address(GuestAddress(setup.driver)).map_err(fault)?;
+        queue.try_set_used_ring_address(GuestAddress(setup.device)).map_err(fault)?;
         queue.set_event_idx(event_idx);
         queue.set_ready(true);
         if !queue.is_valid(mem) {
@@ -344,35 +262,4 @@ fn ring(
         }
     }
     Ok(Ring::new(index, queue))
-}
-
-/// The event manager as a device sees it.
-#[derive(Debug)]
-struct OpsWatch<'o, 'm> {
-    ops: &'o mut EventOps<'m>,
-}
-
-impl Watch for OpsWatch<'_, '_> {
-    fn add(&mut self, file: BorrowedFd<'_>, token: u32, interest: Interest) -> io::Result<()> {
-        self.ops.add(Events::with_data(&file, token, event_set(interest))).map_err(io::Error::other)
-    }
-
-    fn change(&mut self, file: BorrowedFd<'_>, token: u32, interest: Interest) -> io::Result<()> {
-        self.ops
-            .modify(Events::with_data(&file, token, event_set(interest)))
-            .map_err(io::Error::other)
-    }
-
-    fn remove(&mut self, file: BorrowedFd<'_>) -> io::Result<()> {
-        self.ops.remove(Events::empty_raw(file.as_raw_fd())).map_err(io::Error::other)
-    }
-}
-
-fn event_set(interest: Interest) -> EventSet {
-    match interest {
-        Interest::Nothing => EventSet::empty(),
-        Interest::Read => EventSet::IN,
-        Interest::Write => EventSet::OUT,
-        Interest::ReadWrite => EventSet::IN | EventSet::OUT,
-    }
 }

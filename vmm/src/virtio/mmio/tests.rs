@@ -1,6 +1,7 @@
 //! The transport as a driver has it: registers through [`Slots`], a device on a real thread.
 
 use std::os::fd::AsRawFd;
+use std::slice;
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -10,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::*;
 use crate::events::Events;
 use crate::layout::{MMIO_SLOT_BYTES, mmio_slot};
-use crate::reactor::Reactor;
+use crate::reactor::{self, Orders, Reactor};
 use crate::slots::Slots;
 use crate::spec::DiskSpec;
 use crate::testing::{Guest, QueueFixture};
@@ -27,6 +28,7 @@ struct Driver {
     slots: Slots,
     kick: EventFd,
     irq: Arc<EventFd>,
+    orders: Orders,
     // Last, so that it ends last: registers may wait for it.
     _reactor: Reactor,
 }
@@ -36,11 +38,13 @@ impl Driver {
         let irq = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap());
         let line = Line::new(Arc::clone(&irq));
         let identity = Identity::of(&*device);
-        let (task, handle) = Task::new(device, guest.mem.clone(), line.clone()).unwrap();
+        let task = Task::new(device, guest.mem.clone(), line.clone()).unwrap();
         let kick = task.kicks()[0].try_clone().unwrap();
-        let reactor = Reactor::start(vec![task], Arc::new(Events::new().unwrap())).unwrap();
-        let slots = Slots::new(vec![Registers::new(identity, handle, line)]);
-        Self { slots, kick, irq, _reactor: reactor }
+        let (orders, inbox) = reactor::orders().unwrap();
+        let events = Arc::new(Events::new().unwrap());
+        let reactor = Reactor::start(vec![task], orders.clone(), inbox, events).unwrap();
+        let slots = Slots::new(vec![Registers::new(0, identity, orders.clone(), line)]);
+        Self { slots, kick, irq, orders, _reactor: reactor }
     }
 
     fn of_entropy(guest: &Guest) -> Self {
@@ -121,11 +125,9 @@ impl Driver {
 
     /// Returns once the device thread has done all that it was kicked for before.
     fn settle(&self) {
-        for registers in self.slots.each() {
-            // Kicks of before the first order are served before the second.
-            registers.task().save().unwrap();
-            registers.task().save().unwrap();
-        }
+        // Kicks of before the first order are served before the second.
+        self.orders.save().unwrap();
+        self.orders.save().unwrap();
     }
 
     /// Resets the device and has one request answered.
@@ -205,7 +207,7 @@ fn queues_are_set_up_between_features_and_the_start_only() {
     let unset = QueueSetup { size: 64, ..QueueSetup::default() };
 
     driver.set_up(&queue);
-    assert_eq!(state(), [unset.clone()], "before features");
+    assert_eq!(state(), slice::from_ref(&unset), "before features");
     assert_eq!(driver.start(&queue), RUNNING);
     driver.set_up(&other);
     assert_eq!(state(), [queue], "while it runs");
@@ -302,6 +304,24 @@ fn a_device_that_was_reset_serves_nothing() {
 
     assert_eq!(queue.used(), []);
     assert_eq!(driver.read(INTERRUPT_STATUS), 0);
+}
+
+#[test]
+fn a_kick_during_a_pause_is_served_after_it() {
+    let guest = Guest::new();
+    let driver = Driver::of_entropy(&guest);
+    let mut queue = QueueFixture::new(&guest, 0, 64);
+    assert_eq!(driver.start(&queue.setup()), RUNNING);
+    driver.orders.pause().unwrap();
+
+    queue.offer(&[], &[guest.buffer(64)]);
+    driver.kick();
+    let saved = driver.orders.save().unwrap();
+
+    assert_eq!((saved[0].queues[0].next_avail, queue.used()), (0, vec![]));
+    driver.orders.resume().unwrap();
+    assert_eq!(driver.interrupt(), 1);
+    assert_eq!(queue.used(), [(0, 64)]);
 }
 
 #[test]
