@@ -4,8 +4,6 @@ use std::process::ExitCode;
 
 use ovum::cli;
 
-use ovum::cli;
-
 fn main() -> ExitCode {
     cli::main()
 }
