@@ -13,7 +13,8 @@ use tracing_subscriber::EnvFilter;
 
 use crate::client::Client;
 use crate::config::{Config, ConfigArgs, DATA_DIR};
-use crate::{server, worker};
+use crate::server;
+use crate::worker;
 
 mod host;
 mod images;

@@ -8,7 +8,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf, absolute};
 
-use clap::Args;
+use clap::{Args, value_parser};
 
 use crate::size::ByteSize;
 
@@ -46,10 +46,12 @@ pub struct ConfigArgs {
     #[arg(long, env = "OVUM_INSECURE_REGISTRIES", value_delimiter = ',')]
     pub insecure_registry: Vec<String>,
     /// Images pulled or converted at the same time
-    #[arg(long, env = "OVUM_IMAGE_JOBS", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
+    #[arg(long, env = "OVUM_IMAGE_JOBS", default_value_t = 2)]
+    #[arg(value_parser = value_parser!(u8).range(1..=16))]
     pub image_jobs: u8,
     /// Most vCPUs of an instance
-    #[arg(long, env = "OVUM_MAX_VCPUS", default_value_t = 32, value_parser = clap::value_parser!(u8).range(1..=32))]
+    #[arg(long, env = "OVUM_MAX_VCPUS", default_value_t = 32)]
+    #[arg(value_parser = value_parser!(u8).range(1..=32))]
     pub max_vcpus: u8,
     /// Most memory of an instance
     #[arg(long, env = "OVUM_MAX_MEMORY", default_value_t = ByteSize(32 << 30))]

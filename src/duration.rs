@@ -194,7 +194,10 @@ mod tests {
         }
 
         #[test]
-        fn no_text_panics(text: String, likely in "[-+]?([0-9]{0,25}(\\.[0-9]{0,25})?[a-z\u{b5}]{0,3}){0,4}") {
+        fn no_text_panics(
+            text: String,
+            likely in "[-+]?([0-9]{0,25}(\\.[0-9]{0,25})?[a-z\u{b5}]{0,3}){0,4}",
+        ) {
             let _ = text.parse::<GoDuration>();
             let _ = likely.parse::<GoDuration>();
         }

@@ -288,7 +288,10 @@ fn connect(dir: &Path) -> io::Result<PacketSocket> {
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
     /// KVM cannot be used.
-    #[error("Failed to open {path}: guests need KVM (`ovum doctor` says what to do)", path = path.display())]
+    #[error(
+        "Failed to open {path}: guests need KVM (`ovum doctor` says what to do)",
+        path = path.display()
+    )]
     Kvm {
         /// The device.
         path: PathBuf,

@@ -6,7 +6,20 @@ use std::path::{Path, PathBuf};
 /// `src/<module>` may use only these siblings. The order is the layering, top first.
 const LAYERS: &[(&str, &[&str])] = &[
     ("api", &["config", "duration", "images", "instances", "size", "token"]),
-    ("cli", &["api", "client", "config", "doctor", "server", "size", "token", "worker"]),
+    (
+        "cli",
+        &[
+            "api",
+            "client",
+            "config",
+            "doctor",
+            "duration",
+            "initramfs",
+            "server",
+            "token",
+            "worker",
+        ],
+    ),
     ("instances", &["agent", "control", "disks", "fleet", "images", "initramfs", "logs", "store"]),
     ("images", &["os", "store"]),
     ("disks", &["os"]),

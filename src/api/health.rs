@@ -12,7 +12,10 @@ pub(super) struct Health {
 }
 
 /// Whether the server answers.
-#[utoipa::path(get, path = "/health", tag = "health", security(()), responses((status = 200, body = Health)))]
+#[utoipa::path(
+    get, path = "/health", tag = "health", security(()),
+    responses((status = 200, body = Health)),
+)]
 pub(super) async fn health() -> Json<Health> {
     Json(Health { status: "ok" })
 }

@@ -150,7 +150,9 @@ impl From<ImageCredentials> for Option<Credentials> {
 /// Lists images.
 #[utoipa::path(
     get, path = "/images", tag = "images",
-    params(("tags" = Option<Tags>, Query, style = DeepObject, explode, description = "All must match")),
+    params(
+        ("tags" = Option<Tags>, Query, style = DeepObject, explode, description = "All must match"),
+    ),
     responses((status = 200, body = Vec<ImageView>), (status = "default", body = ErrorBody)),
 )]
 pub(super) async fn list(State(app): State<App>, query: Query) -> Json<Vec<ImageView>> {
