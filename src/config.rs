@@ -188,13 +188,15 @@ fn checked_data_dir(dir: &Path) -> Result<PathBuf, ConfigError> {
     }
 }
 
-/// Where a file of ours is: beside the executable, in the folder beside that (as in a checkout),
-/// or where a package puts it. The last is named if it is nowhere.
+/// Where a file of ours is: in the folder beside the executable's (as in a checkout, where what
+/// lies right beside the executable can be a build of the agent that no guest starts), beside the
+/// executable, or where a package puts it. The last is named if it is nowhere.
 fn beside_executable(in_checkout: &str, name: &str) -> PathBuf {
     let packaged = Path::new(LIBRARY_DIR).join(name);
     let executable = env::current_exe().ok();
     let folder = executable.as_deref().and_then(Path::parent);
-    let candidates = folder.map(|folder| [folder.join(name), folder.join("..").join(in_checkout)]);
+    let above = folder.and_then(Path::parent);
+    let candidates = [above.map(|dir| dir.join(in_checkout)), folder.map(|dir| dir.join(name))];
     candidates.into_iter().flatten().find(|path| path.is_file()).unwrap_or(packaged)
 }
 

@@ -13,11 +13,24 @@ use crate::size::ByteSize;
 /// Free space with which a first image and instance fit, above what images leave free.
 const FREE_BYTES_MIN: u64 = 2 << 30;
 
-/// Bytes of an ELF header up to and with the machine.
-const ELF_BYTES: usize = 20;
+/// Bytes of an ELF file that are looked at: its header, and the program headers behind it.
+const ELF_BYTES: u64 = 4 << 10;
 
-/// x86-64, as the ELF header has it.
-const ELF_X86_64: [u8; 2] = [62, 0];
+/// x86-64, as the ELF header has it at [`ELF_MACHINE_AT`].
+const ELF_X86_64: &[u8] = &[62, 0];
+
+const ELF_MACHINE_AT: usize = 18;
+
+/// Where program headers begin, and their size, in a 64-bit ELF as every linker lays it out.
+const ELF_HEADERS_AT: usize = 64;
+const ELF_HEADER_BYTES: usize = 56;
+
+/// Where the number of program headers is.
+const ELF_HEADER_COUNT_AT: usize = 56;
+
+/// Type of the program header that names a dynamic loader (ELF-64 Object File Format, "Program
+/// header table").
+const ELF_INTERPRETER: &[u8] = &[3, 0, 0, 0];
 
 /// What one look found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,15 +108,24 @@ fn kvm(device: &Path, modules: &Path) -> Result<String, Problem> {
 /// The file is a program or kernel for x86-64.
 fn program(path: &Path, mend: &str) -> Result<String, Problem> {
     let problem = |what: String| Problem { what, mend: mend.to_owned() };
-    let mut header = [0; ELF_BYTES];
+    let mut start = Vec::new();
     File::open(path)
-        .and_then(|mut file| file.read_exact(&mut header))
+        .and_then(|file| file.take(ELF_BYTES).read_to_end(&mut start))
         .map_err(|error| problem(format!("{} cannot be read: {error}", path.display())))?;
-    if header.starts_with(b"\x7fELF\x02") && header.ends_with(&ELF_X86_64) {
-        Ok(path.display().to_string())
-    } else {
-        Err(problem(format!("{} is not an x86-64 ELF", path.display())))
+    let is_x86_64 = start.get(ELF_MACHINE_AT..).is_some_and(|at| at.starts_with(ELF_X86_64));
+    if !start.starts_with(b"\x7fELF\x02") || !is_x86_64 {
+        return Err(problem(format!("{} is not an x86-64 ELF", path.display())));
     }
+    let mut headers = start.get(ELF_HEADERS_AT..).unwrap_or_default().chunks(ELF_HEADER_BYTES);
+    let count = match start.get(ELF_HEADER_COUNT_AT..) {
+        Some(&[low, high, ..]) => u16::from_le_bytes([low, high]),
+        _ => 0,
+    };
+    if headers.by_ref().take(count.into()).any(|header| header.starts_with(ELF_INTERPRETER)) {
+        let what = "needs a dynamic loader, and a guest has none before its root is there";
+        return Err(problem(format!("{} {what}", path.display())));
+    }
+    Ok(path.display().to_string())
 }
 
 /// The folder, or the nearest above it that exists, can be written to.
@@ -174,8 +196,15 @@ mod tests {
         assert!(what(&path).contains("cannot be read"));
         fs::write(&path, [b'x'; 64]).unwrap();
         assert!(what(&path).ends_with("is not an x86-64 ELF"));
-        fs::write(&path, b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0rest").unwrap();
+        let mut elf = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x3e\0".to_vec();
+        elf.resize(64 + 2 * 56, 0);
+        elf[56] = 2;
+        elf[64] = 1;
+        fs::write(&path, &elf).unwrap();
         assert!(program(&path, "build it").is_ok());
+        elf[64 + 56] = 3;
+        fs::write(&path, &elf).unwrap();
+        assert!(what(&path).contains("dynamic loader"));
     }
 
     #[test]

@@ -204,16 +204,7 @@ impl Fleet {
     ///
     /// [`AdoptError`]; whether there is a worker is not known then.
     pub async fn adopt(&self, dir: &Path) -> Result<Option<Worker>, AdoptError> {
-        let failed = |source| AdoptError { dir: dir.to_owned(), source };
-        let identity = match fs::read(dir.join(files::IDENTITY)) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(failed(error)),
-        };
-        // Half a file: the server died before it told the worker anything.
-        let Ok(identity) = serde_json::from_slice::<Identity>(&identity) else { return Ok(None) };
-        let Some(process) = identity.find().map_err(failed)? else { return Ok(None) };
-        let mut worker = Worker::found(identity, process, dir).map_err(failed)?;
+        let Some(mut worker) = self.find(dir)? else { return Ok(None) };
         match time::timeout(ANSWER_TIMEOUT, worker.status()).await {
             Ok(Ok(pid)) if pid == worker.pid() => {}
             Ok(Ok(pid)) => tracing::error!(pid, dir = %dir.display(), "Worker has another pid"),
@@ -223,6 +214,24 @@ impl Fleet {
             Err(_elapsed) => tracing::warn!(pid = worker.pid(), "Worker does not answer"),
         }
         Ok(Some(worker))
+    }
+
+    /// As [`Self::adopt`], but says nothing to the worker: for one that shall be killed.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::adopt`].
+    pub fn find(&self, dir: &Path) -> Result<Option<Worker>, AdoptError> {
+        let failed = |source| AdoptError { dir: dir.to_owned(), source };
+        let identity = match fs::read(dir.join(files::IDENTITY)) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed(error)),
+        };
+        // Half a file: the server died before it told the worker anything.
+        let Ok(identity) = serde_json::from_slice::<Identity>(&identity) else { return Ok(None) };
+        let Some(process) = identity.find().map_err(failed)? else { return Ok(None) };
+        Worker::found(identity, process, dir).map(Some).map_err(failed)
     }
 
     fn open_kvm(&self) -> Result<File, SpawnError> {

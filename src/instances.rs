@@ -16,7 +16,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -25,14 +25,12 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::disks::{Disk, DiskError, Disks};
-use crate::fleet::{Fleet, NewWorker, SpawnError, WorkerDisk, WorkerSpec};
+use crate::disks::{Disk, Disks};
+use crate::fleet::{Fleet, NewWorker, WorkerDisk, WorkerSpec};
 use crate::images::digest::Digest;
 use crate::images::reference::Reference;
-use crate::images::{
-    ImageSpec, ImageStatus, Images, ImagesError, ReadyError, RequestError, RootDisk,
-};
-use crate::initramfs::{Archive, ArchiveError};
+use crate::images::{ImageSpec, ImageStatus, Images, ReadyError, RootDisk};
+use crate::initramfs::Archive;
 use crate::instances::history::Ending;
 use crate::instances::owner::{Order, Owner};
 use crate::instances::record::{Phase, Record, ReserveError};
@@ -42,9 +40,9 @@ use crate::instances::timeline::{Moment, Timeline};
 use crate::logs::watch::FileWatch;
 use crate::store::Store;
 
-pub use delete_error::DeleteError;
+pub use errors::{CreateError, DeleteError, FindError, OpenError};
 
-mod delete_error;
+mod errors;
 pub mod follow;
 mod guest;
 pub mod history;
@@ -96,6 +94,8 @@ struct Shared {
     disks: Disks,
     fleet: Fleet,
     agent: PathBuf,
+    /// The initramfs with the agent, once it was needed.
+    base: OnceLock<File>,
     /// By id. Held for moments, never across an await.
     entries: RwLock<BTreeMap<String, Entry>>,
     log_watch: FileWatch,
@@ -163,6 +163,7 @@ impl Instances {
             disks,
             fleet,
             agent,
+            base: OnceLock::new(),
             entries: RwLock::default(),
             log_watch,
             owners: TaskTracker::new(),
@@ -186,7 +187,7 @@ impl Instances {
         let image = self.root_disk(&spec.image).await?;
         timeline.mark(Moment::ImageReady);
         let config = guest::config(&spec, &image.config).ok_or(CreateError::NothingToRun)?;
-        let config = rewound(&Archive::config(&config)?)?;
+        let config = rewound(&Archive::config(&config)?.to_file()?)?;
         let base = self.base_archive()?;
         let mut reservation = Reservation::make(&self.shared, spec, &image, timeline)?;
         let overlay_path = reservation.dir.join(OVERLAY);
@@ -255,12 +256,20 @@ impl Instances {
         })
     }
 
-    /// The initramfs with the agent, the same for every guest: each worker gets a description of
-    /// its own, so that none moves another's place in the file.
+    /// The initramfs with the agent, the same for every guest of this server. Each worker gets a
+    /// description of its own, so that none moves another's place in the file.
     fn base_archive(&self) -> Result<File, CreateError> {
-        let failed = |source| CreateError::File { path: self.shared.agent.clone(), source };
-        let agent = fs::read(&self.shared.agent).map_err(failed)?;
-        rewound(&Archive::base(&agent)?)
+        let base = match self.shared.base.get() {
+            Some(base) => base,
+            None => {
+                let path = &self.shared.agent;
+                let agent = fs::read(path)
+                    .map_err(|source| CreateError::File { path: path.clone(), source })?;
+                let base = Archive::base(&agent)?.to_file()?;
+                self.shared.base.get_or_init(|| base)
+            }
+        };
+        rewound(base)
     }
 
     /// The instance that `key` means: its id, else its name, else the only id that begins so.
@@ -307,8 +316,11 @@ impl Instances {
         };
         match time::timeout(timeout, view.wait_for(settled)).await {
             Ok(Ok(instance)) => return Ok(waited(&instance, false)),
-            Ok(Err(_deleted)) => return Err(FindError::Missing),
-            Err(_elapsed) => {}
+            Ok(Err(_deleted)) if !self.shared.closing.is_cancelled() => {
+                return Err(FindError::Missing);
+            }
+            // The server closes, or the time is over.
+            Ok(Err(_)) | Err(_) => {}
         }
         let instance = view.borrow();
         Ok(waited(&instance, true))
@@ -324,11 +336,14 @@ impl Instances {
         let entry = self.entry(key)?;
         let (done, outcome) = oneshot::channel();
         let order = Order::Delete { graceful, done };
-        // An owner that takes no orders, or never answers one, has deleted its instance.
-        if entry.orders.send(order).await.is_err() {
-            return Err(FindError::Missing.into());
-        }
-        outcome.await.unwrap_or(Err(FindError::Missing.into()))
+        // An owner that takes no orders, or never answers one, has deleted its instance, unless
+        // the server closes.
+        let gone = || match self.shared.closing.is_cancelled() {
+            false => DeleteError::Find(FindError::Missing),
+            true => DeleteError::Closing,
+        };
+        entry.orders.send(order).await.map_err(|_| gone())?;
+        outcome.await.unwrap_or_else(|_| Err(gone()))
     }
 
     /// Leaves all instances running and stops to watch them.
@@ -383,9 +398,8 @@ impl Shared {
     }
 }
 
-/// An archive as a file that reads from its beginning.
-fn rewound(archive: &Archive) -> Result<File, CreateError> {
-    let file = archive.to_file()?;
+/// The same file with a position of its own, at the beginning.
+fn rewound(file: &File) -> Result<File, CreateError> {
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
     File::open(&path).map_err(|source| CreateError::File { path, source })
 }
@@ -452,118 +466,5 @@ fn remove_folder(dir: &Path) -> io::Result<()> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
         Ok(()) | Err(_) => Ok(()),
-    }
-}
-
-/// Why instances cannot be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// Their folder.
-    #[error("Failed to use {path}", path = path.display())]
-    Dir {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// Their records.
-    #[error("Failed to read the records of instances")]
-    Records(#[source] rusqlite::Error),
-}
-
-/// Why no instance is meant.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum FindError {
-    /// None has this id, name or beginning of an id.
-    #[error("No such instance")]
-    Missing,
-    /// Several ids begin so.
-    #[error("Several instances match")]
-    Ambiguous,
-}
-
-/// Why an instance was not created.
-#[derive(Debug, thiserror::Error)]
-pub enum CreateError {
-    /// The image cannot be asked for.
-    #[error(transparent)]
-    Request(#[from] RequestError),
-    /// The image was deleted while it was waited for.
-    #[error("Image {name} is not on this host")]
-    ImageMissing {
-        /// Which.
-        name: String,
-    },
-    /// The image is on its way.
-    #[error("Image {name} is being pulled: try again shortly")]
-    ImageNotReady {
-        /// Which.
-        name: String,
-    },
-    /// The image cannot be had.
-    #[error("Image {name} failed: {why}")]
-    ImageFailed {
-        /// Which.
-        name: String,
-        /// The chain of causes.
-        why: String,
-    },
-    /// The images of this host cannot be used.
-    #[error(transparent)]
-    Images(ImagesError),
-    /// Neither image nor request say what to run.
-    #[error("The image has neither entrypoint nor cmd: give one")]
-    NothingToRun,
-    /// Environment and arguments are more than a guest takes.
-    #[error("The environment, entrypoint and cmd are too large")]
-    TooMuchText(#[source] ArchiveError),
-    /// The record.
-    #[error(transparent)]
-    Reserve(ReserveError),
-    /// A file or folder of the instance, or the agent's program.
-    #[error("Failed to use {path}", path = path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The initramfs.
-    #[error(transparent)]
-    Initramfs(ArchiveError),
-    /// A writable layer cannot have the size asked for.
-    #[error("Value of overlay_size cannot be had")]
-    OverlaySize(#[source] DiskError),
-    /// The host has no room for the writable layer.
-    #[error(transparent)]
-    NoSpace(DiskError),
-    /// The writable layer.
-    #[error(transparent)]
-    Disk(DiskError),
-    /// The worker.
-    #[error(transparent)]
-    Worker(#[from] SpawnError),
-}
-
-impl From<ArchiveError> for CreateError {
-    fn from(error: ArchiveError) -> Self {
-        match error {
-            ArchiveError::ConfigLength { .. } => Self::TooMuchText(error),
-            ArchiveError::FileLength { .. }
-            | ArchiveError::ConfigEncode(_)
-            | ArchiveError::Memory { .. } => Self::Initramfs(error),
-        }
-    }
-}
-
-impl From<DiskError> for CreateError {
-    fn from(error: DiskError) -> Self {
-        match error {
-            DiskError::Size { .. } => Self::OverlaySize(error),
-            DiskError::NoSpace { .. } => Self::NoSpace(error),
-            _ => Self::Disk(error),
-        }
     }
 }

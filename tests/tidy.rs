@@ -16,7 +16,6 @@ const LAYERS: &[(&str, &[&str])] = &[
             "duration",
             "initramfs",
             "server",
-            "size",
             "token",
             "worker",
         ],

@@ -362,6 +362,10 @@ impl From<DeleteError> for ApiError {
     fn from(error: DeleteError) -> Self {
         match &error {
             DeleteError::Find(error) => (*error).into(),
+            DeleteError::Closing => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "internal_error", chain(&error))
+                    .may_pass()
+            }
             DeleteError::Stuck { .. }
             | DeleteError::Worker { .. }
             | DeleteError::Record { .. }

@@ -124,7 +124,7 @@ pub(super) async fn delete(
     params(
         ("id" = String, Path, description = "Id, name, or the beginning of an id"),
         ("state" = String, Query, description = "In any case"),
-        ("timeout" = Option<String>, Query, description = "Like 30s; at most that of a request"),
+        ("timeout" = Option<String>, Query, description = "For example 30s; at most 59s"),
     ),
     responses((status = 200, body = WaitView), (status = "default", body = ErrorBody)),
 )]

@@ -159,7 +159,9 @@ async fn attend(client: &Client, path: &str, timeline: bool) -> anyhow::Result<E
         output::note(&format!("{}: {error}", ended.name));
     }
     if let (Some(code @ 1..), Some(message)) = (ended.exit_code, &ended.exit_message) {
-        output::note(&format!("{}: exit code {code}: {message}", ended.name));
+        let prefix = if message.starts_with("exit code") { "" } else { "exit code " };
+        let code = if prefix.is_empty() { String::new() } else { format!("{code}: ") };
+        output::note(&format!("{}: {prefix}{code}{message}", ended.name));
     }
     Ok(ExitCode::from(ended.exit_code.unwrap_or(NO_EXIT_CODE)))
 }

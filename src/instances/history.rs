@@ -154,6 +154,8 @@ fn signal_name(signal: u8) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
+    use std::slice;
+
     use super::*;
 
     fn history(happenings: &[Happening]) -> History {
@@ -184,9 +186,9 @@ mod tests {
         let workload = report(Report::Phase(Phase::WorkloadStarted));
         let agent = report(Report::Phase(Phase::AgentReady));
 
-        assert!(!history(&[agent.clone()]).is_ready(true));
-        assert!(!history(&[workload.clone()]).is_ready(true));
-        assert!(history(&[workload.clone()]).is_ready(false));
+        assert!(!history(slice::from_ref(&agent)).is_ready(true));
+        assert!(!history(slice::from_ref(&workload)).is_ready(true));
+        assert!(history(slice::from_ref(&workload)).is_ready(false));
         assert!(history(&[agent, workload]).is_ready(true));
     }
 

@@ -147,7 +147,12 @@ impl Owner {
     fn take(&mut self, happened: Happened) {
         match happened {
             Happened::Event(event) => {
+                let before = self.state;
                 self.follow(&event);
+                if before != State::Running && self.state == State::Running {
+                    let total = self.history.timeline.total();
+                    tracing::info!(name = %self.record.spec.name, ?total, "Instance runs");
+                }
                 self.publish();
             }
             Happened::Gone => self.ended(),
@@ -162,8 +167,6 @@ impl Owner {
         let is_ready = self.history.is_ready(self.record.spec.agent);
         if is_ready && self.state == State::Initializing {
             self.change(Event::Ready);
-            let total = self.history.timeline.total();
-            tracing::info!(name = %self.record.spec.name, ?total, "Instance runs");
         }
     }
 

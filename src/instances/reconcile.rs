@@ -86,7 +86,7 @@ async fn revive(shared: &Arc<Shared>, record: Record) -> Owner {
 async fn clear(shared: &Shared, id: &str) {
     let dir = shared.dir_of(id);
     let result = async {
-        if let Some(mut worker) = shared.fleet.adopt(&dir).await.map_err(io::Error::other)? {
+        if let Some(mut worker) = shared.fleet.find(&dir).map_err(io::Error::other)? {
             worker.kill()?;
             worker.gone().await;
         }

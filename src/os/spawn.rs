@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn a_process_is_found_by_its_identity_and_no_other_is() {
-        let own = Identity::of(std::process::id()).unwrap();
+        let own = Identity::of(process::id()).unwrap();
         let other = Identity { start_ticks: own.start_ticks + 1, ..own.clone() };
         let none = Identity { pid: i32::MAX as u32, ..own.clone() };
 

@@ -1,0 +1,167 @@
+//! What can go wrong with instances, seen from outside: one type per thing a caller asks for.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::disks::DiskError;
+use crate::fleet::SpawnError;
+use crate::images::{ImagesError, RequestError};
+use crate::initramfs::ArchiveError;
+use crate::instances::record::ReserveError;
+
+/// Why instances cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Their folder.
+    #[error("Failed to use {path}", path = path.display())]
+    Dir {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Their records.
+    #[error("Failed to read the records of instances")]
+    Records(#[source] rusqlite::Error),
+}
+
+/// Why no instance is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum FindError {
+    /// None has this id, name or beginning of an id.
+    #[error("No such instance")]
+    Missing,
+    /// Several ids begin so.
+    #[error("Several instances match")]
+    Ambiguous,
+}
+
+/// Why an instance was not created.
+#[derive(Debug, thiserror::Error)]
+pub enum CreateError {
+    /// The image cannot be asked for.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// The image was deleted while it was waited for.
+    #[error("Image {name} is not on this host")]
+    ImageMissing {
+        /// Which.
+        name: String,
+    },
+    /// The image is on its way.
+    #[error("Image {name} is being pulled: try again shortly")]
+    ImageNotReady {
+        /// Which.
+        name: String,
+    },
+    /// The image cannot be had.
+    #[error("Image {name} failed: {why}")]
+    ImageFailed {
+        /// Which.
+        name: String,
+        /// The chain of causes.
+        why: String,
+    },
+    /// The images of this host cannot be used.
+    #[error(transparent)]
+    Images(ImagesError),
+    /// Neither image nor request say what to run.
+    #[error("The image has neither entrypoint nor cmd: give one")]
+    NothingToRun,
+    /// Environment and arguments are more than a guest takes.
+    #[error("The environment, entrypoint and cmd are too large")]
+    TooMuchText(#[source] ArchiveError),
+    /// The record.
+    #[error(transparent)]
+    Reserve(ReserveError),
+    /// A file or folder of the instance, or the agent's program.
+    #[error("Failed to use {path}", path = path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The initramfs.
+    #[error(transparent)]
+    Initramfs(ArchiveError),
+    /// A writable layer cannot have the size asked for.
+    #[error("Value of overlay_size cannot be had")]
+    OverlaySize(#[source] DiskError),
+    /// The host has no room for the writable layer.
+    #[error(transparent)]
+    NoSpace(DiskError),
+    /// The writable layer.
+    #[error(transparent)]
+    Disk(DiskError),
+    /// The worker.
+    #[error(transparent)]
+    Worker(#[from] SpawnError),
+}
+
+impl From<ArchiveError> for CreateError {
+    fn from(error: ArchiveError) -> Self {
+        match error {
+            ArchiveError::ConfigLength { .. } => Self::TooMuchText(error),
+            ArchiveError::FileLength { .. }
+            | ArchiveError::ConfigEncode(_)
+            | ArchiveError::Memory { .. } => Self::Initramfs(error),
+        }
+    }
+}
+
+impl From<DiskError> for CreateError {
+    fn from(error: DiskError) -> Self {
+        match error {
+            DiskError::Size { .. } => Self::OverlaySize(error),
+            DiskError::NoSpace { .. } => Self::NoSpace(error),
+            _ => Self::Disk(error),
+        }
+    }
+}
+
+/// Why an instance was not deleted.
+#[derive(Debug, thiserror::Error)]
+pub enum DeleteError {
+    /// Which one?
+    #[error(transparent)]
+    Find(#[from] FindError),
+    /// The server closes: the next one can be asked.
+    #[error("The server is closing")]
+    Closing,
+    /// The worker outlived its kill.
+    #[error("Worker process {pid} could not be killed")]
+    Stuck {
+        /// Its process id.
+        pid: u32,
+    },
+    /// Whether there is a worker is not known.
+    #[error("Failed to find out whether instance {id} still runs")]
+    Worker {
+        /// Which instance.
+        id: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The record.
+    #[error("Failed to change the record of instance {id}")]
+    Record {
+        /// Which instance.
+        id: String,
+        /// Why.
+        #[source]
+        source: rusqlite::Error,
+    },
+    /// The files.
+    #[error("Failed to remove {path}", path = path.display())]
+    Folder {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
