@@ -14,6 +14,8 @@ use std::thread;
 use anyhow::{Context, Result};
 use rustix::io::FdFlags;
 
+/// How many ports there are: stdout, stderr, stdin, status and job, numbered from 1.
+pub const PORTS: usize = 5;
 /// Bytes moved at once.
 const CHUNK_BYTES: usize = 64 << 10;
 
@@ -53,6 +55,8 @@ impl Port {
 /// What comes from inside, in the order it came on each port.
 #[derive(Debug)]
 pub enum Event {
+    /// PID 1 waits for a job.
+    Ready,
     /// The command is about to run.
     Started,
     /// The command ended, having written this many bytes.
@@ -87,6 +91,7 @@ pub fn listen(port: UnixStream, events: Sender<Event>) {
 fn parse(line: &str) -> Option<Event> {
     let mut words = line.split_whitespace();
     match words.next()? {
+        "ready" => Some(Event::Ready),
         "started" => Some(Event::Started),
         "exited" => Some(Event::Exited {
             status: words.next()?.parse().ok()?,
@@ -133,17 +138,35 @@ fn write(stream: Stream, bytes: &[u8]) -> io::Result<()> {
     }
 }
 
+/// Gives PID 1 inside its job, then ends the stream.
+pub fn order(port: UnixStream, script: Vec<u8>) {
+    supply(port, io::Cursor::new(script));
+}
+
 /// Copies our stdin to `port`, then ends it. A terminal is not read: the command sees the end at
 /// once.
-///
+pub fn feed(port: UnixStream) {
+    if io::stdin().is_terminal() {
+        supply(port, io::empty());
+    } else {
+        supply(port, io::stdin());
+    }
+}
+
+/// Keeps ports open, and silent, as long as we live.
+pub fn hold(ports: [UnixStream; 2]) {
+    thread::spawn(move || {
+        let _ports = ports;
+        thread::park();
+    });
+}
+
 /// The end is a shutdown and the socket stays open as long as we live, because QEMU drops what it
 /// has not yet read from a socket that was closed.
-pub fn feed(mut port: UnixStream) {
+fn supply(mut port: UnixStream, mut source: impl Read + Send + 'static) {
     thread::spawn(move || {
-        // If writing fails the machine is gone, and then there is nobody left to tell.
-        if !io::stdin().is_terminal() {
-            let _ = io::copy(&mut io::stdin().lock(), &mut port);
-        }
+        // If this fails the machine is gone, and then there is nobody left to tell.
+        let _ = io::copy(&mut source, &mut port);
         let _ = port.shutdown(Shutdown::Write);
         thread::park();
     });
