@@ -55,18 +55,33 @@ impl Port {
 /// What comes from inside, in the order it came on each port.
 #[derive(Debug)]
 pub enum Event {
-    /// PID 1 waits for a job.
-    Ready,
-    /// The command is about to run.
-    Started,
-    /// The command ended, having written this many bytes.
-    Exited { status: u8, stdout_bytes: u64, stderr_bytes: u64 },
+    /// PID 1 has come this far.
+    Reached(Milestone),
+    /// The job ended.
+    Exited(Exit),
     /// The machine is gone.
     Gone,
     /// This many bytes of the command's output reached ours.
     Passed { stream: Stream, bytes: u64 },
     /// Our own output takes no more, so that there is nobody left to run the command for.
     Unheard,
+}
+
+/// How the job ended, and how many bytes it wrote before.
+#[derive(Debug)]
+pub struct Exit {
+    pub status: u8,
+    pub stdout_bytes: u64,
+    pub stderr_bytes: u64,
+}
+
+/// What PID 1 has done, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Milestone {
+    /// It has booted and waits for a job.
+    Ready,
+    /// It is about to run the job.
+    Started,
 }
 
 /// One of the command's outputs.
@@ -91,13 +106,13 @@ pub fn listen(port: UnixStream, events: Sender<Event>) {
 fn parse(line: &str) -> Option<Event> {
     let mut words = line.split_whitespace();
     match words.next()? {
-        "ready" => Some(Event::Ready),
-        "started" => Some(Event::Started),
-        "exited" => Some(Event::Exited {
+        "ready" => Some(Event::Reached(Milestone::Ready)),
+        "started" => Some(Event::Reached(Milestone::Started)),
+        "exited" => Some(Event::Exited(Exit {
             status: words.next()?.parse().ok()?,
             stdout_bytes: words.next()?.parse().ok()?,
             stderr_bytes: words.next()?.parse().ok()?,
-        }),
+        })),
         _ => None,
     }
 }

@@ -51,6 +51,7 @@ exec 9> "${2}4"
 cat < out > "${2}1" & out=$!
 cat < err > "${2}2" & err=$!
 cat "${2}3" > in &
+ulimit -Hn 1048576
 echo started >&9
 setsid /bin/sh job < in > out 2> err 9>&- &
 wait $!

@@ -5,11 +5,14 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 /// Variables that go along, and prefixes of more of them.
 const NAMES: &[&str] = &["PATH", "HOME", "TERM", "USER", "LANG", "NO_COLOR"];
 const PREFIXES: &[&str] = &["CARGO", "RUST", "OVUM", "LC_"];
+
+/// Folders of which the emulated host has its own.
+const HIDDEN: &[&str] = &["/dev", "/proc", "/run", "/sys", "/tmp", "/var/lib/ovum"];
 
 /// Returns a script that becomes `command`, with a first line that PID 1 reads: the time and the
 /// kind of file system on the scratch disk.
@@ -19,6 +22,9 @@ const PREFIXES: &[&str] = &["CARGO", "RUST", "OVUM", "LC_"];
 /// If the time or the working directory cannot be told.
 pub fn script(command: &[OsString], disk_kind: &str) -> Result<Vec<u8>> {
     let folder = env::current_dir().context("Failed to read the working directory")?;
+    if let Some(hidden) = HIDDEN.iter().find(|hidden| folder.starts_with(hidden)) {
+        bail!("{} is not visible inside, where {hidden} is another", folder.display());
+    }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).context("The clock is before 1970")?;
     // Rounded up: a file just written outside must not lie in the future inside.
     let mut script = format!("#{} {disk_kind}\n", now.as_secs() + 1).into_bytes();

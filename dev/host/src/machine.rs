@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::process::Signal;
 
-use crate::channel::{self, Event, Port, Stream};
+use crate::channel::{self, Event, Exit, Milestone, Port, Stream};
 use crate::files;
 use crate::hardware::Hardware;
 
@@ -25,6 +25,8 @@ pub const QEMU: &str = "qemu-system-x86_64";
 const BOOT_MAX: Duration = Duration::from_secs(180);
 /// What of the kernel's messages is shown when the host dies.
 const CONSOLE_TAIL_BYTES: usize = 8 << 10;
+/// QEMU names each processor feature that it does not emulate, on every start.
+const TCG_CHATTER: &str = "TCG doesn't support requested feature";
 /// What a shell says of a program that SIGPIPE killed.
 const STATUS_UNHEARD: u8 = 128 + 13;
 
@@ -52,6 +54,16 @@ pub struct Machine {
     qemu: Child,
     events: Receiver<Event>,
     console: File,
+    heard: Heard,
+}
+
+/// What the host has told so far.
+#[derive(Debug, Default)]
+struct Heard {
+    reached: Option<Milestone>,
+    stdout_bytes: u64,
+    stderr_bytes: u64,
+    exit: Option<Exit>,
 }
 
 impl Machine {
@@ -95,67 +107,60 @@ impl Machine {
             }
             None => channel::hold([job, stdin]),
         }
-        Ok(Self { qemu, events, console })
+        Ok(Self { qemu, events, console, heard: Heard::default() })
     }
 
-    /// Waits until PID 1 inside asks for a job.
+    /// Waits until PID 1 inside asks for a job, or has begun one.
     ///
     /// # Errors
     ///
     /// If it does not boot in time or dies; the kernel's last messages are in the error.
-    pub fn wait_ready(&mut self) -> Result<()> {
-        match self.events.recv_timeout(BOOT_MAX) {
-            Ok(Event::Ready) => Ok(()),
-            Err(RecvTimeoutError::Timeout) => bail!("{}", self.silent()),
-            _ => bail!("{}", self.dead()),
+    pub fn wait_for(&mut self, milestone: Milestone) -> Result<()> {
+        let end = Instant::now() + BOOT_MAX;
+        while self.heard.reached < Some(milestone) {
+            let event = self.events.recv_timeout(end.saturating_duration_since(Instant::now()));
+            if matches!(event, Err(RecvTimeoutError::Timeout)) {
+                let seconds = BOOT_MAX.as_secs();
+                let tail = self.console_tail();
+                bail!("The emulated host did not boot in {seconds} s; its last messages:\n{tail}");
+            }
+            self.hear(event.unwrap_or(Event::Gone))?;
         }
+        Ok(())
     }
 
-    /// Waits for the command inside to end and for all its output; returns its exit status.
+    /// Waits for the job to end and for all its output; returns its exit status.
     ///
     /// # Errors
     ///
-    /// If the host does not boot in time or dies without a status; the kernel's last messages
-    /// are in the error.
+    /// If the host dies without a status; the kernel's last messages are in the error.
     pub fn wait(mut self) -> Result<u8> {
-        let boot_end = Instant::now() + BOOT_MAX;
-        let (mut started, mut exited) = (false, None);
-        let (mut stdout_passed, mut stderr_passed) = (0, 0);
         loop {
-            let event = if started {
-                self.events.recv().map_err(|_| RecvTimeoutError::Disconnected)
-            } else {
-                self.events.recv_timeout(boot_end.saturating_duration_since(Instant::now()))
-            };
-            match event {
-                Ok(Event::Ready) => {}
-                Ok(Event::Started) => started = true,
-                Ok(Event::Exited { status, stdout_bytes, stderr_bytes }) => {
-                    exited = Some((status, stdout_bytes, stderr_bytes));
-                }
-                Ok(Event::Passed { stream: Stream::Stdout, bytes }) => stdout_passed += bytes,
-                Ok(Event::Passed { stream: Stream::Stderr, bytes }) => stderr_passed += bytes,
-                Ok(Event::Unheard) => return Ok(STATUS_UNHEARD),
-                Ok(Event::Gone) | Err(RecvTimeoutError::Disconnected) => bail!("{}", self.dead()),
-                Err(RecvTimeoutError::Timeout) => bail!("{}", self.silent()),
-            }
-            if let Some((status, stdout_bytes, stderr_bytes)) = exited
-                && stdout_passed >= stdout_bytes
-                && stderr_passed >= stderr_bytes
-            {
+            if let Some(status) = self.heard.status() {
                 return Ok(status);
             }
+            let event = self.events.recv();
+            self.hear(event.unwrap_or(Event::Gone))?;
         }
     }
 
-    fn silent(&mut self) -> String {
-        let seconds = BOOT_MAX.as_secs();
-        let tail = self.console_tail();
-        format!("The emulated host did not boot in {seconds} s; its last messages:\n{tail}")
-    }
-
-    fn dead(&mut self) -> String {
-        format!("The emulated host died; its last messages:\n{}", self.console_tail())
+    /// Notes one event. They come from several threads, so any can overtake another.
+    fn hear(&mut self, event: Event) -> Result<()> {
+        let heard = &mut self.heard;
+        match event {
+            Event::Reached(milestone) => heard.reached = Some(milestone),
+            Event::Passed { stream: Stream::Stdout, bytes } => heard.stdout_bytes += bytes,
+            Event::Passed { stream: Stream::Stderr, bytes } => heard.stderr_bytes += bytes,
+            Event::Exited(exit) => heard.exit = Some(exit),
+            Event::Unheard => {
+                heard.exit =
+                    Some(Exit { status: STATUS_UNHEARD, stdout_bytes: 0, stderr_bytes: 0 });
+            }
+            Event::Gone => {
+                bail!("The emulated host died; its last messages:\n{}", self.console_tail())
+            }
+        }
+        Ok(())
     }
 
     fn console_tail(&mut self) -> String {
@@ -165,7 +170,9 @@ impl Machine {
             return format!("(unreadable: {error})");
         }
         let tail = &text[text.len().saturating_sub(CONSOLE_TAIL_BYTES)..];
-        String::from_utf8_lossy(tail).into_owned()
+        let tail = String::from_utf8_lossy(tail);
+        let lines = tail.lines().filter(|line| !line.contains(TCG_CHATTER));
+        lines.collect::<Vec<_>>().join("\n")
     }
 }
 
@@ -175,6 +182,16 @@ impl Drop for Machine {
         // Fails only if QEMU is gone already, which is what we want.
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
+    }
+}
+
+impl Heard {
+    /// The exit status, once all that was written before it has passed.
+    fn status(&self) -> Option<u8> {
+        let exit = self.exit.as_ref()?;
+        let is_all =
+            self.stdout_bytes >= exit.stdout_bytes && self.stderr_bytes >= exit.stderr_bytes;
+        is_all.then_some(exit.status)
     }
 }
 

@@ -22,17 +22,20 @@ mod template;
 use std::env;
 use std::ffi::OsString;
 use std::fs::File;
+use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result};
 
 use crate::cache::Cache;
+use crate::channel::Milestone;
 use crate::hardware::Hardware;
 use crate::host::Host;
 use crate::kernel::Kernel;
 use crate::machine::{Machine, Supplies};
 use crate::options::{Options, Request, USAGE};
+use crate::template::Template;
 
 /// What Debian calls the things that the emulated host is made with.
 const PACKAGES: &[&str] = &["busybox-static", "e2fsprogs", "qemu-system-x86", "xz-utils"];
@@ -75,6 +78,7 @@ fn native(command: &[OsString]) -> Result<u8> {
 
 fn emulated(options: &Options, command: &[OsString]) -> Result<u8> {
     let disk_kind = env::var("OVUM_DISK_FS").unwrap_or_else(|_| "ext4".into());
+    check_free(&options.forwards)?;
     let cache = Cache::open()?;
     let kernel = Kernel::ready(&cache)?;
     let initramfs = initramfs::ready(&cache, &kernel)?;
@@ -82,18 +86,37 @@ fn emulated(options: &Options, command: &[OsString]) -> Result<u8> {
     // QEMU can save neither an NVMe controller nor an edu device.
     let nvme = options.vfio.then(files::nvme).transpose()?;
     let cold = options.vfio || env::var_os("OVUM_HOST_BOOT").is_some_and(|boot| boot == "cold");
-    let state = (!cold).then(|| template::ready(&cache, &hardware, &initramfs, options.disk_gib));
-    let machine = Machine::start(
+    let template = if cold {
+        None
+    } else {
+        Some(Template::ready(&cache, &hardware, &initramfs, options.disk_gib)?)
+    };
+    let mut machine = Machine::start(
         &hardware,
         Supplies {
             initramfs: &File::open(&initramfs).context("Failed to open the initramfs")?,
             disk: &files::formatted_disk(options.disk_gib, &disk_kind)?,
             nvme: nvme.as_ref(),
-            state: state.transpose()?.as_ref(),
+            state: template.as_ref().map(Template::state).transpose()?.as_ref(),
             forwards: &options.forwards,
             job: Some(job::script(command, &disk_kind)?),
             monitor: None,
         },
     )?;
+    if let Err(error) = machine.wait_for(Milestone::Started) {
+        if let Some(template) = template {
+            template.discard();
+        }
+        return Err(error);
+    }
     machine.wait()
+}
+
+/// QEMU would say this less clearly.
+fn check_free(ports: &[u16]) -> Result<()> {
+    for port in ports {
+        TcpListener::bind((Ipv4Addr::LOCALHOST, *port))
+            .with_context(|| format!("Failed to take port {port} of this machine"))?;
+    }
+    Ok(())
 }
