@@ -14,6 +14,8 @@ use std::thread;
 use anyhow::{Context, Result};
 use rustix::io::FdFlags;
 
+/// How many ports there are: stdout, stderr, stdin, status and job, numbered from 1.
+pub const PORTS: usize = 5;
 /// Bytes moved at once.
 const CHUNK_BYTES: usize = 64 << 10;
 
@@ -53,16 +55,33 @@ impl Port {
 /// What comes from inside, in the order it came on each port.
 #[derive(Debug)]
 pub enum Event {
-    /// The command is about to run.
-    Started,
-    /// The command ended, having written this many bytes.
-    Exited { status: u8, stdout_bytes: u64, stderr_bytes: u64 },
+    /// PID 1 has come this far.
+    Reached(Milestone),
+    /// The job ended.
+    Exited(Exit),
     /// The machine is gone.
     Gone,
     /// This many bytes of the command's output reached ours.
     Passed { stream: Stream, bytes: u64 },
     /// Our own output takes no more, so that there is nobody left to run the command for.
     Unheard,
+}
+
+/// How the job ended, and how many bytes it wrote before.
+#[derive(Debug)]
+pub struct Exit {
+    pub status: u8,
+    pub stdout_bytes: u64,
+    pub stderr_bytes: u64,
+}
+
+/// What PID 1 has done, in this order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Milestone {
+    /// It has booted and waits for a job.
+    Ready,
+    /// It is about to run the job.
+    Started,
 }
 
 /// One of the command's outputs.
@@ -87,12 +106,13 @@ pub fn listen(port: UnixStream, events: Sender<Event>) {
 fn parse(line: &str) -> Option<Event> {
     let mut words = line.split_whitespace();
     match words.next()? {
-        "started" => Some(Event::Started),
-        "exited" => Some(Event::Exited {
+        "ready" => Some(Event::Reached(Milestone::Ready)),
+        "started" => Some(Event::Reached(Milestone::Started)),
+        "exited" => Some(Event::Exited(Exit {
             status: words.next()?.parse().ok()?,
             stdout_bytes: words.next()?.parse().ok()?,
             stderr_bytes: words.next()?.parse().ok()?,
-        }),
+        })),
         _ => None,
     }
 }
@@ -133,17 +153,35 @@ fn write(stream: Stream, bytes: &[u8]) -> io::Result<()> {
     }
 }
 
+/// Gives PID 1 inside its job, then ends the stream.
+pub fn order(port: UnixStream, script: Vec<u8>) {
+    supply(port, io::Cursor::new(script));
+}
+
 /// Copies our stdin to `port`, then ends it. A terminal is not read: the command sees the end at
 /// once.
-///
+pub fn feed(port: UnixStream) {
+    if io::stdin().is_terminal() {
+        supply(port, io::empty());
+    } else {
+        supply(port, io::stdin());
+    }
+}
+
+/// Keeps ports open, and silent, as long as we live.
+pub fn hold(ports: [UnixStream; 2]) {
+    thread::spawn(move || {
+        let _ports = ports;
+        thread::park();
+    });
+}
+
 /// The end is a shutdown and the socket stays open as long as we live, because QEMU drops what it
 /// has not yet read from a socket that was closed.
-pub fn feed(mut port: UnixStream) {
+fn supply(mut port: UnixStream, mut source: impl Read + Send + 'static) {
     thread::spawn(move || {
-        // If writing fails the machine is gone, and then there is nobody left to tell.
-        if !io::stdin().is_terminal() {
-            let _ = io::copy(&mut io::stdin().lock(), &mut port);
-        }
+        // If this fails the machine is gone, and then there is nobody left to tell.
+        let _ = io::copy(&mut source, &mut port);
         let _ = port.shutdown(Shutdown::Write);
         thread::park();
     });

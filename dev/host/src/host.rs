@@ -27,15 +27,15 @@ pub struct Choice {
 /// If `OVUM_HOST` is no known word.
 pub fn choose() -> Result<Choice> {
     let forced = env::var("OVUM_HOST").unwrap_or_default();
-    match (forced.as_str(), unusable()) {
-        ("native", _) => Ok(Choice { host: Host::Native, reason: "native, by OVUM_HOST".into() }),
-        ("emulated", _) => {
-            Ok(Choice { host: Host::Emulated, reason: "emulated, by OVUM_HOST".into() })
-        }
-        ("", None) => Ok(Choice { host: Host::Native, reason: "native: KVM is usable".into() }),
-        ("", Some(why)) => Ok(Choice { host: Host::Emulated, reason: format!("emulated: {why}") }),
+    let (host, reason) = match (forced.as_str(), unusable()) {
+        ("", None) => (Host::Native, "native: KVM is usable".into()),
+        ("", Some(why)) => (Host::Emulated, format!("emulated: {why}")),
+        ("native", None) => (Host::Native, "native, by OVUM_HOST".into()),
+        ("native", Some(why)) => (Host::Native, format!("native, by OVUM_HOST, although {why}")),
+        ("emulated", _) => (Host::Emulated, "emulated, by OVUM_HOST".into()),
         (other, _) => bail!("OVUM_HOST is {other:?}; it can be native or emulated"),
-    }
+    };
+    Ok(Choice { host, reason })
 }
 
 /// Says why this machine's own KVM will not do, if so.

@@ -3,21 +3,31 @@
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 /// Variables that go along, and prefixes of more of them.
 const NAMES: &[&str] = &["PATH", "HOME", "TERM", "USER", "LANG", "NO_COLOR"];
 const PREFIXES: &[&str] = &["CARGO", "RUST", "OVUM", "LC_"];
 
-/// Returns a script that becomes `command`.
+/// Folders of which the emulated host has its own.
+const HIDDEN: &[&str] = &["/dev", "/proc", "/run", "/sys", "/tmp", "/var/lib/ovum"];
+
+/// Returns a script that becomes `command`, with a first line that PID 1 reads: the time and the
+/// kind of file system on the scratch disk.
 ///
 /// # Errors
 ///
-/// If the working directory cannot be told.
-pub fn script(command: &[OsString]) -> Result<Vec<u8>> {
+/// If the time or the working directory cannot be told.
+pub fn script(command: &[OsString], disk_kind: &str) -> Result<Vec<u8>> {
     let folder = env::current_dir().context("Failed to read the working directory")?;
-    let mut script = Vec::new();
+    if let Some(hidden) = HIDDEN.iter().find(|hidden| folder.starts_with(hidden)) {
+        bail!("{} is not visible inside, where {hidden} is another", folder.display());
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).context("The clock is before 1970")?;
+    // Rounded up: a file just written outside must not lie in the future inside.
+    let mut script = format!("#{} {disk_kind}\n", now.as_secs() + 1).into_bytes();
     for (name, value) in env::vars_os().filter(|(name, _)| passes(name)) {
         script.extend_from_slice(b"export ");
         script.extend_from_slice(name.as_bytes());

@@ -9,9 +9,11 @@ use anyhow::{Context, Result, bail};
 
 /// Modules asked for; what they depend on is found. One that the kernel has built in is skipped.
 ///
-/// `crc32c_generic` comes first because `libcrc32c` needs it and cannot say so in its `depends`.
+/// All are loaded before the state is saved that runs start from, so that one more costs a run
+/// nothing. `crc32c_generic` comes first: `libcrc32c` needs it and cannot say so in its `depends`.
 pub const WANTED: &[(&str, &str)] = &[
     ("crc32c_generic", ""),
+    // The machine itself.
     ("virtio_pci", ""),
     ("virtio_blk", ""),
     ("virtio_net", ""),
@@ -20,23 +22,59 @@ pub const WANTED: &[(&str, &str)] = &[
     ("9pnet_virtio", ""),
     ("9p", ""),
     ("overlay", ""),
-    ("ext4", ""),
-    ("erofs", ""),
-    ("loop", ""),
+    // Virtual machines and what they use of their host.
     ("kvm_amd", "nested=1 npt=1"),
     ("vhost_net", ""),
     ("vhost_vsock", ""),
+    ("vsock_loopback", ""),
     ("tun", ""),
+    ("macvtap", ""),
+    // The emulated IOMMU cannot remap interrupts, so VFIO has to be told to do without.
+    ("vfio_iommu_type1", "allow_unsafe_interrupts=1"),
+    ("vfio_pci", ""),
+    ("mdev", ""),
+    ("nvme", ""),
+    ("e1000e", ""),
+    // File systems and block devices.
+    ("ext4", ""),
+    ("xfs", ""),
+    ("erofs", ""),
+    ("squashfs", ""),
+    ("loop", ""),
+    ("dm_mod", ""),
+    // Networks: links, nftables, iptables over nftables, shaping.
     ("bridge", ""),
     ("veth", ""),
+    ("dummy", ""),
+    ("ifb", ""),
     ("nf_tables", ""),
     ("nft_chain_nat", ""),
     ("nft_ct", ""),
     ("nft_masq", ""),
+    ("nft_nat", ""),
     ("nft_redir", ""),
     ("nft_limit", ""),
+    ("nft_log", ""),
+    ("nft_hash", ""),
     ("nft_reject_inet", ""),
+    ("nft_fib_inet", ""),
     ("nft_compat", ""),
+    ("nf_conntrack_netlink", ""),
+    ("xt_MASQUERADE", ""),
+    ("xt_nat", ""),
+    ("xt_conntrack", ""),
+    ("xt_addrtype", ""),
+    ("xt_comment", ""),
+    ("xt_mark", ""),
+    ("xt_multiport", ""),
+    ("xt_tcpudp", ""),
+    ("ipt_REJECT", ""),
+    ("sch_htb", ""),
+    ("sch_tbf", ""),
+    ("sch_ingress", ""),
+    ("cls_u32", ""),
+    ("act_police", ""),
+    ("act_mirred", ""),
 ];
 
 /// The modules of one kernel package.

@@ -22,7 +22,9 @@ Environment:
   OVUM_HOST=native|emulated   Take this kind of host, whatever the machine offers
   OVUM_CACHE=DIR              Keep the unpacked kernel here [default: ~/.cache/ovum]
   OVUM_DISK_FS=ext4|xfs       File system of the scratch disk [default: ext4]
+  OVUM_HOST_BOOT=cold         Boot instead of going on from a saved host
   OVUM_HOST_CONSOLE=FILE      Keep the emulated host's kernel messages
+  OVUM_HOST_KERNEL=PACKAGE    Boot this Debian package's kernel
 ";
 
 /// Everything the command line can say.
@@ -66,15 +68,20 @@ impl Options {
                 command.push(arg);
                 break;
             };
+            let (flag, mut value) = match flag.split_once('=') {
+                Some((flag, value)) => (flag, Some(OsString::from(value))),
+                None => (flag, None),
+            };
+            let mut value = || value.take().or_else(|| args.next());
             match flag {
                 "--" => break,
                 "--help" | "-h" => return Ok(options),
                 "--packages" => return Ok(Self { request: Request::Packages, ..options }),
-                "--vfio" => options.vfio = true,
-                "--memory" => options.memory_mib = number(flag, args.next())?,
-                "--disk" => options.disk_gib = number(flag, args.next())?,
-                "--cpus" => options.cpus = number(flag, args.next())?,
-                "--forward" => options.forwards.push(number(flag, args.next())?),
+                "--vfio" if arg == "--vfio" => options.vfio = true,
+                "--memory" => options.memory_mib = number(flag, value())?,
+                "--disk" => options.disk_gib = number(flag, value())?,
+                "--cpus" => options.cpus = number(flag, value())?,
+                "--forward" => options.forwards.push(number(flag, value())?),
                 other => bail!("Unknown option {other}; see --help"),
             }
         }
