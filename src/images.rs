@@ -54,7 +54,7 @@ pub mod manifest;
 pub mod records;
 pub mod reference;
 pub mod registry;
-mod room;
+pub mod room;
 mod roots;
 mod shelf;
 mod tar;

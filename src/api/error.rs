@@ -19,9 +19,11 @@ use crate::api::instances::create::SpecError;
 use crate::api::query::QueryError;
 use crate::api::tags::TagsError;
 use crate::images::archive::ArchiveError;
+use crate::images::blobs::BlobError;
 use crate::images::manifest::ManifestError;
 use crate::images::reference::ReferenceError;
 use crate::images::registry::RegistryError;
+use crate::images::room::RoomError;
 use crate::images::{DeleteError as ImageDeleteError, RequestError, TagError};
 use crate::instances::follow::LogError;
 use crate::instances::record::ReserveError;
@@ -237,6 +239,9 @@ impl From<RequestError> for ApiError {
             RequestError::Platform { .. } => Self::bad("invalid_platform", &error),
             RequestError::TooLarge { .. } => Self::bad("invalid_request", &error),
             RequestError::Registry(source) => registry_error(source),
+            RequestError::Blob(BlobError::Room(RoomError::Full { .. })) => {
+                Self::conflict("insufficient_resources", &error)
+            }
             RequestError::Blob(_) | RequestError::Host(_) => Self::internal(&error),
         }
     }
@@ -317,6 +322,9 @@ impl From<ArchiveError> for ApiError {
             )
             | ArchiveError::Tar(_)
             | ArchiveError::Io(_) => Self::bad("invalid_source", &error),
+            ArchiveError::Blob(BlobError::Room(RoomError::Full { .. })) => {
+                Self::conflict("insufficient_resources", &error)
+            }
             ArchiveError::Blob(_) | ArchiveError::Host(_) => Self::internal(&error),
         }
     }
