@@ -130,16 +130,15 @@ fn tracked(root: &Path) -> Vec<PathBuf> {
     let mut folders = vec![root.to_path_buf()];
     let mut files = Vec::new();
     while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).unwrap().map(Result::unwrap) {
+        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
             let path = entry.path();
             let hidden = entry.file_name().as_encoded_bytes().starts_with(b".git");
             let built = entry.file_name() == "target";
-            match entry.file_type().unwrap() {
-                kind if kind.is_dir() && !hidden && !built => folders.push(path),
-                kind if kind.is_file() => {
-                    files.push(path.strip_prefix(root).unwrap().to_path_buf());
-                }
-                _ => {}
+            let Ok(kind) = entry.file_type() else { continue };
+            if kind.is_dir() && !hidden && !built {
+                folders.push(path);
+            } else if let (true, Ok(path)) = (kind.is_file(), path.strip_prefix(root)) {
+                files.push(path.to_path_buf());
             }
         }
     }

@@ -193,7 +193,7 @@ fn unix_socket() -> io::Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::io::{Read, Write};
+    use std::io::{Read, Seek, Write};
 
     use super::*;
 
@@ -211,7 +211,7 @@ mod tests {
         assert_eq!(packet.files.len(), 2);
         let mut text = String::new();
         let mut received = File::from(packet.files.into_iter().next().unwrap());
-        std::io::Seek::rewind(&mut received).unwrap();
+        received.rewind().unwrap();
         received.read_to_string(&mut text).unwrap();
         assert_eq!(text, "first");
     }

@@ -52,6 +52,8 @@ pub(super) fn now_ns() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]
@@ -64,7 +66,7 @@ mod tests {
         journal.append(8, Happening::Reported { word: 3 });
 
         assert_eq!(
-            std::fs::read_to_string(&path).unwrap(),
+            fs::read_to_string(&path).unwrap(),
             "{\"seq\":0,\"at_ns\":7,\"what\":{\"what\":\"launched\"}}\n\
              {\"seq\":1,\"at_ns\":8,\"what\":{\"what\":\"reported\",\"word\":3}}\n"
         );

@@ -79,6 +79,7 @@ async fn a_missing_command_is_127(host: &TestHost) {
 }
 
 async fn a_command_without_the_executable_bit_is_126(host: &TestHost) {
+    host.server.pull(DEBIAN).await;
     let (_, instance) = host.server.run("plain-file", DEBIAN, &["/etc/passwd"]).await;
 
     assert_eq!(exit_code(&instance), 126, "{instance}");

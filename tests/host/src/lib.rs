@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 use tokio::time;
 
 /// How long a guest may take to do what a case waits for.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(150);
 
 /// A registry on loopback that serves the storage of `dev/test-images`.
 pub const REGISTRY: &str = "127.0.0.1:5000";
@@ -180,7 +180,11 @@ impl Server {
     /// Waits for a state and returns the instance as it is then.
     pub async fn wait(&self, name: &str, state: &str) -> Value {
         let path = format!("/instances/{name}/wait?state={state}&timeout=50s");
-        let answer = self.get(&path).await;
+        let deadline = Instant::now() + PATIENCE;
+        let mut answer = self.get(&path).await;
+        while answer["timed_out"] == true && Instant::now() < deadline {
+            answer = self.get(&path).await;
+        }
         let instance = self.get(&format!("/instances/{name}")).await;
         assert_eq!(answer["state"], state, "{answer}\n{instance}\n{}", self.log(name).await);
         instance
