@@ -58,11 +58,6 @@ impl GuestSpec {
         self
     }
 
-    pub(crate) fn serial(mut self) -> Self {
-        self.spec.serial = true;
-        self
-    }
-
     pub(crate) fn cmdline(mut self, words: &str) -> Self {
         self.spec.cmdline = words.into();
         self

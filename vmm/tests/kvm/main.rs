@@ -129,15 +129,6 @@ fn the_entropy_device_gives_bytes() {
 }
 
 #[test]
-fn a_serial_line_carries_what_programs_write() {
-    let mut guest = guest("echo by the serial line > /dev/ttyS0").serial().boot();
-
-    guest.says("Command line");
-    guest.says("by the serial line");
-    assert_eq!(guest.end().0, StopReason::PowerOff);
-}
-
-#[test]
 fn a_paused_machine_is_silent_until_it_is_resumed() {
     let mut guest = guest(BUSY).vcpus(2).boot();
     guest.says("line 3\r\n");
