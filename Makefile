@@ -24,7 +24,7 @@ check: deps tools ## format, lints, house rules, licences, documentation
 	$(cargo) clippy --test e2e --bench boot -- -D warnings
 	$(cargo) test --quiet --test tidy
 	dev/cargo-deny check --hide-inclusion-graph bans licenses sources
-	RUSTDOCFLAGS="-D warnings" $(cargo) doc --workspace --no-deps --document-private-items --quiet
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" $(cargo) doc --workspace --no-deps --document-private-items --quiet
 
 build: deps kernel agent server ## target/release/ovum, target/agent/ovum-agent, target/kernel/vmlinux
 

@@ -80,7 +80,7 @@ pub struct ImageSpec {
 /// A root disk, open.
 ///
 /// While it is held the image cannot be deleted: keep it until the digest is in a record that
-/// the `in_use` of [`Images::delete`] looks at.
+/// the `in_use` of `Images::delete` looks at.
 #[derive(Debug, Clone)]
 pub struct RootDisk {
     /// The manifest digest it is made of.
