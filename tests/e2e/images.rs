@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::cases;
 use ovum_test_host::{
-    BUSYBOX, TestHost, await_port, free_address, registry_storage, start_registry,
+    BUSYBOX, Server, TestHost, await_port, free_address, registry_storage, start_registry,
 };
 
 cases![
@@ -33,13 +33,13 @@ async fn a_registry_that_does_not_answer_is_named(host: &TestHost) {
     let address = free_address();
     let name = format!("{address}/busybox:latest");
 
-    let image = pull_without_assurance(host, &name).await;
+    let image = pull_without_assurance(&host.server, &name).await;
 
     assert!(image.contains(&address), "{image}");
 }
 
-async fn a_layer_with_wrong_bytes_is_refused(host: &TestHost) {
-    let error = pull_spoilt(host, |storage| {
+async fn a_layer_with_wrong_bytes_is_refused(_: &TestHost) {
+    let error = pull_spoilt(|storage| {
         let layer = largest_blob(storage, "busybox");
         let mut bytes = fs::read(&layer).unwrap();
         let middle = bytes.len() / 2;
@@ -51,8 +51,8 @@ async fn a_layer_with_wrong_bytes_is_refused(host: &TestHost) {
     assert!(error.contains("digest"), "{error}");
 }
 
-async fn a_truncated_layer_is_refused(host: &TestHost) {
-    let error = pull_spoilt(host, |storage| {
+async fn a_truncated_layer_is_refused(_: &TestHost) {
+    let error = pull_spoilt(|storage| {
         let layer = largest_blob(storage, "busybox");
         let bytes = fs::read(&layer).unwrap();
         fs::write(&layer, &bytes[..bytes.len() / 2]).unwrap();
@@ -63,8 +63,8 @@ async fn a_truncated_layer_is_refused(host: &TestHost) {
     assert!(told.iter().any(|word| error.contains(word)), "{error}");
 }
 
-async fn a_broken_config_is_refused(host: &TestHost) {
-    let error = pull_spoilt(host, |storage| {
+async fn a_broken_config_is_refused(_: &TestHost) {
+    let error = pull_spoilt(|storage| {
         let config = smallest_blob(storage, "busybox");
         let bytes = fs::read(&config).unwrap();
         fs::write(&config, vec![b'{'; bytes.len()]).unwrap();
@@ -84,13 +84,13 @@ async fn a_registry_that_dies_in_the_middle_fails_the_pull(host: &TestHost) {
 
     registry.kill().unwrap();
     registry.wait().unwrap();
-    let error = pull_without_assurance(host, &name).await;
+    let error = pull_without_assurance(&host.server, &name).await;
 
     assert!(error.contains(&address), "{error}");
 }
 
 /// Pulls busybox from a registry whose storage was spoilt; returns the error.
-async fn pull_spoilt(host: &TestHost, spoil: impl FnOnce(&Path)) -> String {
+async fn pull_spoilt(spoil: impl FnOnce(&Path)) -> String {
     let storage = tempfile::tempdir().unwrap();
     let copied = Command::new("cp")
         .args(["-a", "--no-target-directory"])
@@ -103,23 +103,26 @@ async fn pull_spoilt(host: &TestHost, spoil: impl FnOnce(&Path)) -> String {
     let address = free_address();
     let mut registry = start_registry(storage.path(), &address);
     await_port(&address).await;
-    let error = pull_without_assurance(host, &format!("{address}/busybox:latest")).await;
+    // A server of its own: the shared one has these blobs and would not ask for them.
+    let mut server = Server::start("spoilt").await;
+    let error = pull_without_assurance(&server, &format!("{address}/busybox:latest")).await;
+    server.kill();
     registry.kill().unwrap();
     registry.wait().unwrap();
     error
 }
 
 /// Pulls what cannot be had; returns what is said about it and removes the record.
-async fn pull_without_assurance(host: &TestHost, name: &str) -> String {
+async fn pull_without_assurance(server: &Server, name: &str) -> String {
     let body = json!({ "name": name });
-    let (status, answer) = host.server.call(Method::POST, "/images", Some(body)).await;
+    let (status, answer) = server.call(Method::POST, "/images", Some(body)).await;
     if status != StatusCode::ACCEPTED {
         return message(&answer);
     }
-    let image = host.server.pull_to_the_end(name).await;
+    let image = server.pull_to_the_end(name).await;
     assert_eq!(image["status"], "failed", "{image}");
     let path = format!("/images/{}", name.replace('/', "%2F"));
-    host.server.call(Method::DELETE, &path, None).await;
+    server.call(Method::DELETE, &path, None).await;
     message(&image["error"])
 }
 
