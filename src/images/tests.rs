@@ -148,6 +148,9 @@ impl Gate {
         let (count, gate) = (Arc::clone(&blobs), Arc::clone(&open));
         let answer = move |request: &Request| -> Response {
             let last = request.uri().path().rsplit('/').next().unwrap();
+            if last.is_empty() {
+                return "".into_response();
+            }
             let tag = tags.iter().find(|(tag, _)| *tag == last).map(|(_, digest)| *digest);
             let digest = tag.unwrap_or_else(|| last.parse().unwrap());
             let content = layout.blobs[&digest].clone();
