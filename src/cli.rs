@@ -16,6 +16,7 @@ use crate::config::{Config, ConfigArgs, DATA_DIR};
 use crate::server;
 use crate::worker;
 
+mod boot;
 mod host;
 mod images;
 mod instances;
@@ -51,6 +52,8 @@ enum Command {
     Token(host::TokenArgs),
     /// See what this host lacks to run instances
     Doctor(ConfigArgs),
+    /// Boot a bare kernel in this process, its console on stdout
+    Boot(boot::BootArgs),
     /// Write the initramfs with the guest agent to a file
     #[command(hide = true)]
     Initramfs(host::InitramfsArgs),
@@ -91,6 +94,7 @@ pub fn main() -> ExitCode {
         Command::Image(command) => block_on(images::image(command)),
         Command::Token(args) => host::token(args).map(|()| ExitCode::SUCCESS),
         Command::Doctor(args) => host::doctor(args),
+        Command::Boot(args) => boot::boot(args).map(|()| ExitCode::SUCCESS),
         Command::Initramfs(args) => host::initramfs(&args).map(|()| ExitCode::SUCCESS),
         Command::Worker => be_worker().map(|()| ExitCode::SUCCESS),
     };
