@@ -48,18 +48,12 @@ fn memory_mib(text: &str) -> Result<u64, String> {
 /// Boots what was named. The guest's console is stdout.
 pub(super) fn boot(args: BootArgs) -> anyhow::Result<()> {
     let BootArgs { kernel, initrd, vcpus, memory_mib, cmdline } = args;
+    let kernel = open("kernel", &kernel)?;
+    let initramfs = initrd.iter().map(|path| open("initrd", path)).collect::<Result<_, _>>()?;
     let kvm = File::options().read(true).write(true).open(KVM);
     let kvm = kvm.with_context(|| format!("Failed to open {KVM}: `ovum doctor` says more"))?;
     let console = io::stdout().as_fd().try_clone_to_owned().context("Failed to use stdout")?;
-    foreground::run(ForegroundSpec {
-        kvm,
-        kernel: open("kernel", &kernel)?,
-        initramfs: initrd.iter().map(|path| open("initrd", path)).collect::<Result<_, _>>()?,
-        console,
-        vcpus,
-        memory_mib,
-        cmdline,
-    })
+    foreground::run(ForegroundSpec { kvm, kernel, initramfs, console, vcpus, memory_mib, cmdline })
 }
 
 fn open(what: &str, path: &Path) -> anyhow::Result<File> {
