@@ -10,6 +10,7 @@
 
 mod api;
 mod boot;
+mod cli;
 mod crash;
 mod images;
 mod refusals;
@@ -48,7 +49,7 @@ pub(crate) use cases;
 fn main() -> ExitCode {
     let filters: Vec<String> = env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let chosen: Vec<&Case> =
-        [boot::CASES, api::CASES, images::CASES, refusals::CASES, crash::CASES]
+        [boot::CASES, api::CASES, images::CASES, refusals::CASES, crash::CASES, cli::CASES]
             .into_iter()
             .flatten()
             .filter(|case| filters.is_empty() || filters.iter().any(|f| case.name.contains(f)))
