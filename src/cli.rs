@@ -19,6 +19,7 @@ use crate::token::Secret;
 use crate::worker;
 
 mod boot;
+mod cp;
 mod embedded;
 mod exec;
 mod host;
@@ -49,6 +50,8 @@ enum Command {
     Ps(instances::PsArgs),
     /// Run a command in an instance, exit as it exits
     Exec(exec::ExecArgs),
+    /// Copy files and folders into an instance, or out of it
+    Cp(cp::CpArgs),
     /// Show what an instance wrote
     Logs(instances::LogsArgs),
     /// Wait until an instance is in a state
@@ -139,6 +142,7 @@ pub fn main() -> ExitCode {
         Command::Run(args) => run(args),
         Command::Ps(args) => block_on(instances::ps(args)),
         Command::Exec(args) => client_runtime().and_then(|on| on.block_on(exec::exec(args))),
+        Command::Cp(args) => block_on(cp::cp(args)),
         Command::Logs(args) => block_on(instances::logs(args)),
         Command::Wait(args) => block_on(wait::wait(args)),
         Command::Inspect(args) => block_on(instances::inspect(args)),
