@@ -33,6 +33,8 @@ mod connection;
 pub mod copy;
 pub mod exec;
 mod line;
+#[cfg(test)]
+pub(crate) mod testing;
 
 /// The only request of a connection that is not shared.
 const REQUEST: u32 = 1;

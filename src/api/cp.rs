@@ -123,7 +123,7 @@ pub(super) async fn cp(
     socket::upgrade(upgrade, move |sink, source| serve(inside, sink, source))
 }
 
-async fn serve(inside: Inside, mut sink: Sink, mut source: Source) {
+pub(super) async fn serve(inside: Inside, mut sink: Sink, mut source: Source) {
     let served = match source.request::<CopyRequest>().await.and_then(CopyRequest::checked) {
         Ok(Asked::To(spec)) => take(&inside, spec, &mut sink, &mut source).await,
         Ok(Asked::From(spec)) => tokio::select! {

@@ -94,7 +94,7 @@ pub(super) async fn exec(
     socket::upgrade(upgrade, move |sink, source| serve(inside, sink, source))
 }
 
-async fn serve(inside: Inside, mut sink: Sink, mut source: Source) {
+pub(super) async fn serve(inside: Inside, mut sink: Sink, mut source: Source) {
     let asked = match source.request::<ExecRequest>().await.and_then(ExecRequest::checked) {
         Ok(asked) => asked,
         Err(error) => {

@@ -146,3 +146,6 @@ pub(super) async fn send_json(sink: &mut Sink, value: &impl Serialize) -> Result
     let text = serde_json::to_string(value).expect("strings and numbers become JSON");
     sink.send(Message::Text(text.into())).await.map_err(|_| Gone)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,8 +1,8 @@
 //! `ovum cp`: files and folders into an instance and out of it, by the rules of `docker cp`.
 //!
-//! What a path that ends in `/.` names is the content of a folder. A folder that goes where a folder
-//! is goes into it, under its own name; one that goes where nothing is becomes that. Links are
-//! copied as links unless they shall be followed.
+//! What a path that ends in `/.` names is the content of a folder. A folder that goes where a
+//! folder is goes into it, under its own name; one that goes where nothing is becomes that. Links
+//! are copied as links unless they shall be followed.
 
 use std::fs;
 use std::io;

@@ -55,6 +55,12 @@ impl Instances {
 }
 
 impl Inside {
+    /// The inside of a guest whose worker listens at `socket`.
+    #[cfg(test)]
+    pub(crate) fn at(socket: PathBuf) -> Self {
+        Self { agents: Agents::default(), socket }
+    }
+
     /// Waits until the agent can be reached, at most `timeout`. Whether it can, the next request
     /// finds out.
     pub async fn wait_for_agent(&self, timeout: Duration) {

@@ -3,49 +3,24 @@
 use std::sync::Arc;
 
 use ovum_agent_proto::files::{PathInfo, PathKind, StatSpec};
-use ovum_agent_proto::frame::{FRAME_COST_BYTES, Frame};
+use ovum_agent_proto::frame::FRAME_COST_BYTES;
 use ovum_agent_proto::message::ErrorCode;
 use ovum_agent_proto::report::Exit;
-use tokio::io::AsyncReadExt;
 use tokio::task::JoinHandle;
 
 use super::*;
 use crate::agent::ExecSpec;
-
-/// The agent's end.
-struct Agent {
-    stream: UnixStream,
-    received: Vec<u8>,
-}
-
-impl Agent {
-    async fn say(&mut self, stream: u32, message: &ToServer) {
-        let mut bytes = Vec::new();
-        message.encode(stream, &mut bytes).unwrap();
-        self.stream.write_all(&bytes).await.unwrap();
-    }
-
-    async fn hear(&mut self) -> (u32, ToAgent) {
-        loop {
-            if let Some((frame, bytes)) = Frame::decode(&self.received).unwrap() {
-                let heard = (frame.stream, ToAgent::decode(frame).unwrap());
-                self.received.drain(..bytes);
-                return heard;
-            }
-            assert_ne!(self.stream.read_buf(&mut self.received).await.unwrap(), 0, "closed");
-        }
-    }
-}
+use crate::agent::testing::PlayedAgent;
 
 /// A line that runs, and the agent at its end.
-fn line() -> (Line, Agent, JoinHandle<()>) {
+fn line() -> (Line, PlayedAgent, JoinHandle<()>) {
     line_for(Duration::from_secs(60))
 }
 
-fn line_for(idle_timeout: Duration) -> (Line, Agent, JoinHandle<()>) {
+fn line_for(idle_timeout: Duration) -> (Line, PlayedAgent, JoinHandle<()>) {
     let (ours, stream) = UnixStream::pair().unwrap();
     let (line, run) = Line::new(ours, idle_timeout, CancellationToken::new());
-    (line, Agent { stream, received: Vec::new() }, tokio::spawn(run))
+    (line, PlayedAgent::new(stream), tokio::spawn(run))
 }
 
 fn exec() -> ToAgent {
