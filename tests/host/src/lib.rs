@@ -59,6 +59,9 @@ impl TestHost {
         let instances = self.server.data_dir.join("instances");
         let files: Vec<_> = fs::read_dir(instances).into_iter().flatten().flatten().collect();
         assert!(files.is_empty(), "files are left: {files:?}");
+        let mounts = fs::read_to_string("/proc/mounts").expect("/proc is mounted");
+        let ours = format!(" {}/", self.server.data_dir.display());
+        assert!(!mounts.contains(&ours), "mounts are left: {mounts}");
     }
 
     /// After a failed case: makes room for the next.
