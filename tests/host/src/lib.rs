@@ -64,12 +64,16 @@ impl TestHost {
         assert!(!mounts.contains(&ours), "mounts are left: {mounts}");
     }
 
-    /// After a failed case: makes room for the next.
+    /// After a failed case: makes room for the next. What servers of its own left running ends, too.
     pub async fn clear(&self) {
         let list = self.server.get("/instances").await;
         for instance in list.as_array().into_iter().flatten() {
             let id = instance["id"].as_str().unwrap_or_default();
             self.server.call(Method::DELETE, &format!("/instances/{id}"), None).await;
+        }
+        for pid in worker_pids() {
+            // One that ends meanwhile is as good as killed.
+            let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
         }
     }
 
@@ -91,6 +95,14 @@ pub struct Server {
     child: Child,
     client: Client,
     token: String,
+}
+
+impl Drop for Server {
+    /// A case that fails does not get to end its servers.
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 impl Server {
