@@ -19,7 +19,9 @@ use crate::token::Secret;
 use crate::worker;
 
 mod boot;
+mod cp;
 mod embedded;
+mod exec;
 mod host;
 mod images;
 mod instances;
@@ -46,6 +48,10 @@ enum Command {
     Run(run::RunArgs),
     /// List instances
     Ps(instances::PsArgs),
+    /// Run a command in an instance, exit as it exits
+    Exec(exec::ExecArgs),
+    /// Copy files and folders into an instance, or out of it
+    Cp(cp::CpArgs),
     /// Show what an instance wrote
     Logs(instances::LogsArgs),
     /// Wait until an instance is in a state
@@ -135,6 +141,8 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve(args).map(|()| ExitCode::SUCCESS),
         Command::Run(args) => run(args),
         Command::Ps(args) => block_on(instances::ps(args)),
+        Command::Exec(args) => client_runtime().and_then(|on| on.block_on(exec::exec(args))),
+        Command::Cp(args) => block_on(cp::cp(args)),
         Command::Logs(args) => block_on(instances::logs(args)),
         Command::Wait(args) => block_on(wait::wait(args)),
         Command::Inspect(args) => block_on(instances::inspect(args)),

@@ -7,11 +7,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use reqwest::{Body, Method, Response, StatusCode};
+use reqwest::{Body, Method, RequestBuilder, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio_tungstenite::tungstenite::Error as WebSocketError;
 
 use crate::token::Secret;
+
+pub mod websocket;
 
 /// How long the token lives that the command line makes for itself. Commands can follow a log.
 const TOKEN_LIFETIME: Duration = Duration::from_secs(24 * 3600);
@@ -148,10 +151,7 @@ impl Client {
         path: &str,
         body: Option<Body>,
     ) -> Result<Response, ClientError> {
-        let mut request = self.http.request(method, format!("{}{path}", self.base_url));
-        if let Some(token) = &self.token {
-            request = request.bearer_auth(token);
-        }
+        let mut request = self.request(method, path);
         if let Some(body) = body {
             request = request.header("content-type", "application/json").body(body);
         }
@@ -159,20 +159,35 @@ impl Client {
             .send()
             .await
             .map_err(|source| ClientError::Unreachable { place: self.place.clone(), source })?;
-        let status = response.status();
-        if status.is_success() {
-            return Ok(response);
+        if response.status().is_success() {
+            Ok(response)
+        } else {
+            Err(self.refusal(response).await)
         }
+    }
+
+    /// A request with the right to make it.
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let request = self.http.request(method, format!("{}{path}", self.base_url));
+        match &self.token {
+            Some(token) => request.bearer_auth(token),
+            None => request,
+        }
+    }
+
+    /// Why the server said no.
+    async fn refusal(&self, response: Response) -> ClientError {
+        let status = response.status();
         let text = response.text().await.unwrap_or_default();
         let message = serde_json::from_str::<serde_json::Value>(&text)
             .ok()
             .and_then(|body| body["message"].as_str().map(str::to_owned))
             .unwrap_or(text);
         let without_token = self.token.is_none() && status == StatusCode::UNAUTHORIZED;
-        Err(ClientError::Refused {
+        ClientError::Refused {
             status,
             message: if without_token { NO_TOKEN.into() } else { message },
-        })
+        }
     }
 
     async fn json<T: DeserializeOwned>(&self, response: Response) -> Result<T, ClientError> {
@@ -249,6 +264,15 @@ pub enum ClientError {
         /// Why.
         #[source]
         source: reqwest::Error,
+    },
+    /// A WebSocket ended before it was through.
+    #[error("The server at {place} closed the connection")]
+    Closed {
+        /// Where.
+        place: String,
+        /// How.
+        #[source]
+        source: Box<WebSocketError>,
     },
     /// It said no.
     #[error("{message}")]

@@ -26,6 +26,8 @@ use crate::images::registry::RegistryError;
 use crate::images::room::RoomError;
 use crate::images::{DeleteError as ImageDeleteError, RequestError, TagError};
 use crate::instances::follow::LogError;
+use crate::instances::inside::InsideError;
+use crate::instances::inside::agent::AgentError;
 use crate::instances::record::ReserveError;
 use crate::instances::{CreateError, DeleteError, FindError};
 use crate::token::{Scope, TokenError};
@@ -379,6 +381,21 @@ impl From<DeleteError> for ApiError {
             | DeleteError::Record { .. }
             | DeleteError::Folder { .. } => Self::internal(&error).may_pass(),
         }
+    }
+}
+
+impl From<InsideError> for ApiError {
+    fn from(error: InsideError) -> Self {
+        match &error {
+            InsideError::Find(error) => (*error).into(),
+            InsideError::NotRunning { .. } => Self::conflict("invalid_state", &error),
+        }
+    }
+}
+
+impl From<AgentError> for ApiError {
+    fn from(error: AgentError) -> Self {
+        Self::internal(&error)
     }
 }
 

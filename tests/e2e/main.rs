@@ -11,9 +11,12 @@
 mod api;
 mod boot;
 mod cli;
+mod copy;
 mod crash;
+mod exec;
 mod images;
 mod refusals;
+mod sdk;
 
 use std::env;
 use std::panic::AssertUnwindSafe;
@@ -48,12 +51,22 @@ pub(crate) use cases;
 
 fn main() -> ExitCode {
     let filters: Vec<String> = env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let chosen: Vec<&Case> =
-        [boot::CASES, api::CASES, images::CASES, refusals::CASES, crash::CASES, cli::CASES]
-            .into_iter()
-            .flatten()
-            .filter(|case| filters.is_empty() || filters.iter().any(|f| case.name.contains(f)))
-            .collect();
+    let suites = [
+        boot::CASES,
+        api::CASES,
+        exec::CASES,
+        copy::CASES,
+        sdk::CASES,
+        images::CASES,
+        refusals::CASES,
+        crash::CASES,
+        cli::CASES,
+    ];
+    let chosen: Vec<&Case> = suites
+        .into_iter()
+        .flatten()
+        .filter(|case| filters.is_empty() || filters.iter().any(|f| case.name.contains(f)))
+        .collect();
     let runtime = Builder::new_current_thread().enable_all().build();
     let failed = runtime.expect("a runtime needs only memory").block_on(run(&chosen));
     println!("\nend to end: {} passed, {} failed", chosen.len() - failed.len(), failed.len());

@@ -14,6 +14,10 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::time;
 
+pub use socket::{Frame, Ran, Socket};
+
+mod socket;
+
 /// How long a guest may take to do what a case waits for.
 const PATIENCE: Duration = Duration::from_secs(150);
 
@@ -192,6 +196,53 @@ impl Server {
         let path = format!("/instances/{name}");
         let (status, answer) = self.call(Method::DELETE, &path, None).await;
         assert_eq!(status, StatusCode::NO_CONTENT, "DELETE {path}: {answer}");
+    }
+
+    /// Runs a command in an instance, over a WebSocket.
+    pub async fn exec(&self, name: &str, request: Value) -> Ran {
+        let mut socket = self.socket(&format!("/instances/{name}/exec")).await;
+        socket.say(&request.to_string()).await;
+        socket.until_exit().await
+    }
+
+    /// Runs a shell script in an instance.
+    pub async fn sh(&self, name: &str, script: &str) -> Ran {
+        self.exec(name, json!({ "command": ["sh", "-c", script], "tty": false })).await
+    }
+
+    /// Opens a WebSocket that must be accepted.
+    pub async fn socket(&self, path: &str) -> Socket {
+        let url = format!("{}{path}", self.base_url.replace("http:", "ws:"));
+        Socket::open(&url, &self.token).await.expect("the server upgrades")
+    }
+
+    /// What an upgrade that is refused is answered with.
+    pub async fn refused_socket(&self, path: &str) -> (u16, Value) {
+        let url = format!("{}{path}", self.base_url.replace("http:", "ws:"));
+        Socket::open(&url, &self.token).await.expect_err("the server refuses")
+    }
+
+    /// Starts an instance that does nothing until it is deleted, and waits until it runs.
+    pub async fn start_idle(&self, name: &str, image: &str) {
+        self.create(json!({
+            "name": name, "image": image, "size": "256MB", "vcpus": 1, "cmd": ["sleep", "100000"],
+        }))
+        .await;
+        self.wait(name, "Running").await;
+    }
+
+    /// The token that all requests carry.
+    pub fn token(&self) -> &str {
+        &self.token
+    }
+
+    /// Bytes of memory that the server has, all told.
+    pub fn resident_bytes(&self) -> u64 {
+        let path = format!("/proc/{}/status", self.child.id());
+        let status = fs::read_to_string(path).expect("the server runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
+        kib.and_then(|kib| kib.parse::<u64>().ok()).expect("VmRSS is a number of kB") << 10
     }
 
     /// Waits for a state and returns the instance as it is then.
