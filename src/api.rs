@@ -83,6 +83,8 @@ fn table(app: &App) -> OpenApiRouter<App> {
         .routes(to(Scope::INSTANCE_READ, routes!(instances::read)))
         .routes(to(Scope::INSTANCE_DELETE, routes!(instances::delete)))
         .routes(to(Scope::INSTANCE_READ, routes!(instances::wait)))
+        .routes(to(Scope::INSTANCE_WRITE, routes!(instances::stop)))
+        .routes(to(Scope::INSTANCE_WRITE, routes!(instances::start)))
         .routes(to_stream(Scope::INSTANCE_READ, routes!(logs::read)))
 }
 

@@ -199,6 +199,8 @@ async fn health_and_the_document_need_no_token() {
             "/instances",
             "/instances/{id}",
             "/instances/{id}/logs",
+            "/instances/{id}/start",
+            "/instances/{id}/stop",
             "/instances/{id}/wait",
         ]
     );
@@ -451,8 +453,10 @@ async fn what_a_killed_server_left_half_made_is_gone_after_the_next_start() {
     for (name, phase, end) in [
         ("half-made", "creating", json!(null)),
         ("half-gone", "deleting", json!(null)),
-        ("ended", "kept", ended),
+        ("ended", "kept", ended.clone()),
         ("lost", "kept", json!(null)),
+        ("half-started", "starting", ended),
+        ("half-stopped", "stopping", json!(null)),
     ] {
         records.execute(insert, [name, &record(name, phase, end).to_string()]).unwrap();
         fs::create_dir(data.join("instances").join(name)).unwrap();
@@ -467,9 +471,13 @@ async fn what_a_killed_server_left_half_made_is_gone_after_the_next_start() {
 
     let mut folders = server.instance_folders();
     folders.sort();
-    assert_eq!(folders, ["ended", "lost", "unreadable"]);
+    assert_eq!(folders, ["ended", "half-started", "half-stopped", "lost", "unreadable"]);
     let list = server.get("/instances").await.body;
-    assert_eq!(list.as_array().unwrap().len(), 2);
+    assert_eq!(list.as_array().unwrap().len(), 4);
+    let undone = server.get("/instances/half-started").await.body;
+    assert_eq!((&undone["state"], &undone["exit_code"]), (&json!("Stopped"), &json!(7)));
+    let finished = server.get("/instances/half-stopped").await.body;
+    assert_eq!(finished["state"], "Stopped");
     let ended = server.get("/instances/ended").await.body;
     assert_eq!((&ended["state"], &ended["exit_code"]), (&json!("Stopped"), &json!(7)));
     assert_eq!(ended["stopped_at"], "2026-01-02T03:05:05Z");
@@ -493,6 +501,39 @@ async fn instances_are_found_by_id_name_and_the_beginning_of_an_id() {
     assert_eq!(find("aab").await.body["id"], "aab-second");
     find("aa").await.says(StatusCode::NOT_FOUND, "ambiguous");
     find("b").await.says(StatusCode::NOT_FOUND, "not_found");
+}
+
+/// Up to the start of a worker, for want of KVM.
+#[tokio::test]
+async fn a_start_that_fails_leaves_the_instance_stopped_as_it_was() {
+    let server = Server::with_image().await;
+    let digest = server.get("/images/tiny").await.body["digest"].as_str().unwrap().to_owned();
+    let dir = server.stop().await;
+    keep_stopped(&dir, "one", &digest);
+    keep_stopped(&dir, "imageless", &Digest::of(b"any").to_string());
+    let overlay = dir.path().join("data/instances/one/overlay.ext4");
+    let server = Server::start_in(dir).await;
+    let start = async |body: &str| {
+        server.send(Method::POST, "/instances/one/start", Body::from(body.to_owned())).await
+    };
+
+    let stopped = server.send(Method::POST, "/instances/one/stop", Body::empty()).await;
+    start("").await.says(StatusCode::INTERNAL_SERVER_ERROR, "internal_error");
+    fs::write(overlay, b"").unwrap();
+    let without_kvm = start("{}").await;
+    without_kvm.says(StatusCode::INTERNAL_SERVER_ERROR, "internal_error");
+    start(r#"{"cmd": "sh"}"#).await.says(StatusCode::BAD_REQUEST, "Bad Request");
+    start(r#"{"cmd": ["a\u0000b"]}"#).await.says(StatusCode::BAD_REQUEST, "invalid_request");
+    start("{").await.says(StatusCode::BAD_REQUEST, "Bad Request");
+    let imageless = server.post("/instances/imageless/start", &json!({})).await;
+    imageless.says(StatusCode::NOT_FOUND, "not_found");
+    server.post("/instances/none/start", &json!({})).await.says(StatusCode::NOT_FOUND, "not_found");
+
+    assert_eq!((stopped.status, &stopped.body["state"]), (StatusCode::OK, &json!("Stopped")));
+    assert!(without_kvm.message().contains("kvm"), "{without_kvm:?}");
+    let instance = server.get("/instances/one").await.body;
+    assert_eq!((&instance["state"], &instance["exit_code"]), (&json!("Stopped"), &json!(0)));
+    assert_eq!(instance["stopped_at"], "2026-01-02T03:05:05Z");
 }
 
 #[tokio::test]
@@ -520,27 +561,31 @@ async fn logs_come_as_events_from_the_end() {
 /// A server that finds these instances, stopped, when it starts.
 async fn stopped_instances(ids: &[&str]) -> Server {
     let dir = Server::start().await.stop().await;
+    for id in ids {
+        keep_stopped(&dir, id, &Digest::of(b"any").to_string());
+    }
+    Server::start_in(dir).await
+}
+
+/// Writes down an instance that has stopped, into the folder of a server that does not run.
+fn keep_stopped(dir: &TempDir, id: &str, digest: &str) {
     let data = dir.path().join("data");
     let records = Connection::open(data.join("records.db")).unwrap();
-    for id in ids {
-        let name = format!("name-of-{id}");
-        let record = json!({
-            "id": id, "digest": Digest::of(b"any").to_string(),
-            "created_at": "2026-01-02T03:04:05Z", "phase": "kept", "timeline": {},
-            "end": {
-                "at": "2026-01-02T03:05:05Z", "started_at": null,
-                "how": { "exit_code": 0, "exit_message": "success", "error": null },
-            },
-            "spec": {
-                "name": name, "image": IMAGE, "memory_bytes": 1 << 30, "overlay_bytes": 1 << 30,
-                "vcpus": 1, "env": {}, "tags": {}, "hypervisor": "native", "agent": true,
-                "entrypoint": [], "cmd": [],
-            },
-        });
-        let insert = "INSERT INTO instances (id, name, json) VALUES (?1, ?2, ?3)";
-        records.execute(insert, (id, &name, &record.to_string())).unwrap();
-        fs::create_dir(data.join("instances").join(id)).unwrap();
-    }
-    drop(records);
-    Server::start_in(dir).await
+    let name = format!("name-of-{id}");
+    let record = json!({
+        "id": id, "digest": digest, "created_at": "2026-01-02T03:04:05Z", "phase": "kept",
+        "timeline": {},
+        "end": {
+            "at": "2026-01-02T03:05:05Z", "started_at": null,
+            "how": { "exit_code": 0, "exit_message": "success", "error": null },
+        },
+        "spec": {
+            "name": name, "image": IMAGE, "memory_bytes": 1 << 30, "overlay_bytes": 1 << 30,
+            "vcpus": 1, "env": {}, "tags": {}, "hypervisor": "native", "agent": true,
+            "entrypoint": [], "cmd": [],
+        },
+    });
+    let insert = "INSERT INTO instances (id, name, json) VALUES (?1, ?2, ?3)";
+    records.execute(insert, (id, &name, &record.to_string())).unwrap();
+    fs::create_dir(data.join("instances").join(id)).unwrap();
 }

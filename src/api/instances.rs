@@ -1,4 +1,4 @@
-//! `/instances`: create, list, read, wait, delete.
+//! `/instances`: create, list, read, wait, stop, start, delete.
 
 use std::time::Duration;
 
@@ -8,9 +8,10 @@ use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::api::body::JsonBody;
+use crate::api::body::{JsonBody, OptionalBody};
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::instances::create::CreateInstance;
+use crate::api::instances::start::StartInstance;
 use crate::api::instances::view::InstanceView;
 use crate::api::query::{Query, QueryError};
 use crate::api::tags::{self, Tags};
@@ -21,6 +22,7 @@ use crate::instances::state::{State as InstanceState, StateNameError};
 
 pub mod create;
 pub(super) mod extras;
+pub mod start;
 pub mod view;
 
 /// How long a wait lasts unless told otherwise.
@@ -116,6 +118,35 @@ pub(super) async fn delete(
     let graceful = query.flag("graceful_shutdown")?.unwrap_or(true);
     app.instances.delete(&key, graceful).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Stops an instance; its disk stays. It is not started again until somebody does.
+#[utoipa::path(
+    post, path = "/instances/{id}/stop", tag = "instances",
+    params(("id" = String, Path, description = "Id, name, or the beginning of an id")),
+    responses((status = 200, body = InstanceView), (status = "default", body = ErrorBody)),
+)]
+pub(super) async fn stop(
+    State(app): State<App>,
+    Path(key): Path<String>,
+) -> Result<Json<InstanceView>, ApiError> {
+    Ok(Json((&*app.instances.stop(&key).await?).into()))
+}
+
+/// Starts a stopped instance on the same disk, without waiting for the guest.
+#[utoipa::path(
+    post, path = "/instances/{id}/start", tag = "instances",
+    params(("id" = String, Path, description = "Id, name, or the beginning of an id")),
+    request_body = Option<StartInstance>,
+    responses((status = 200, body = InstanceView), (status = "default", body = ErrorBody)),
+)]
+pub(super) async fn start(
+    State(app): State<App>,
+    Path(key): Path<String>,
+    OptionalBody(body): OptionalBody<StartInstance>,
+) -> Result<Json<InstanceView>, ApiError> {
+    let command = body.into_command()?;
+    Ok(Json((&*app.instances.start(&key, command).await?).into()))
 }
 
 /// Waits for a state. Comes back early if the instance can no longer get there by itself.

@@ -1,7 +1,7 @@
 //! The record of an instance: all that must survive the server, and how it is kept.
 //!
-//! A record in phase `Creating` or `Deleting` belongs to an operation under way; after a restart
-//! that operation is undone or finished by `reconcile.rs`. What a guest does is not written here
+//! A record in another phase than `Kept` belongs to an operation under way; after a restart that
+//! operation is undone or finished by `reconcile.rs`. What a guest does is not written here
 //! as it happens: the events file in the instance's folder has it.
 
 use chrono::{DateTime, Utc};
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::images::digest::Digest;
 use crate::instances::history::Ending;
+use crate::instances::restart::RestartStatus;
 use crate::instances::spec::InstanceSpec;
 use crate::instances::timeline::Timeline;
 
@@ -28,8 +29,11 @@ pub struct Record {
     pub phase: Phase,
     /// The moments before there was a worker; after the end, all.
     pub timeline: Timeline,
-    /// How and when it ended, once it has.
+    /// How and when it ended, once it has; while it is started again, how it had ended.
     pub end: Option<End>,
+    /// How starting it again by itself has gone.
+    #[serde(default)]
+    pub restart: RestartStatus,
 }
 
 /// Whether an operation on a record is under way.
@@ -40,6 +44,10 @@ pub enum Phase {
     Creating,
     /// There.
     Kept,
+    /// Being stopped: told to be so, and to stay so.
+    Stopping,
+    /// Being started again: not acknowledged.
+    Starting,
     /// Being deleted: nobody may rely on it any more.
     Deleting,
 }

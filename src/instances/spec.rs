@@ -44,6 +44,37 @@ pub struct InstanceSpec {
     pub cmd: Vec<String>,
 }
 
+/// What to run instead of what was run before; what is empty stays as it was.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Command {
+    /// Instead of the entrypoint.
+    pub entrypoint: Vec<String>,
+    /// Instead of the arguments.
+    pub cmd: Vec<String>,
+}
+
+impl Command {
+    /// Whether nothing changes.
+    pub fn is_empty(&self) -> bool {
+        self.entrypoint.is_empty() && self.cmd.is_empty()
+    }
+}
+
+impl InstanceSpec {
+    /// The same with another command.
+    #[must_use]
+    pub fn with_command(mut self, command: Command) -> Self {
+        let Command { entrypoint, cmd } = command;
+        if !entrypoint.is_empty() {
+            self.entrypoint = entrypoint;
+        }
+        if !cmd.is_empty() {
+            self.cmd = cmd;
+        }
+        self
+    }
+}
+
 /// The name of an instance: lower-case letters, digits and inner dashes, 1 to 63 of them.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

@@ -12,6 +12,7 @@ mod api;
 mod boot;
 mod crash;
 mod images;
+mod lifecycle;
 mod refusals;
 
 use std::env;
@@ -48,7 +49,7 @@ pub(crate) use cases;
 fn main() -> ExitCode {
     let filters: Vec<String> = env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let chosen: Vec<&Case> =
-        [boot::CASES, api::CASES, images::CASES, refusals::CASES, crash::CASES]
+        [boot::CASES, api::CASES, lifecycle::CASES, images::CASES, refusals::CASES, crash::CASES]
             .into_iter()
             .flatten()
             .filter(|case| filters.is_empty() || filters.iter().any(|f| case.name.contains(f)))

@@ -214,7 +214,7 @@ fn check_env(env: &BTreeMap<String, String>) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn checked_words(
+pub(super) fn checked_words(
     field: &'static str,
     words: Option<Vec<String>>,
 ) -> Result<Vec<String>, SpecError> {
