@@ -3,28 +3,36 @@
 //! A command's output goes to stdout, everything about it to stderr. `ovum run` exits as its
 //! workload does; the others with 0 or 1.
 
+use std::env;
 use std::io::{self, IsTerminal};
-use std::path::PathBuf;
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
 
-use crate::client::Client;
-use crate::config::{Config, ConfigArgs, DATA_DIR};
+use crate::client::{self, Client};
+use crate::config::{ConfigArgs, Home, HomeArgs};
 use crate::server;
+use crate::token::Secret;
 use crate::worker;
 
+mod boot;
+mod embedded;
 mod host;
 mod images;
 mod instances;
 mod output;
 mod run;
+mod wait;
+
+/// What is typed first.
+const NAME: &str = "ovum";
 
 /// Runs OCI images as virtual machines
 #[derive(Debug, Parser)]
-#[command(name = "ovum", version, propagate_version = true)]
+#[command(name = NAME, version, propagate_version = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -40,6 +48,8 @@ enum Command {
     Ps(instances::PsArgs),
     /// Show what an instance wrote
     Logs(instances::LogsArgs),
+    /// Wait until an instance is in a state
+    Wait(wait::WaitArgs),
     /// Show all there is to know about an instance, as JSON
     Inspect(instances::InspectArgs),
     /// Delete instances
@@ -50,7 +60,11 @@ enum Command {
     /// Make a token for a client of the API
     Token(host::TokenArgs),
     /// See what this host lacks to run instances
-    Doctor(ConfigArgs),
+    Doctor(host::DoctorArgs),
+    /// Boot a bare kernel in this process, its console on stdout
+    Boot(boot::BootArgs),
+    /// Write what makes a shell complete these commands: eval "$(ovum completions bash)"
+    Completions(host::CompletionsArgs),
     /// Write the initramfs with the guest agent to a file
     #[command(hide = true)]
     Initramfs(host::InitramfsArgs),
@@ -60,37 +74,78 @@ enum Command {
 }
 
 /// Which server, and the right to use it.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 struct ServerArgs {
     /// The server's URL [env: HYPEMAN_BASE_URL or OVUM_BASE_URL] [default: this host's]
-    #[arg(long)]
+    #[arg(long, value_name = "URL")]
     base_url: Option<String>,
     /// Token [env: HYPEMAN_API_KEY or OVUM_API_KEY] [default: made with this host's secret]
     #[arg(long)]
     token: Option<String>,
-    /// The server's data folder, if it is on this host
-    #[arg(long, env = "OVUM_DATA_DIR", default_value = DATA_DIR)]
-    data_dir: PathBuf,
+    #[command(flatten)]
+    home: HomeArgs,
 }
 
 impl ServerArgs {
-    fn client(self) -> anyhow::Result<Client> {
-        Ok(Client::new(self.base_url, self.token, &self.data_dir)?)
+    /// The server that was named, or else this host's, whether or not it is there.
+    fn client(&self) -> anyhow::Result<Client> {
+        let home = self.home.find()?;
+        match self.client_elsewhere(&home)? {
+            Some(client) => Ok(client),
+            None => self.client_of_host(&home),
+        }
     }
+
+    /// For a server that was named by its URL.
+    fn client_elsewhere(&self, home: &Home) -> anyhow::Result<Option<Client>> {
+        let url = self.base_url.clone();
+        let url = url.or_else(|| from_environment(["HYPEMAN_BASE_URL", "OVUM_BASE_URL"]));
+        Ok(url.map(|url| Client::new(&url, self.token(home))).transpose()?)
+    }
+
+    /// For the server of this host: through its data folder if that is open to us.
+    fn client_of_host(&self, home: &Home) -> anyhow::Result<Client> {
+        let socket = server::socket(&home.data_dir);
+        let token = self.token(home);
+        Ok(match UnixStream::connect(&socket) {
+            Ok(_knock) => Client::at_socket(&socket, token)?,
+            Err(_nobody) => Client::new(&format!("http://{}", home.address), token)?,
+        })
+    }
+
+    /// The token that was given, or else one made with this host's secret, if that can be read.
+    fn token(&self, home: &Home) -> Option<String> {
+        let given = self.token.clone();
+        given.or_else(|| from_environment(["HYPEMAN_API_KEY", "OVUM_API_KEY"])).or_else(|| {
+            let chosen = home.jwt_secret.as_deref().map(Secret::new);
+            let secret = chosen.or_else(|| Secret::load(&home.data_dir).ok())?;
+            Some(client::own_token(&secret))
+        })
+    }
+}
+
+/// The first of these variables that says something.
+fn from_environment(names: [&str; 2]) -> Option<String> {
+    names.into_iter().find_map(|name| env::var(name).ok().filter(|text| !text.is_empty()))
 }
 
 /// Does what was typed.
 pub fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Serve(args) => serve(args).map(|()| ExitCode::SUCCESS),
-        Command::Run(args) => client_runtime().and_then(|runtime| runtime.block_on(run::run(args))),
+        Command::Run(args) => run(args),
         Command::Ps(args) => block_on(instances::ps(args)),
         Command::Logs(args) => block_on(instances::logs(args)),
+        Command::Wait(args) => block_on(wait::wait(args)),
         Command::Inspect(args) => block_on(instances::inspect(args)),
         Command::Rm(args) => block_on(instances::rm(args)),
         Command::Image(command) => block_on(images::image(command)),
         Command::Token(args) => host::token(args).map(|()| ExitCode::SUCCESS),
         Command::Doctor(args) => host::doctor(args),
+        Command::Boot(args) => boot::boot(args).map(|()| ExitCode::SUCCESS),
+        Command::Completions(args) => {
+            host::completions(&args, &Cli::command()).map(|()| ExitCode::SUCCESS)
+        }
         Command::Initramfs(args) => host::initramfs(&args).map(|()| ExitCode::SUCCESS),
         Command::Worker => be_worker().map(|()| ExitCode::SUCCESS),
     };
@@ -109,8 +164,14 @@ pub fn main() -> ExitCode {
 
 fn serve(args: ConfigArgs) -> anyhow::Result<()> {
     log_to_stderr("info");
-    let config = Config::try_from(args)?;
+    let config = args.load()?;
     Builder::new_multi_thread().enable_all().build()?.block_on(server::serve(config))
+}
+
+fn run(args: run::RunArgs) -> anyhow::Result<ExitCode> {
+    // Of a server in this process only what is wrong is said: stderr is the workload's, too.
+    log_to_stderr("warn");
+    Builder::new_multi_thread().enable_all().build()?.block_on(run::run(args))
 }
 
 fn be_worker() -> anyhow::Result<()> {

@@ -1,6 +1,5 @@
 //! A client of the API, for the command line.
 
-use std::env;
 use std::io;
 use std::path::Path;
 use std::time::Duration;
@@ -12,7 +11,6 @@ use reqwest::{Body, Method, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::config::{self, LISTEN};
 use crate::token::Secret;
 
 /// How long the token lives that the command line makes for itself. Commands can follow a log.
@@ -32,37 +30,34 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Client {
     http: reqwest::Client,
     base_url: String,
+    /// Where that is, for people.
+    place: String,
     token: Option<String>,
 }
 
 impl Client {
-    /// For the server at `base_url` (else the environment's, else this host's) with `token` (else
-    /// the environment's, else one made with the secret in `data_dir`, if it can be read).
+    /// For the server at `base_url`.
     ///
     /// # Errors
     ///
     /// [`ClientError::Setup`].
-    pub fn new(
-        base_url: Option<String>,
-        token: Option<String>,
-        data_dir: &Path,
-    ) -> Result<Self, ClientError> {
-        let from_env = |names: [&str; 2]| {
-            names.into_iter().find_map(|name| env::var(name).ok().filter(|text| !text.is_empty()))
-        };
-        let base_url = base_url
-            .or_else(|| from_env(["HYPEMAN_BASE_URL", "OVUM_BASE_URL"]))
-            .unwrap_or_else(|| format!("http://{LISTEN}"));
-        let token = token.or_else(|| from_env(["HYPEMAN_API_KEY", "OVUM_API_KEY"])).or_else(|| {
-            let secret = config::jwt_secret().map(|secret| Secret::new(&secret));
-            let secret = secret.or_else(|| Secret::load(data_dir).ok())?;
-            Some(secret.mint(TOKEN_USER, TOKEN_LIFETIME, None))
-        });
-        let http = reqwest::Client::builder()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .build()
-            .map_err(ClientError::Setup)?;
-        Ok(Self { http, base_url: base_url.trim_end_matches('/').to_owned(), token })
+    pub fn new(base_url: &str, token: Option<String>) -> Result<Self, ClientError> {
+        let http = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).build();
+        let base_url = base_url.trim_end_matches('/').to_owned();
+        let place = base_url.clone();
+        Ok(Self { http: http.map_err(ClientError::Setup)?, base_url, place, token })
+    }
+
+    /// For the server that listens at `socket`.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError::Setup`].
+    pub fn at_socket(socket: &Path, token: Option<String>) -> Result<Self, ClientError> {
+        let http = reqwest::Client::builder().unix_socket(socket).build();
+        let http = http.map_err(ClientError::Setup)?;
+        let base_url = "http://localhost".to_owned();
+        Ok(Self { http, base_url, place: socket.display().to_string(), token })
     }
 
     /// What `GET path` answers.
@@ -134,8 +129,8 @@ impl Client {
         path: &str,
     ) -> Result<impl Stream<Item = Result<String, ClientError>> + use<>, ClientError> {
         let response = self.send(Method::GET, path, None).await?;
-        let base_url = self.base_url.clone();
-        let broken = move |source| ClientError::Broken { base_url: base_url.clone(), source };
+        let place = self.place.clone();
+        let broken = move |source| ClientError::Broken { place: place.clone(), source };
         let mut events = Events::default();
         let chunks = response.bytes_stream().map_err(broken);
         Ok(chunks.flat_map(move |chunk| {
@@ -160,10 +155,10 @@ impl Client {
         if let Some(body) = body {
             request = request.header("content-type", "application/json").body(body);
         }
-        let response = request.send().await.map_err(|source| ClientError::Unreachable {
-            base_url: self.base_url.clone(),
-            source,
-        })?;
+        let response = request
+            .send()
+            .await
+            .map_err(|source| ClientError::Unreachable { place: self.place.clone(), source })?;
         let status = response.status();
         if status.is_success() {
             return Ok(response);
@@ -181,14 +176,19 @@ impl Client {
     }
 
     async fn json<T: DeserializeOwned>(&self, response: Response) -> Result<T, ClientError> {
-        let base_url = || self.base_url.clone();
+        let place = || self.place.clone();
         let bytes = response
             .bytes()
             .await
-            .map_err(|source| ClientError::Broken { base_url: base_url(), source })?;
+            .map_err(|source| ClientError::Broken { place: place(), source })?;
         serde_json::from_slice(&bytes)
-            .map_err(|source| ClientError::Foreign { base_url: base_url(), source })
+            .map_err(|source| ClientError::Foreign { place: place(), source })
     }
+}
+
+/// A token that this host's commands make for themselves.
+pub fn own_token(secret: &Secret) -> String {
+    secret.mint(TOKEN_USER, TOKEN_LIFETIME, None)
 }
 
 /// What to do about a missing token.
@@ -225,6 +225,13 @@ impl Events {
     }
 }
 
+impl ClientError {
+    /// Whether the server went away, so that another may answer.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::Broken { .. })
+    }
+}
+
 /// Why a server did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
@@ -235,10 +242,10 @@ pub enum ClientError {
     #[error("Failed to write the request")]
     Request(#[source] serde_json::Error),
     /// Nobody answers.
-    #[error("No server answers at {base_url} (`ovum serve` starts one)")]
+    #[error("No server answers at {place} (`ovum serve` starts one)")]
     Unreachable {
         /// Where.
-        base_url: String,
+        place: String,
         /// Why.
         #[source]
         source: reqwest::Error,
@@ -252,19 +259,19 @@ pub enum ClientError {
         message: String,
     },
     /// The connection broke.
-    #[error("The connection to {base_url} broke")]
+    #[error("The connection to {place} broke")]
     Broken {
         /// Where.
-        base_url: String,
+        place: String,
         /// Why.
         #[source]
         source: reqwest::Error,
     },
     /// It is another kind of server.
-    #[error("{base_url} does not answer like this program")]
+    #[error("{place} does not answer like this program")]
     Foreign {
         /// Where.
-        base_url: String,
+        place: String,
         /// Why.
         #[source]
         source: serde_json::Error,

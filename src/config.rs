@@ -1,22 +1,31 @@
-//! Configuration: flags and environment, made into a [`Config`] once, at start.
+//! Configuration: flags, environment and a file, made into a [`Config`] once, at start.
 //!
-//! [`ConfigArgs`] is what was typed; [`Config`] is what is meant, checked. Nothing else in the
-//! server reads the environment.
+//! [`Settings`] are what was asked for, somewhere; a flag goes before the environment, the
+//! environment before the file, the file before what is built in. [`Config`] is what is meant,
+//! checked. Nothing else in the server reads the environment.
 
 use std::env;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf, absolute};
 
-use clap::{Args, value_parser};
+use clap::builder::RangedI64ValueParser;
+use clap::{Args, Command, FromArgMatches, value_parser};
 
 use crate::size::ByteSize;
+use file::FileError;
+
+mod file;
 
 /// Where a server keeps its data unless told otherwise.
-pub const DATA_DIR: &str = "/var/lib/ovum";
+const DATA_DIR: &str = "/var/lib/ovum";
 
 /// Where a server listens unless told otherwise.
-pub const LISTEN: &str = "127.0.0.1:8080";
+const LISTEN: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
+
+/// The configuration file unless told otherwise. It need not be there.
+const CONFIG_FILE: &str = "/etc/ovum/config.toml";
 
 /// Where the KVM device is.
 pub const KVM: &str = "/dev/kvm";
@@ -27,47 +36,161 @@ const LIBRARY_DIR: &str = "/usr/lib/ovum";
 /// Longest path of a data folder: its sockets, 48 bytes longer, must fit an address (107 bytes).
 const DATA_DIR_BYTES_MAX: usize = 59;
 
+/// Images that can be pulled or converted at the same time.
+const IMAGE_JOBS: RangeInclusive<u8> = 1..=16;
+
+/// Images pulled or converted at the same time unless told otherwise.
+const IMAGE_JOBS_DEFAULT: u8 = 2;
+
+/// vCPUs an instance can have.
+const VCPUS: RangeInclusive<u8> = 1..=32;
+
 /// What can be typed after `ovum serve`.
 #[derive(Debug, Clone, Args)]
 pub struct ConfigArgs {
-    /// Folder of everything the server keeps
-    #[arg(long, env = "OVUM_DATA_DIR", default_value = DATA_DIR)]
-    pub data_dir: PathBuf,
-    /// Address to listen at; may be repeated
-    #[arg(long, env = "OVUM_LISTEN", value_delimiter = ',', default_value = LISTEN)]
-    pub listen: Vec<SocketAddr>,
+    /// File with settings [default: /etc/ovum/config.toml if it is there]
+    #[arg(long, env = "OVUM_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Everything that can be set, each of it by a flag, by the environment or in the file.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Args)]
+struct Settings {
+    /// Folder of everything the server keeps [default: /var/lib/ovum]
+    #[arg(long, env = "OVUM_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    /// Address to listen at; may be repeated [default: 127.0.0.1:8080]
+    #[arg(long, env = "OVUM_LISTEN", value_name = "ADDRESS", value_delimiter = ',')]
+    listen: Option<Vec<SocketAddr>>,
     /// Guest kernel: an uncompressed x86-64 ELF
-    #[arg(long, env = "OVUM_KERNEL")]
-    pub kernel: Option<PathBuf>,
+    #[arg(long, env = "OVUM_KERNEL", value_name = "FILE")]
+    kernel: Option<PathBuf>,
     /// Guest agent: a static x86-64 ELF
-    #[arg(long, env = "OVUM_AGENT")]
-    pub agent: Option<PathBuf>,
+    #[arg(long, env = "OVUM_AGENT", value_name = "FILE")]
+    agent: Option<PathBuf>,
     /// Registry (host or host:port) spoken to in plain HTTP; may be repeated
-    #[arg(long, env = "OVUM_INSECURE_REGISTRIES", value_delimiter = ',')]
-    pub insecure_registry: Vec<String>,
-    /// Images pulled or converted at the same time
-    #[arg(long, env = "OVUM_IMAGE_JOBS", default_value_t = 2)]
-    #[arg(value_parser = value_parser!(u8).range(1..=16))]
-    pub image_jobs: u8,
-    /// Most vCPUs of an instance
-    #[arg(long, env = "OVUM_MAX_VCPUS", default_value_t = 32)]
-    #[arg(value_parser = value_parser!(u8).range(1..=32))]
-    pub max_vcpus: u8,
-    /// Most memory of an instance
-    #[arg(long, env = "OVUM_MAX_MEMORY", default_value_t = ByteSize(32 << 30))]
-    pub max_memory: ByteSize,
-    /// Largest writable layer of an instance
-    #[arg(long, env = "OVUM_MAX_OVERLAY", default_value_t = ByteSize(100 << 30))]
-    pub max_overlay: ByteSize,
-    /// Largest image, as it is stored in the registry
-    #[arg(long, env = "OVUM_MAX_IMAGE_PACKED", default_value_t = ByteSize(32 << 30))]
-    pub max_image_packed: ByteSize,
-    /// Largest image, unpacked
-    #[arg(long, env = "OVUM_MAX_IMAGE_UNPACKED", default_value_t = ByteSize(64 << 30))]
-    pub max_image_unpacked: ByteSize,
-    /// Free space that images leave on the data folder's file system
-    #[arg(long, env = "OVUM_MIN_FREE", default_value_t = ByteSize(1 << 30))]
-    pub min_free: ByteSize,
+    #[arg(long = "insecure-registry", env = "OVUM_INSECURE_REGISTRIES", value_delimiter = ',')]
+    #[arg(value_name = "REGISTRY")]
+    insecure_registries: Option<Vec<String>>,
+    /// Images pulled or converted at the same time [default: 2]
+    #[arg(long, env = "OVUM_IMAGE_JOBS", value_name = "N", value_parser = within(IMAGE_JOBS))]
+    image_jobs: Option<u8>,
+    /// Most vCPUs of an instance [default: 32]
+    #[arg(long, env = "OVUM_MAX_VCPUS", value_name = "N", value_parser = within(VCPUS))]
+    max_vcpus: Option<u8>,
+    /// Most memory of an instance [default: 32GB]
+    #[arg(long, env = "OVUM_MAX_MEMORY", value_name = "SIZE")]
+    max_memory: Option<ByteSize>,
+    /// Largest writable layer of an instance [default: 100GB]
+    #[arg(long, env = "OVUM_MAX_OVERLAY", value_name = "SIZE")]
+    max_overlay: Option<ByteSize>,
+    /// Largest image, as it is stored in the registry [default: 32GB]
+    #[arg(long, env = "OVUM_MAX_IMAGE_PACKED", value_name = "SIZE")]
+    max_image_packed: Option<ByteSize>,
+    /// Largest image, unpacked [default: 64GB]
+    #[arg(long, env = "OVUM_MAX_IMAGE_UNPACKED", value_name = "SIZE")]
+    max_image_unpacked: Option<ByteSize>,
+    /// Free space that images leave on the data folder's file system [default: 1GB]
+    #[arg(long, env = "OVUM_MIN_FREE", value_name = "SIZE")]
+    min_free: Option<ByteSize>,
+    /// What tokens are signed with: in the environment or the file, where no list of processes
+    /// shows it.
+    #[arg(skip)]
+    jwt_secret: Option<String>,
+}
+
+fn within(range: RangeInclusive<u8>) -> RangedI64ValueParser<u8> {
+    value_parser!(u8).range(i64::from(*range.start())..=i64::from(*range.end()))
+}
+
+impl Settings {
+    /// These, and where they say nothing those of `below`.
+    fn over(self, below: Self) -> Self {
+        Self {
+            data_dir: self.data_dir.or(below.data_dir),
+            listen: self.listen.or(below.listen),
+            kernel: self.kernel.or(below.kernel),
+            agent: self.agent.or(below.agent),
+            insecure_registries: self.insecure_registries.or(below.insecure_registries),
+            image_jobs: self.image_jobs.or(below.image_jobs),
+            max_vcpus: self.max_vcpus.or(below.max_vcpus),
+            max_memory: self.max_memory.or(below.max_memory),
+            max_overlay: self.max_overlay.or(below.max_overlay),
+            max_image_packed: self.max_image_packed.or(below.max_image_packed),
+            max_image_unpacked: self.max_image_unpacked.or(below.max_image_unpacked),
+            min_free: self.min_free.or(below.min_free),
+            jwt_secret: self.jwt_secret.or(below.jwt_secret),
+        }
+    }
+}
+
+/// What a client on the server's host has to know of the server's configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+pub struct HomeArgs {
+    /// The server's file with settings, if it is on this host
+    #[arg(long, env = "OVUM_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The server's data folder, if it is on this host [default: /var/lib/ovum]
+    #[arg(long, env = "OVUM_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+}
+
+/// The server of this host, as its clients know it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Home {
+    /// The data folder.
+    pub data_dir: PathBuf,
+    /// An address at which it should answer.
+    pub address: SocketAddr,
+    /// The secret of tokens, if it was chosen outside.
+    pub jwt_secret: Option<String>,
+}
+
+impl HomeArgs {
+    /// Looks up what was not typed.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`]. A default file that is not for this user counts as none: only the server
+    /// needs all that is in it.
+    pub fn find(&self) -> Result<Home, ConfigError> {
+        let path = self.config.as_deref();
+        let file = match file::load(path) {
+            Err(error) if path.is_none() && error.is_denied() => Settings::default(),
+            loaded => loaded?,
+        };
+        let listen = file.listen.and_then(|addresses| addresses.first().copied());
+        Ok(Home {
+            data_dir: self.data_dir.clone().or(file.data_dir).unwrap_or_else(|| DATA_DIR.into()),
+            address: reachable(listen.unwrap_or(LISTEN)),
+            jwt_secret: jwt_secret().or(file.jwt_secret),
+        })
+    }
+
+    /// What a server that is started here is configured to be.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`].
+    pub fn into_config(self) -> Result<Config, ConfigError> {
+        let nothing_typed = Settings::augment_args(Command::new("ovum").no_binary_name(true))
+            .try_get_matches_from([""; 0])
+            .and_then(|matches| Settings::from_arg_matches(&matches))?;
+        let typed = Settings { data_dir: self.data_dir, ..Settings::default() };
+        ConfigArgs { config: self.config, settings: typed.over(nothing_typed) }.load()
+    }
+}
+
+/// Where a client on this host reaches who listens at `address`.
+pub fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
 }
 
 /// A server's configuration.
@@ -130,16 +253,27 @@ pub struct ImagesConfig {
     pub free_bytes_min: u64,
 }
 
-impl TryFrom<ConfigArgs> for Config {
-    type Error = ConfigError;
+impl ConfigArgs {
+    /// Reads the file and checks everything.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError`].
+    pub fn load(self) -> Result<Config, ConfigError> {
+        let file = file::load(self.config.as_deref())?;
+        let environment = Settings { jwt_secret: jwt_secret(), ..Settings::default() };
+        Config::new(self.settings.over(environment).over(file))
+    }
+}
 
-    fn try_from(args: ConfigArgs) -> Result<Self, ConfigError> {
-        let ConfigArgs {
+impl Config {
+    fn new(settings: Settings) -> Result<Self, ConfigError> {
+        let Settings {
             data_dir,
             listen,
             kernel,
             agent,
-            insecure_registry,
+            insecure_registries,
             image_jobs,
             max_vcpus,
             max_memory,
@@ -147,33 +281,36 @@ impl TryFrom<ConfigArgs> for Config {
             max_image_packed,
             max_image_unpacked,
             min_free,
-        } = args;
+            jwt_secret,
+        } = settings;
+        let bytes = |size: Option<ByteSize>, default| size.map_or(default, |ByteSize(bytes)| bytes);
+        let limits = Limits::default();
         Ok(Self {
-            data_dir: checked_data_dir(&data_dir)?,
-            listen,
-            jwt_secret: jwt_secret(),
+            data_dir: checked_data_dir(data_dir.as_deref().unwrap_or(Path::new(DATA_DIR)))?,
+            listen: listen.unwrap_or_else(|| vec![LISTEN]),
+            jwt_secret,
             kernel: kernel.unwrap_or_else(|| beside_executable("kernel/vmlinux", "vmlinux")),
             agent: agent.unwrap_or_else(|| beside_executable("agent/ovum-agent", "ovum-agent")),
             kvm: PathBuf::from(KVM),
             limits: Limits {
-                vcpus_max: max_vcpus,
-                memory_bytes_max: max_memory.0,
-                overlay_bytes_max: max_overlay.0,
-                ..Limits::default()
+                vcpus_max: max_vcpus.unwrap_or(limits.vcpus_max),
+                memory_bytes_max: bytes(max_memory, limits.memory_bytes_max),
+                overlay_bytes_max: bytes(max_overlay, limits.overlay_bytes_max),
+                body_bytes_max: limits.body_bytes_max,
             },
             images: ImagesConfig {
-                insecure_registries: insecure_registry,
-                jobs_max: usize::from(image_jobs),
-                packed_bytes_max: max_image_packed.0,
-                unpacked_bytes_max: max_image_unpacked.0,
-                free_bytes_min: min_free.0,
+                insecure_registries: insecure_registries.unwrap_or_default(),
+                jobs_max: usize::from(image_jobs.unwrap_or(IMAGE_JOBS_DEFAULT)),
+                packed_bytes_max: bytes(max_image_packed, 32 << 30),
+                unpacked_bytes_max: bytes(max_image_unpacked, 64 << 30),
+                free_bytes_min: bytes(min_free, 1 << 30),
             },
         })
     }
 }
 
 /// The secret of tokens, if the environment has one.
-pub fn jwt_secret() -> Option<String> {
+fn jwt_secret() -> Option<String> {
     ["OVUM_JWT_SECRET", "JWT_SECRET"]
         .into_iter()
         .find_map(|name| env::var(name).ok().filter(|secret| !secret.is_empty()))
@@ -203,6 +340,12 @@ fn beside_executable(in_checkout: &str, name: &str) -> PathBuf {
 /// Why a configuration is none.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
+    /// The file.
+    #[error(transparent)]
+    File(#[from] FileError),
+    /// The environment, where no flag was typed.
+    #[error(transparent)]
+    Environment(#[from] clap::Error),
     /// A relative path, and no current folder.
     #[error("Failed to find data folder {path}", path = path.display())]
     DataDir {
@@ -227,51 +370,4 @@ pub enum ConfigError {
 }
 
 #[cfg(test)]
-mod tests {
-    use clap::Parser;
-
-    use super::*;
-
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        args: ConfigArgs,
-    }
-
-    fn config(line: &[&str]) -> Config {
-        let line = ["serve"].iter().chain(line);
-        Config::try_from(Line::parse_from(line).args).unwrap()
-    }
-
-    #[test]
-    fn without_flags_everything_has_a_value() {
-        let config = config(&[]);
-
-        assert_eq!(config.data_dir, Path::new("/var/lib/ovum"));
-        assert_eq!(config.listen, ["127.0.0.1:8080".parse().unwrap()]);
-        assert_eq!(config.limits, Limits::default());
-    }
-
-    #[test]
-    fn addresses_add_up_and_sizes_have_units() {
-        let config = config(&[
-            "--listen=127.0.0.1:8080",
-            "--listen=127.0.0.1:4973",
-            "--max-memory=2GB",
-            "--insecure-registry=a:1,b",
-        ]);
-
-        assert_eq!(config.listen.len(), 2);
-        assert_eq!(config.limits.memory_bytes_max, 2 << 30);
-        assert_eq!(config.images.insecure_registries, ["a:1", "b"]);
-    }
-
-    #[test]
-    fn a_folder_whose_sockets_could_not_be_named_is_refused() {
-        let deep = format!("/{}", "d".repeat(DATA_DIR_BYTES_MAX));
-
-        let error = Config::try_from(Line::parse_from(["serve", "--data-dir", &deep]).args);
-
-        assert!(matches!(error, Err(ConfigError::DataDirTooLong { bytes: 60, .. })));
-    }
-}
+mod tests;

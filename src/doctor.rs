@@ -2,13 +2,20 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use rustix::fs::{Access, access, statvfs};
 
 use crate::config::Config;
 use crate::os::tool::TOOLS;
+use crate::server;
 use crate::size::ByteSize;
+
+/// What helps where KVM is not that of a processor.
+const SOFTWARE_KVM_MEND: &str = "use a host with VT-x or AMD-V, or a virtual machine to which they \
+                                 are passed on; `dev/in-host` emulates one for development";
 
 /// Free space with which a first image and instance fit, above what images leave free.
 const FREE_BYTES_MIN: u64 = 2 << 30;
@@ -53,7 +60,7 @@ pub struct Problem {
 /// Looks at everything that `config` needs of this host. Changes nothing.
 pub fn examine(config: &Config) -> Vec<Finding> {
     let mut findings = vec![
-        Finding { subject: "KVM".to_owned(), outcome: kvm(&config.kvm, Path::new("/sys/module")) },
+        Finding { subject: "KVM".to_owned(), outcome: kvm(&config.kvm, Path::new("/")) },
         Finding {
             subject: "guest kernel".to_owned(),
             outcome: program(&config.kernel, "`make kernel` builds it; --kernel names another"),
@@ -65,6 +72,10 @@ pub fn examine(config: &Config) -> Vec<Finding> {
         Finding { subject: "data folder".to_owned(), outcome: data_dir(&config.data_dir) },
         Finding { subject: "disk space".to_owned(), outcome: space(config) },
     ];
+    findings.extend(config.listen.iter().map(|&address| Finding {
+        subject: format!("address {address}"),
+        outcome: listen(address, &config.data_dir),
+    }));
     findings.extend(TOOLS.iter().map(|tool| Finding {
         subject: tool.name.to_owned(),
         outcome: tool.find().map(|path| path.display().to_string()).ok_or_else(|| Problem {
@@ -75,8 +86,9 @@ pub fn examine(config: &Config) -> Vec<Finding> {
     findings
 }
 
-/// The device opens, and what is behind it is a processor's virtualisation.
-fn kvm(device: &Path, modules: &Path) -> Result<String, Problem> {
+/// The device opens, and what is behind it is a processor's virtualisation. `root` is where the
+/// kernel's own folders are.
+fn kvm(device: &Path, root: &Path) -> Result<String, Problem> {
     let problem = |what: String, mend: &str| Err(Problem { what, mend: mend.to_owned() });
     let name = device.display();
     if let Err(error) = File::options().read(true).write(true).open(device) {
@@ -93,16 +105,35 @@ fn kvm(device: &Path, modules: &Path) -> Result<String, Problem> {
             _ => problem(format!("{name} cannot be opened: {error}"), "see the kernel's log"),
         };
     }
-    let loaded = |module: &&str| modules.join(module).exists();
-    match ["kvm_intel", "kvm_amd"].iter().find(|module| loaded(module)) {
-        Some(module) => Ok(format!("{name}, {module}")),
-        None if loaded(&"kvm_pvm") => problem(
-            format!("{name} is served by kvm_pvm, on which a guest kernel like ours does not boot"),
-            "use a host with VT-x or AMD-V; `dev/in-host` emulates one for development",
-        ),
-        // Compiled into the kernel, a vendor's module can have no folder.
-        None => Ok(name.to_string()),
+    let loaded = |module: &&str| root.join("sys/module").join(module).exists();
+    let vendor = ["kvm_intel", "kvm_amd"].into_iter().find(loaded);
+    if vendor.is_none() && loaded(&"kvm_pvm") {
+        return problem(
+            format!(
+                "{name} is software only: it is served by kvm_pvm, on which a guest kernel like \
+                 ours does not boot"
+            ),
+            SOFTWARE_KVM_MEND,
+        );
     }
+    if !has_virtualisation(&root.join("proc/cpuinfo")) {
+        return problem(
+            format!(
+                "{name} is there, but /proc/cpuinfo shows neither vmx nor svm: what is behind it \
+                 is software only, and guests do not boot or crawl"
+            ),
+            SOFTWARE_KVM_MEND,
+        );
+    }
+    // Compiled into the kernel, a vendor's module can have no folder.
+    Ok(vendor.map_or_else(|| name.to_string(), |module| format!("{name}, {module}")))
+}
+
+/// Whether a processor says that it can virtualise; one that does not say anything may.
+fn has_virtualisation(cpuinfo: &Path) -> bool {
+    let Ok(text) = fs::read_to_string(cpuinfo) else { return true };
+    let mut flags = text.lines().filter(|line| line.starts_with("flags"));
+    flags.any(|line| line.split_whitespace().any(|flag| flag == "vmx" || flag == "svm"))
 }
 
 /// The file is a program or kernel for x86-64.
@@ -140,6 +171,20 @@ fn data_dir(dir: &Path) -> Result<String, Problem> {
     }
 }
 
+/// Nobody listens at the address but, at most, the server of this data folder.
+fn listen(address: SocketAddr, data_dir: &Path) -> Result<String, Problem> {
+    match TcpListener::bind(address) {
+        Ok(_free_again) => Ok("free".to_owned()),
+        Err(_) if UnixStream::connect(server::socket(data_dir)).is_ok() => {
+            Ok("the server of this data folder runs".to_owned())
+        }
+        Err(error) => Err(Problem {
+            what: format!("a server could not listen there: {error}"),
+            mend: "end the program that does, or name another address with --listen".to_owned(),
+        }),
+    }
+}
+
 fn space(config: &Config) -> Result<String, Problem> {
     let existing = nearest(&config.data_dir);
     let free = match statvfs(existing) {
@@ -169,22 +214,41 @@ fn nearest(dir: &Path) -> &Path {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixListener;
+
     use super::*;
 
     #[test]
     fn each_kind_of_kvm_is_told_apart() {
-        let dir = tempfile::tempdir().unwrap();
-        let device = dir.path().join("kvm");
-        let modules = dir.path().join("modules");
-        let what = |outcome: Result<String, Problem>| outcome.unwrap_err().what;
+        let root = tempfile::tempdir().unwrap();
+        let root = root.path();
+        let device = root.join("kvm");
+        let what = || kvm(&device, root).unwrap_err().what;
 
-        assert!(what(kvm(&device, &modules)).ends_with("does not exist"));
+        assert!(what().ends_with("does not exist"));
         fs::write(&device, b"").unwrap();
-        assert!(kvm(&device, &modules).is_ok());
-        fs::create_dir_all(modules.join("kvm_pvm")).unwrap();
-        assert!(what(kvm(&device, &modules)).contains("kvm_pvm"));
-        fs::create_dir_all(modules.join("kvm_amd")).unwrap();
-        assert!(kvm(&device, &modules).unwrap().ends_with("kvm_amd"));
+        assert!(kvm(&device, root).is_ok());
+        fs::create_dir_all(root.join("proc")).unwrap();
+        fs::write(root.join("proc/cpuinfo"), "model name\t: vmx\nflags\t\t: fpu sse\n").unwrap();
+        assert!(what().contains("neither vmx nor svm"));
+        fs::create_dir_all(root.join("sys/module/kvm_pvm")).unwrap();
+        assert!(what().contains("kvm_pvm"));
+        fs::create_dir_all(root.join("sys/module/kvm_amd")).unwrap();
+        fs::write(root.join("proc/cpuinfo"), "flags\t\t: fpu svm sse\n").unwrap();
+        assert!(kvm(&device, root).unwrap().ends_with("kvm_amd"));
+    }
+
+    #[test]
+    fn an_address_that_is_taken_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = other.local_addr().unwrap();
+
+        assert!(listen(address, dir.path()).unwrap_err().mend.contains("--listen"));
+        let _ours = UnixListener::bind(server::socket(dir.path())).unwrap();
+        assert!(listen(address, dir.path()).is_ok());
+        drop(other);
+        assert_eq!(listen(address, dir.path()), Ok("free".to_owned()));
     }
 
     #[test]

@@ -1,7 +1,11 @@
 //! The server: opens what lies in its data folder, listens, and closes in reverse.
 //!
+//! It runs by itself (`ovum serve`), or for a while inside a command that found none (`ovum run`).
+//! Either way it also listens at a socket in the folder, where this host's commands find it.
+//!
 //! ```text
 //! lock          held by the one server of this folder
+//! api.sock      where it answers, for whoever may enter the folder
 //! jwt_secret    what tokens are signed with, unless it came from outside
 //! records.db    instances and images
 //! instances/    a folder for each
@@ -9,21 +13,24 @@
 //! blobs/ images/ tmp/   what images are made of, and their root disks
 //! ```
 
+use std::fmt::Debug;
 use std::fs::{self, File};
 use std::future::IntoFuture;
+use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use axum::Router;
-use futures_util::future::try_join_all;
+use axum::serve::Listener;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::task::JoinSet;
 use tokio::time;
 use tokio_util::sync::CancellationToken;
 
@@ -40,11 +47,20 @@ use crate::token::Secret;
 /// How long requests under way may take to end once the server is told to.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The socket in the data folder.
+const SOCKET: &str = "api.sock";
+
+/// Where the server of `data_dir` answers this host's commands.
+pub fn socket(data_dir: &Path) -> PathBuf {
+    data_dir.join(SOCKET)
+}
+
 /// Everything of a data folder, open.
 #[derive(Debug)]
 pub struct Opened {
     /// What the API works with.
     pub app: App,
+    door: Door,
     _lock: File,
 }
 
@@ -62,6 +78,8 @@ impl Opened {
             .create(dir)
             .with_context(|| format!("Failed to create data folder {}", dir.display()))?;
         let lock = lock(dir)?;
+        // From here on whoever knocks is heard, and answered once everything is open.
+        let door = Door::open(socket(dir))?;
         let secret = match &config.jwt_secret {
             Some(secret) => Secret::new(secret),
             None => Secret::load_or_create(dir)?,
@@ -87,7 +105,7 @@ impl Opened {
             tracing::info!(removed, "Removed root disks that nobody needs any more");
         }
         let app = App { images, instances, secret, limits: config.limits };
-        Ok(Self { app, _lock: lock })
+        Ok(Self { app, door, _lock: lock })
     }
 
     /// Leaves instances running, and stops everything else.
@@ -97,50 +115,114 @@ impl Opened {
     }
 }
 
+/// A server that listens.
+#[derive(Debug)]
+pub struct Running {
+    opened: Opened,
+    serving: JoinSet<anyhow::Result<()>>,
+    closing: CancellationToken,
+}
+
+impl Running {
+    /// Opens the data folder of `config` and listens at its socket, and at `addresses`.
+    ///
+    /// # Errors
+    ///
+    /// What keeps the server from starting; [`InUse`] if there is another.
+    pub async fn start(config: &Config, addresses: &[SocketAddr]) -> anyhow::Result<Self> {
+        raise_file_limit();
+        let mut opened = Opened::open(config).await?;
+        let mut listeners = Vec::new();
+        for &address in addresses {
+            let listener = TcpListener::bind(address).await;
+            listeners.push(listener.with_context(|| format!("Failed to listen at {address}"))?);
+        }
+        let closing = CancellationToken::new();
+        let router = api::router(opened.app.clone());
+        let mut serving = JoinSet::new();
+        if let Some(listener) = opened.door.listener.take() {
+            serving.spawn(serve_at(listener, router.clone(), closing.clone()));
+        }
+        for listener in listeners {
+            if let Ok(address) = listener.local_addr() {
+                tracing::info!(%address, "Listening");
+            }
+            serving.spawn(serve_at(listener, router.clone(), closing.clone()));
+        }
+        Ok(Self { opened, serving, closing })
+    }
+
+    /// What tokens are signed with.
+    pub fn secret(&self) -> &Secret {
+        &self.opened.app.secret
+    }
+
+    /// Ends requests under way; instances run on.
+    pub async fn close(mut self) {
+        self.closing.cancel();
+        // Logs that are followed end here; other requests get a moment.
+        self.opened.close().await;
+        let end = async { while self.serving.join_next().await.is_some() {} };
+        let _late = time::timeout(CLOSE_TIMEOUT, end).await;
+    }
+}
+
 /// Serves until told to stop (SIGTERM or SIGINT). Instances run on.
 ///
 /// # Errors
 ///
 /// What keeps the server from starting, or from listening on.
 pub async fn serve(config: Config) -> anyhow::Result<()> {
-    raise_file_limit();
-    let opened = Opened::open(&config).await?;
-    let closing = CancellationToken::new();
-    let router = api::router(opened.app.clone());
-    let mut listeners = Vec::new();
-    for &address in &config.listen {
-        listeners.push(listen(address, router.clone(), closing.clone()).await?);
-    }
+    let mut running = Running::start(&config, &config.listen).await?;
     let mut terminate = signal(SignalKind::terminate()).context("Failed to await SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("Failed to await SIGINT")?;
-    let mut serving = std::pin::pin!(try_join_all(listeners));
     tokio::select! {
-        served = &mut serving => return served.map(drop),
+        Some(served) = running.serving.join_next() => return served?,
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     tracing::info!("Closing; instances run on");
-    closing.cancel();
-    // Logs that are followed end here; other requests get a moment.
-    opened.close().await;
-    let _late = time::timeout(CLOSE_TIMEOUT, serving).await;
+    running.close().await;
     Ok(())
 }
 
-/// Listens at `address`; what comes back serves until `closing`.
-async fn listen(
-    address: SocketAddr,
-    router: Router,
-    closing: CancellationToken,
-) -> anyhow::Result<impl Future<Output = anyhow::Result<()>>> {
-    let listener = TcpListener::bind(address)
-        .await
-        .with_context(|| format!("Failed to listen at {address}"))?;
-    let address = listener.local_addr().unwrap_or(address);
-    tracing::info!(%address, "Listening");
+/// Serves whoever comes to `listener` until `closing`.
+async fn serve_at<L>(listener: L, router: Router, closing: CancellationToken) -> anyhow::Result<()>
+where
+    L: Listener<Addr: Debug>,
+{
     let closed = closing.cancelled_owned();
-    let serving = axum::serve(listener, router).with_graceful_shutdown(closed).into_future();
-    Ok(async move { serving.await.with_context(|| format!("Failed to serve at {address}")) })
+    let serving = axum::serve(listener, router).with_graceful_shutdown(closed);
+    serving.into_future().await.context("Failed to serve on")
+}
+
+/// The socket in the data folder. It goes when the server does.
+#[derive(Debug)]
+struct Door {
+    path: PathBuf,
+    listener: Option<UnixListener>,
+}
+
+impl Door {
+    /// Listens at `path`. The caller holds the folder's lock, so whoever listened there is gone.
+    fn open(path: PathBuf) -> anyhow::Result<Self> {
+        let failed = || format!("Failed to listen at {}", path.display());
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(error).with_context(failed);
+            }
+            _removed => {}
+        }
+        let listener = UnixListener::bind(&path).with_context(failed)?;
+        Ok(Self { path, listener: Some(listener) })
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        // One that stays answers nobody, and the next server removes it.
+        let _ = fs::remove_file(&self.path);
+    }
 }
 
 async fn open_images(config: &Config, records: &Path) -> anyhow::Result<Images> {
@@ -158,6 +240,14 @@ async fn open_images(config: &Config, records: &Path) -> anyhow::Result<Images> 
     Ok(Images::open(spec, records).await?)
 }
 
+/// There is one server for each data folder.
+#[derive(Debug, thiserror::Error)]
+#[error("Data folder {dir} is in use by another server", dir = dir.display())]
+pub struct InUse {
+    /// Which folder.
+    pub dir: PathBuf,
+}
+
 /// Takes the folder for this process, however it ends.
 fn lock(dir: &Path) -> anyhow::Result<File> {
     let path = dir.join("lock");
@@ -165,9 +255,7 @@ fn lock(dir: &Path) -> anyhow::Result<File> {
     let file = file.with_context(|| format!("Failed to open {}", path.display()))?;
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
-        Err(Errno::WOULDBLOCK) => {
-            bail!("Data folder {} is in use by another server", dir.display())
-        }
+        Err(Errno::WOULDBLOCK) => Err(InUse { dir: dir.to_owned() }.into()),
         Err(error) => Err(error).with_context(|| format!("Failed to lock {}", path.display())),
     }
 }

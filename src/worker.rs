@@ -8,6 +8,7 @@
 //! everything, and the server can connect again.
 
 mod files;
+pub mod foreground;
 mod journal;
 
 use std::io;

@@ -1,4 +1,4 @@
-//! Commands that need no server: `token`, `doctor`, `initramfs`.
+//! Commands that need no server: `token`, `doctor`, `completions`, `initramfs`.
 
 use std::fs;
 use std::io::{self, IsTerminal};
@@ -6,11 +6,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
-use clap::Args;
+use clap::{Args, Command};
+use clap_complete::{Shell, generate};
+use serde_json::{Value, json};
 
-use super::output;
-use crate::config::{self, Config, ConfigArgs, DATA_DIR};
-use crate::doctor::{self, Problem};
+use super::{NAME, output};
+use crate::config::{ConfigArgs, HomeArgs};
+use crate::doctor::{self, Finding, Problem};
 use crate::duration::GoDuration;
 use crate::initramfs::Archive;
 use crate::token::{Scope, Secret};
@@ -30,9 +32,8 @@ pub(super) struct TokenArgs {
     /// List what can be allowed
     #[arg(long)]
     list_scopes: bool,
-    /// The server's data folder; OVUM_JWT_SECRET goes before the secret in it
-    #[arg(long, env = "OVUM_DATA_DIR", default_value = DATA_DIR)]
-    data_dir: PathBuf,
+    #[command(flatten)]
+    home: HomeArgs,
 }
 
 pub(super) fn token(args: TokenArgs) -> anyhow::Result<()> {
@@ -44,9 +45,10 @@ pub(super) fn token(args: TokenArgs) -> anyhow::Result<()> {
         bail!("There is no scope {scope:?}: `ovum token --list-scopes` lists them");
     }
     let lifetime = args.duration.positive().context("A token must be valid for some time")?;
-    let secret = match config::jwt_secret() {
+    let home = args.home.find()?;
+    let secret = match home.jwt_secret {
         Some(secret) => Secret::new(&secret),
-        None => Secret::load(&args.data_dir).context(
+        None => Secret::load(&home.data_dir).context(
             "There is no secret: run this as the server's user after its first start, or set \
              OVUM_JWT_SECRET for both",
         )?,
@@ -54,23 +56,66 @@ pub(super) fn token(args: TokenArgs) -> anyhow::Result<()> {
     output::line(secret.mint(&args.user_id, lifetime, args.scopes))
 }
 
-pub(super) fn doctor(args: ConfigArgs) -> anyhow::Result<ExitCode> {
-    let config = Config::try_from(args)?;
+/// What can be typed after `ovum doctor`.
+#[derive(Debug, Args)]
+pub(super) struct DoctorArgs {
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    config: ConfigArgs,
+}
+
+pub(super) fn doctor(args: DoctorArgs) -> anyhow::Result<ExitCode> {
+    let findings = doctor::examine(&args.config.load()?);
+    if args.json {
+        output::json(&findings.iter().map(as_json).collect::<Vec<_>>())?;
+    } else {
+        show(&findings)?;
+    }
+    let all_is_well = findings.iter().all(|finding| finding.outcome.is_ok());
+    Ok(if all_is_well { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn as_json(finding: &Finding) -> Value {
+    let Finding { subject, outcome } = finding;
+    match outcome {
+        Ok(what) => json!({ "subject": subject, "ok": true, "what": what }),
+        Err(Problem { what, mend }) => {
+            json!({ "subject": subject, "ok": false, "what": what, "mend": mend })
+        }
+    }
+}
+
+fn show(findings: &[Finding]) -> anyhow::Result<()> {
     let [good, bad, plain] =
         if io::stdout().is_terminal() { ["\x1b[32m", "\x1b[31m", "\x1b[0m"] } else { [""; 3] };
-    let mut code = ExitCode::SUCCESS;
-    for finding in doctor::examine(&config) {
-        let subject = finding.subject;
-        match finding.outcome {
+    for Finding { subject, outcome } in findings {
+        match outcome {
             Ok(what) => output::line(format!("{good}ok  {plain} {subject}: {what}"))?,
             Err(Problem { what, mend }) => {
                 output::line(format!("{bad}FAIL{plain} {subject}: {what}"))?;
                 output::line(format!("     mend: {mend}"))?;
-                code = ExitCode::FAILURE;
             }
         }
     }
-    Ok(code)
+    Ok(())
+}
+
+/// What can be typed after `ovum completions`.
+#[derive(Debug, Args)]
+pub(super) struct CompletionsArgs {
+    /// For which shell
+    shell: Shell,
+}
+
+/// Writes the script that makes a shell complete `command`, without what is not for people.
+pub(super) fn completions(args: &CompletionsArgs, command: &Command) -> anyhow::Result<()> {
+    let shown = command.get_subcommands().filter(|command| !command.is_hide_set());
+    let mut shown = Command::new(NAME).subcommands(shown.cloned());
+    let mut script = Vec::new();
+    generate(args.shell, &mut shown, NAME, &mut script);
+    output::line(String::from_utf8_lossy(&script).trim_end())
 }
 
 /// What can be typed after `ovum initramfs`.
@@ -85,7 +130,7 @@ pub(super) struct InitramfsArgs {
 
 /// Writes the part of the initramfs that is the same for every guest.
 pub(super) fn initramfs(args: &InitramfsArgs) -> anyhow::Result<()> {
-    let config = Config::try_from(args.config.clone())?;
+    let config = args.config.clone().load()?;
     let agent = fs::read(&config.agent)
         .with_context(|| format!("Failed to read the guest agent {}", config.agent.display()))?;
     let archive = Archive::base(&agent)?;

@@ -1,26 +1,31 @@
 //! `ovum run`: the whole way from an image's name to an exit code.
+//!
+//! Without a server the command is one itself for that long, and leaves only the image behind.
 
 use std::collections::BTreeMap;
 use std::env;
 use std::pin::pin;
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use futures_util::TryStreamExt;
-use tokio::signal;
+use tokio::signal::unix::{SignalKind, signal};
 
+use super::embedded::Reached;
 use super::{ServerArgs, images, output};
 use crate::api::instances::WaitView;
 use crate::api::instances::create::CreateInstance;
 use crate::api::instances::view::InstanceView;
-use crate::client::{Client, segment};
+use crate::client::{Client, ClientError, segment};
 
 /// Exit code if the workload has none, as docker does it.
 const NO_EXIT_CODE: u8 = 125;
 
-/// Exit code after Ctrl-C: 128 and the number of SIGINT.
+/// Exit codes after a signal: 128 and its number.
 const INTERRUPTED: u8 = 130;
+const TERMINATED: u8 = 143;
 
 /// Phases in their order, which JSON does not keep.
 const PHASES: [&str; 8] =
@@ -75,36 +80,81 @@ pub(super) struct RunArgs {
 }
 
 pub(super) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
-    let RunArgs { rm, detach, timeline, .. } = args;
-    let (client, body) = request(args)?;
-    images::ensure(&client, &body.image).await?;
-    let created: InstanceView = client.post("/instances", &body).await?;
-    if detach {
-        output::line(&created.id)?;
-        return Ok(ExitCode::SUCCESS);
+    let RunArgs { rm, detach, timeline, ref server, .. } = args;
+    let mut server = Reached::open(server.clone()).await?;
+    if detach && server.is_embedded() {
+        server.close().await;
+        bail!("--detach needs a server that stays: `ovum serve` starts one");
     }
-    let path = format!("/instances/{}", segment(&created.id));
-    let code = tokio::select! {
-        code = attend(&client, &path, timeline) => code,
-        interrupted = signal::ctrl_c() => {
-            interrupted.context("Failed to await Ctrl-C")?;
-            if !rm {
-                let name = &created.name;
-                output::note(&format!("Instance {name} runs on; `ovum rm -f {name}` ends it"));
-            }
-            Ok(ExitCode::from(INTERRUPTED))
-        }
+    let body = request(args);
+    let created = OnceLock::new();
+    let (outcome, is_cut_off) = tokio::select! {
+        code = work(&mut server, &body, &created, (detach, timeline)) => (code, false),
+        code = interrupted() => (code, true),
     };
-    if rm {
-        client.delete(&path).await.context("Failed to delete the instance")?;
-    }
-    code
+    let cleaned = match created.get() {
+        // Without a server nobody could ever ask for it again.
+        Some(instance) if rm || server.is_embedded() => remove(server.client(), instance).await,
+        Some(InstanceView { name, .. }) if is_cut_off => {
+            output::note(&format!("Instance {name} runs on; `ovum rm -f {name}` ends it"));
+            Ok(())
+        }
+        _ => Ok(()),
+    };
+    server.close().await;
+    let code = outcome?;
+    cleaned.map(|()| code)
 }
 
-fn request(args: RunArgs) -> anyhow::Result<(Client, CreateInstance)> {
+/// Waits to be told to end; returns the exit code for it.
+async fn interrupted() -> anyhow::Result<ExitCode> {
+    let mut interrupt = signal(SignalKind::interrupt()).context("Failed to await Ctrl-C")?;
+    let mut terminate = signal(SignalKind::terminate()).context("Failed to await SIGTERM")?;
+    Ok(ExitCode::from(tokio::select! {
+        _ = interrupt.recv() => INTERRUPTED,
+        _ = terminate.recv() => TERMINATED,
+    }))
+}
+
+async fn remove(client: &Client, instance: &InstanceView) -> anyhow::Result<()> {
+    let path = format!("/instances/{}", segment(&instance.id));
+    client.delete(&path).await.context("Failed to delete the instance")
+}
+
+/// Pulls, creates and attends. What was created is told at once: this may be cut off anywhere.
+async fn work(
+    server: &mut Reached,
+    body: &CreateInstance,
+    created: &OnceLock<InstanceView>,
+    (detach, timeline): (bool, bool),
+) -> anyhow::Result<ExitCode> {
+    images::ensure(server.client(), &body.image).await?;
+    let instance: InstanceView = server.client().post("/instances", body).await?;
+    let instance = created.get_or_init(|| instance);
+    if detach {
+        output::line(&instance.id)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let path = format!("/instances/{}", segment(&instance.id));
+    let mut shown = 0;
+    let ended = loop {
+        match attend(server.client(), &path, &mut shown).await {
+            Ok(ended) => break ended,
+            Err(error) => {
+                let is_gone = error.downcast_ref().is_some_and(ClientError::is_gone);
+                if !is_gone || !server.find_another().await? {
+                    return Err(error);
+                }
+            }
+        }
+    };
+    Ok(tell(&ended, timeline))
+}
+
+fn request(args: RunArgs) -> CreateInstance {
     let name = args.name.unwrap_or_else(|| name_from(&args.image));
     let tags = args.tag.iter().map(|tag| tag.split_once('=').unwrap_or((tag, "")));
-    let body = CreateInstance {
+    CreateInstance {
         image: args.image,
         name,
         size: Some(args.memory),
@@ -116,8 +166,7 @@ fn request(args: RunArgs) -> anyhow::Result<(Client, CreateInstance)> {
         entrypoint: Some(args.entrypoint),
         cmd: Some(args.command),
         ..CreateInstance::default()
-    };
-    Ok((args.server.client()?, body))
+    }
 }
 
 fn environment(given: &[String]) -> BTreeMap<String, String> {
@@ -143,17 +192,27 @@ fn name_from(image: &str) -> String {
     format!("{name}-{unique}")
 }
 
-/// Shows what the instance writes until it has ended; returns its exit code as ours.
-async fn attend(client: &Client, path: &str, timeline: bool) -> anyhow::Result<ExitCode> {
+/// Shows what the instance writes, but for the lines `shown` before, until it has ended.
+async fn attend(client: &Client, path: &str, shown: &mut usize) -> anyhow::Result<InstanceView> {
     let log = format!("{path}/logs?follow=true&until=Stopped&tail=100000");
     let mut lines = pin!(client.lines(&log).await?);
+    let mut known = *shown;
     while let Some(line) = lines.try_next().await? {
+        if known > 0 {
+            known -= 1;
+            continue;
+        }
         output::line(line)?;
+        *shown += 1;
     }
     while client.get::<WaitView>(&format!("{path}/wait?state=Stopped")).await?.timed_out {}
-    let ended: InstanceView = client.get(path).await?;
+    Ok(client.get(path).await?)
+}
+
+/// Says how the instance ended; returns its exit code as ours.
+fn tell(ended: &InstanceView, timeline: bool) -> ExitCode {
     if timeline {
-        show_timeline(&ended);
+        show_timeline(ended);
     }
     if let Some(error) = &ended.state_error {
         output::note(&format!("{}: {error}", ended.name));
@@ -163,7 +222,7 @@ async fn attend(client: &Client, path: &str, timeline: bool) -> anyhow::Result<E
         let code = if prefix.is_empty() { String::new() } else { format!("{code}: ") };
         output::note(&format!("{}: {prefix}{code}{message}", ended.name));
     }
-    Ok(ExitCode::from(ended.exit_code.unwrap_or(NO_EXIT_CODE)))
+    ExitCode::from(ended.exit_code.unwrap_or(NO_EXIT_CODE))
 }
 
 fn show_timeline(instance: &InstanceView) {

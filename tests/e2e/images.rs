@@ -19,6 +19,7 @@ cases![
     a_truncated_layer_is_refused,
     a_broken_config_is_refused,
     a_registry_that_dies_in_the_middle_fails_the_pull,
+    an_image_for_another_architecture_is_refused_by_name,
 ];
 
 async fn a_second_pull_of_a_ready_image_is_immediate(host: &TestHost) {
@@ -71,7 +72,7 @@ async fn a_broken_config_is_refused(_: &TestHost) {
     });
 
     let error = error.await;
-    assert!(!error.is_empty());
+    assert!(error.contains("digest") && error.contains("sha256:"), "{error}");
 }
 
 async fn a_registry_that_dies_in_the_middle_fails_the_pull(host: &TestHost) {
@@ -87,6 +88,55 @@ async fn a_registry_that_dies_in_the_middle_fails_the_pull(host: &TestHost) {
     let error = pull_without_assurance(&host.server, &name).await;
 
     assert!(error.contains(&address), "{error}");
+}
+
+async fn an_image_for_another_architecture_is_refused_by_name(host: &TestHost) {
+    let dir = tempfile::tempdir().unwrap();
+    let storage = dir.path().join("storage");
+    fs::create_dir(&storage).unwrap();
+    let address = free_address();
+    let mut registry = start_registry(&storage, &address);
+    await_port(&address).await;
+    let name = format!("{address}/foreign:latest");
+    let pushed = Command::new("skopeo")
+        .args(["copy", "-q", "--insecure-policy", "--dest-tls-verify=false"])
+        .arg(format!("docker-archive:{}", foreign_archive(dir.path()).display()))
+        .arg(format!("docker://{name}"))
+        .status()
+        .unwrap();
+    assert!(pushed.success());
+
+    let error = pull_without_assurance(&host.server, &name).await;
+
+    registry.kill().unwrap();
+    registry.wait().unwrap();
+    assert!(error.contains("linux/amd64") && error.contains("linux/arm64"), "{error}");
+}
+
+/// What `docker save` writes for an image of one empty layer, for arm64.
+fn foreign_archive(dir: &Path) -> PathBuf {
+    let tar = |archive: &Path, names: &[&str]| {
+        let mut command = Command::new("tar");
+        command.arg("-C").arg(dir).arg("-cf").arg(archive).args(names);
+        assert!(command.status().unwrap().success());
+    };
+    let layer = dir.join("layer.tar");
+    fs::create_dir(dir.join("etc")).unwrap();
+    tar(&layer, &["etc"]);
+    let sum = Command::new("sha256sum").arg(&layer).output().unwrap();
+    let sum = String::from_utf8(sum.stdout).unwrap();
+    let diff_id = format!("sha256:{}", sum.split_whitespace().next().unwrap());
+    let config = json!({
+        "architecture": "arm64", "os": "linux", "config": { "Cmd": ["sh"] },
+        "rootfs": { "type": "layers", "diff_ids": [diff_id] },
+    });
+    let manifest = json!([{ "Config": "config.json", "RepoTags": ["foreign:latest"],
+        "Layers": ["layer.tar"] }]);
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    fs::write(dir.join("manifest.json"), manifest.to_string()).unwrap();
+    let archive = dir.join("foreign.tar");
+    tar(&archive, &["manifest.json", "config.json", "layer.tar"]);
+    archive
 }
 
 /// Pulls busybox from a registry whose storage was spoilt; returns the error.

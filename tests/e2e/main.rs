@@ -10,6 +10,7 @@
 
 mod api;
 mod boot;
+mod cli;
 mod crash;
 mod images;
 mod lifecycle;
@@ -48,12 +49,19 @@ pub(crate) use cases;
 
 fn main() -> ExitCode {
     let filters: Vec<String> = env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let chosen: Vec<&Case> =
-        [boot::CASES, api::CASES, lifecycle::CASES, images::CASES, refusals::CASES, crash::CASES]
-            .into_iter()
-            .flatten()
-            .filter(|case| filters.is_empty() || filters.iter().any(|f| case.name.contains(f)))
-            .collect();
+    let chosen: Vec<&Case> = [
+        boot::CASES,
+        api::CASES,
+        lifecycle::CASES,
+        images::CASES,
+        refusals::CASES,
+        crash::CASES,
+        cli::CASES,
+    ]
+    .into_iter()
+    .flatten()
+    .filter(|case| filters.is_empty() || filters.iter().any(|f| case.name.contains(f)))
+    .collect();
     let runtime = Builder::new_current_thread().enable_all().build();
     let failed = runtime.expect("a runtime needs only memory").block_on(run(&chosen));
     println!("\nend to end: {} passed, {} failed", chosen.len() - failed.len(), failed.len());

@@ -1,6 +1,7 @@
 //! Bad input: each gives one clear error that names what to do, and leaves nothing behind.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
@@ -22,6 +23,8 @@ cases![
     a_disk_without_room_says_so,
     a_second_server_on_the_same_folder_is_refused,
     an_image_that_nobody_has_is_not_found,
+    an_overlay_without_room_says_so,
+    a_guest_that_panics_as_it_boots_says_so,
 ];
 
 /// What `POST /instances` says to the usual body with these fields on top.
@@ -178,4 +181,54 @@ async fn an_image_that_nobody_has_is_not_found(host: &TestHost) {
     assert_eq!((status, &body["code"]), (StatusCode::NOT_FOUND, &json!("not_found")), "{body}");
     let path = format!("/images/{}", name.replace('/', "%2F"));
     host.server.call(Method::DELETE, &path, None).await;
+}
+
+async fn an_overlay_without_room_says_so(_: &TestHost) {
+    let data_dir = Path::new("/var/lib/ovum/no-room-for-overlays");
+    fs::create_dir_all(data_dir).unwrap();
+    let mounted = Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=64m", "none"])
+        .arg(data_dir)
+        .status()
+        .unwrap();
+    assert!(mounted.success());
+    let mut command = Command::new(ovum());
+    command.env("OVUM_MIN_FREE", "0");
+    let mut server = Server::start_as(data_dir, command).await;
+    server.pull(BUSYBOX).await;
+    fill(&data_dir.join("filler"));
+
+    let body = json!({ "name": "no-room", "image": BUSYBOX, "size": "128MB" });
+    let (status, answer) = server.call(Method::POST, "/instances", Some(body)).await;
+
+    assert!(!status.is_success(), "{answer}");
+    let message = answer["message"].as_str().unwrap_or_default();
+    assert!(["space", "room", "free"].iter().any(|word| message.contains(word)), "{answer}");
+    assert_eq!(server.get("/instances").await, json!([]));
+    let left = fs::read_dir(data_dir.join("instances")).unwrap().count();
+    assert_eq!(left, 0, "a folder is left");
+    server.kill();
+    assert!(Command::new("umount").arg(data_dir).status().unwrap().success());
+}
+
+/// Writes until the disk takes no more.
+fn fill(path: &Path) {
+    let mut file = fs::File::create(path).unwrap();
+    while file.write_all(&[0; 4096]).is_ok() {}
+}
+
+/// Whatever ends PID 1 of a guest is a panic: here it is a program that is no agent.
+async fn a_guest_that_panics_as_it_boots_says_so(_: &TestHost) {
+    let mut command = Command::new(ovum());
+    command.env("OVUM_AGENT", "/bin/busybox");
+    let mut server = Server::start_as(Path::new("/var/lib/ovum/panics"), command).await;
+    server.pull(BUSYBOX).await;
+
+    let (log, instance) = server.run("panics-early", BUSYBOX, &["true"]).await;
+
+    assert_eq!(instance.get("exit_code"), None, "{instance}");
+    let error = instance["state_error"].as_str().unwrap_or_default();
+    assert!(error.contains("panic") && error.contains("log"), "{instance}");
+    assert!(log.contains("Kernel panic"), "{log}");
+    server.kill();
 }

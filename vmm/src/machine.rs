@@ -86,7 +86,7 @@ impl Machine {
         let kvm = kvm(files.kvm)?;
         let vm = kvm.create_vm().map_err(BuildError::kvm("create a virtual machine"))?;
         set_up_interrupts(&vm)?;
-        let mut slots = KvmSlots { vm: &vm, next: 0 };
+        let mut slots = KvmSlots { vm: &vm, starts: Vec::new() };
         let memory = Memory::new(spec.memory_bytes, &mut slots)?;
         let events = Arc::new(Events::new().map_err(BuildError::Thread)?);
 
@@ -241,16 +241,22 @@ impl Machine {
     }
 }
 
-/// KVM's memory slots, numbered as ranges come.
+/// KVM's memory slots: the guest address of each, by its number.
 struct KvmSlots<'v> {
     vm: &'v VmFd,
-    next: u32,
+    starts: Vec<Option<u64>>,
 }
 
-impl MemoryListener for KvmSlots<'_> {
-    fn added(&mut self, range: MemoryRange) -> io::Result<()> {
+impl KvmSlots<'_> {
+    /// The slot of the range at `guest_start`, or, before there is one, the first that is free.
+    fn place(&mut self, guest_start: Option<u64>) -> Option<usize> {
+        self.starts.iter().position(|&start| start == guest_start)
+    }
+
+    /// Tells KVM of one slot; no bytes are no slot.
+    fn set(&self, slot: usize, range: MemoryRange) -> io::Result<()> {
         let region = kvm_userspace_memory_region {
-            slot: self.next,
+            slot: u32::try_from(slot).map_err(io::Error::other)?,
             flags: 0,
             guest_phys_addr: range.guest_start,
             memory_size: range.bytes,
@@ -260,9 +266,27 @@ impl MemoryListener for KvmSlots<'_> {
         // and the VM; no other slot has its guest addresses, for the layout's ranges are apart.
         #[expect(unsafe_code, reason = "the guest is given this process's memory")]
         let set = unsafe { self.vm.set_user_memory_region(region) };
-        set.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
-        self.next += 1;
+        set.map_err(|error| io::Error::from_raw_os_error(error.errno()))
+    }
+}
+
+impl MemoryListener for KvmSlots<'_> {
+    fn added(&mut self, range: MemoryRange) -> io::Result<()> {
+        let slot = self.place(None).unwrap_or(self.starts.len());
+        self.set(slot, range)?;
+        match self.starts.get_mut(slot) {
+            Some(start) => *start = Some(range.guest_start),
+            None => self.starts.push(Some(range.guest_start)),
+        }
         Ok(())
+    }
+
+    fn removed(&mut self, range: MemoryRange) {
+        let Some(slot) = self.place(Some(range.guest_start)) else { return };
+        // KVM refuses only a slot that it does not have.
+        if self.set(slot, MemoryRange { bytes: 0, ..range }).is_ok() {
+            self.starts[slot] = None;
+        }
     }
 }
 

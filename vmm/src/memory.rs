@@ -27,6 +27,11 @@ pub trait MemoryListener {
     ///
     /// What kept the listener from following; the range is then not added.
     fn added(&mut self, range: MemoryRange) -> io::Result<()>;
+
+    /// A range that was added is about to be no part of the guest any more. It is still mapped.
+    ///
+    /// No answer: whoever cannot let go of a range must see to it that the guest runs no more.
+    fn removed(&mut self, range: MemoryRange);
 }
 
 /// One range of guest memory.
@@ -85,20 +90,26 @@ impl Memory {
         let regions = ranges.map(|(guest_start, bytes)| map(guest_start, bytes));
         let regions = regions.collect::<Result<_, _>>()?;
         let mem = Mem::from_regions(regions).expect("the layout's ranges are sorted and apart");
-        for region in mem.iter() {
-            let range = MemoryRange {
-                guest_start: region.start_addr().raw_value(),
-                bytes: region.len(),
-                host_start: region.as_ptr() as u64,
-            };
-            let MemoryRange { guest_start, bytes, .. } = range;
-            listener.added(range).map_err(|source| MemoryError::Listener {
-                guest_start,
-                bytes,
-                source,
-            })?;
+        let memory = Self { mem };
+        for (index, range) in memory.ranges().enumerate() {
+            if let Err(source) = listener.added(range) {
+                for range in memory.ranges().take(index).collect::<Vec<_>>().into_iter().rev() {
+                    listener.removed(range);
+                }
+                let MemoryRange { guest_start, bytes, .. } = range;
+                return Err(MemoryError::Listener { guest_start, bytes, source });
+            }
         }
-        Ok(Self { mem })
+        Ok(memory)
+    }
+
+    /// All of it, in the guest's order.
+    fn ranges(&self) -> impl Iterator<Item = MemoryRange> {
+        self.mem.iter().map(|region| MemoryRange {
+            guest_start: region.start_addr().raw_value(),
+            bytes: region.len(),
+            host_start: region.as_ptr() as u64,
+        })
     }
 
     /// What devices and loaders work with.
@@ -138,25 +149,53 @@ mod tests {
 
     use super::*;
 
-    struct Seen(Vec<(u64, u64)>);
+    /// What a listener has heard of and not lost again, and how much it takes.
+    struct Seen {
+        ranges: Vec<(u64, u64)>,
+        ranges_max: usize,
+    }
 
     impl MemoryListener for Seen {
         fn added(&mut self, range: MemoryRange) -> io::Result<()> {
-            self.0.push((range.guest_start, range.bytes));
+            if self.ranges.len() == self.ranges_max {
+                return Err(io::Error::other("no more"));
+            }
+            self.ranges.push((range.guest_start, range.bytes));
             Ok(())
+        }
+
+        fn removed(&mut self, range: MemoryRange) {
+            assert_eq!(self.ranges.pop(), Some((range.guest_start, range.bytes)));
         }
     }
 
     #[test]
     fn six_gib_lie_around_the_hole_and_are_told_to_listeners() {
-        let mut seen = Seen(Vec::new());
+        let mut seen = Seen { ranges: Vec::new(), ranges_max: 2 };
         let memory = Memory::new(6 << 30, &mut seen).unwrap();
 
-        assert_eq!(seen.0, layout::ram_ranges(6 << 30));
+        assert_eq!(seen.ranges, layout::ram_ranges(6 << 30));
         let mem = memory.mem();
         mem.write_obj(7_u64, GuestAddress(layout::HOLE_START - 8)).unwrap();
         mem.write_obj(8_u64, GuestAddress(layout::HIGH_RAM_START)).unwrap();
         assert!(mem.write_obj(9_u64, GuestAddress(layout::HOLE_START)).is_err());
         assert_eq!(mem.read_obj::<u64>(GuestAddress(layout::HOLE_START - 8)).unwrap(), 7);
+    }
+
+    #[test]
+    fn a_listener_that_does_not_follow_keeps_nothing() {
+        for ranges_max in [0, 1] {
+            let mut seen = Seen { ranges: Vec::new(), ranges_max };
+
+            let error = Memory::new(6 << 30, &mut seen).unwrap_err();
+
+            let (start, bytes) = layout::ram_ranges(6 << 30)[ranges_max];
+            assert!(
+                matches!(error, MemoryError::Listener { guest_start, bytes: b, .. }
+                    if (guest_start, b) == (start, bytes)),
+                "{error:?}"
+            );
+            assert_eq!(seen.ranges, []);
+        }
     }
 }

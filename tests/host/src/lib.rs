@@ -26,6 +26,9 @@ pub const BUSYBOX: &str = "127.0.0.1:5000/busybox:latest";
 /// Debian as debootstrap makes it.
 pub const DEBIAN: &str = "127.0.0.1:5000/debian:bookworm";
 
+/// What servers here sign tokens with.
+pub const SECRET: &str = "the secret of a test";
+
 /// The machine that the cases run on.
 #[derive(Debug)]
 pub struct TestHost {
@@ -102,17 +105,16 @@ impl Server {
     /// Starts `ovum` by way of `command`.
     pub async fn start_as(data_dir: &Path, mut command: Command) -> Self {
         let address = free_address();
-        let secret = "the secret of a test";
         let child = command
             .args(["serve", "--listen", &address, "--data-dir"])
             .arg(data_dir)
-            .env("OVUM_JWT_SECRET", secret)
+            .env("OVUM_JWT_SECRET", SECRET)
             .spawn()
             .expect("target/release/ovum starts");
         let minted = Command::new(ovum())
             .args(["token", "--data-dir"])
             .arg(data_dir)
-            .env("OVUM_JWT_SECRET", secret)
+            .env("OVUM_JWT_SECRET", SECRET)
             .output()
             .expect("ovum token runs");
         assert!(minted.status.success(), "{}", String::from_utf8_lossy(&minted.stderr));

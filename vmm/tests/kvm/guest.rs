@@ -63,6 +63,12 @@ impl GuestSpec {
         self
     }
 
+    /// With a 16550, at which the kernel's own messages come out, too.
+    pub(crate) fn serial(mut self) -> Self {
+        self.spec.serial = true;
+        self
+    }
+
     /// Adds an archive behind the one that has the script.
     pub(crate) fn archive(mut self, archive: Archive) -> Self {
         self.archives.push(archive);

@@ -202,6 +202,21 @@ fn archives_are_laid_over_one_another_and_words_are_passed_on() {
     assert_eq!(said, "from the second archive\nfrom the third\n ovum.word=seven\n");
 }
 
+/// The kernel writes by itself; programs need the interrupt that says there is room again.
+#[test]
+fn kernel_and_programs_speak_through_a_serial_port() {
+    let script = "echo through the console; seq 1 300 > /dev/ttyS0; echo sent
+        cat /proc/consoles; grep ttyS0 /proc/interrupts";
+
+    let (reason, said) = guest(script).serial().boot().end();
+
+    assert_eq!(reason, StopReason::PowerOff, "{said}");
+    assert!(said.starts_with("Linux version ") || said.contains("] Linux version "), "{said}");
+    assert!(said.contains("through the console\n1\n2\n3\n"), "{said}");
+    assert!(said.contains("\n299\n300\nsent\n"), "{said}");
+    assert!(said.contains("ttyS0 "), "{said}");
+}
+
 #[test]
 fn reports_arrive_in_order() {
     let mut programs = Archive::default();

@@ -1,0 +1,134 @@
+//! Configuration, from what is typed and written down to what is meant.
+
+use std::fs;
+
+use clap::Parser;
+
+use super::*;
+
+#[derive(Parser)]
+struct Line {
+    #[command(flatten)]
+    args: ConfigArgs,
+}
+
+/// What a server with this file and these flags is configured to be.
+fn load(file: &str, line: &[&str]) -> Result<Config, ConfigError> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.toml");
+    fs::write(&path, file).unwrap();
+    let words = ["serve", "--config", path.to_str().unwrap()];
+    Line::parse_from(words.iter().chain(line)).args.load()
+}
+
+#[test]
+fn without_flags_everything_has_a_value() {
+    let config = load("", &[]).unwrap();
+
+    assert_eq!(config.data_dir, Path::new("/var/lib/ovum"));
+    assert_eq!(config.listen, ["127.0.0.1:8080".parse().unwrap()]);
+    assert_eq!(config.limits, Limits::default());
+    assert_eq!(config.images.jobs_max, 2);
+}
+
+#[test]
+fn addresses_add_up_and_sizes_have_units() {
+    let line = [
+        "--listen=127.0.0.1:8080",
+        "--listen=127.0.0.1:4973",
+        "--max-memory=2GB",
+        "--insecure-registry=a:1,b",
+    ];
+
+    let config = load("", &line).unwrap();
+
+    assert_eq!(config.listen.len(), 2);
+    assert_eq!(config.limits.memory_bytes_max, 2 << 30);
+    assert_eq!(config.images.insecure_registries, ["a:1", "b"]);
+}
+
+#[test]
+fn a_flag_goes_before_the_file_and_the_file_before_the_default() {
+    let file = "max_vcpus = 4\nmax_memory = \"2GB\"\nlisten = [\"127.0.0.1:1\"]";
+
+    let config = load(file, &["--max-vcpus=8", "--listen=127.0.0.1:2"]).unwrap();
+
+    assert_eq!(config.limits.vcpus_max, 8);
+    assert_eq!(config.listen, ["127.0.0.1:2".parse().unwrap()]);
+    assert_eq!(config.limits.memory_bytes_max, 2 << 30);
+    assert_eq!(config.limits.overlay_bytes_max, 100 << 30);
+}
+
+#[test]
+fn everything_can_be_in_the_file() {
+    let file = r#"
+        data_dir = "/srv/ovum"
+        listen = ["127.0.0.1:1", "[::1]:2"]
+        kernel = "/k"
+        agent = "/a"
+        insecure_registries = "localhost:5000"
+        image_jobs = 3
+        max_vcpus = 4
+        max_memory = "1GB"
+        max_overlay = "2GB"
+        max_image_packed = "3GB"
+        max_image_unpacked = "4GB"
+        min_free = 0
+        jwt_secret = "s"
+    "#;
+
+    let config = load(file, &[]).unwrap();
+
+    let Config { data_dir, listen, jwt_secret, kernel, agent, kvm: _, limits, images } = config;
+    assert_eq!([data_dir, kernel, agent], ["/srv/ovum", "/k", "/a"].map(PathBuf::from));
+    assert_eq!(listen.len(), 2);
+    assert_eq!(jwt_secret.as_deref(), Some("s"));
+    assert_eq!((limits.vcpus_max, limits.memory_bytes_max), (4, 1 << 30));
+    assert_eq!(limits.overlay_bytes_max, 2 << 30);
+    let expected = ImagesConfig {
+        insecure_registries: vec!["localhost:5000".to_owned()],
+        jobs_max: 3,
+        packed_bytes_max: 3 << 30,
+        unpacked_bytes_max: 4 << 30,
+        free_bytes_min: 0,
+    };
+    assert_eq!(images, expected);
+}
+
+/// A setting that can be typed and not be written down would be a trap.
+#[test]
+fn every_flag_has_a_key() {
+    use clap::CommandFactory;
+
+    let command = Line::command();
+    let flags = command.get_arguments().map(|flag| flag.get_id().as_str());
+    let settings: Vec<&str> = flags.filter(|&id| id != "config").collect();
+
+    let missing: Vec<_> = settings.iter().filter(|id| !file::KEYS.contains(id)).collect();
+    assert!(settings.len() > 10 && missing.is_empty(), "{missing:?} of {settings:?}");
+}
+
+#[test]
+fn a_folder_whose_sockets_could_not_be_named_is_refused() {
+    let deep = format!("/{}", "d".repeat(DATA_DIR_BYTES_MAX));
+
+    let error = load("", &["--data-dir", &deep]);
+
+    assert!(matches!(error, Err(ConfigError::DataDirTooLong { bytes: 60, .. })));
+}
+
+#[test]
+fn a_client_finds_the_server_of_its_host_in_the_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.toml");
+    fs::write(&path, "listen = \"0.0.0.0:81\"\ndata_dir = \"/d\"\njwt_secret = \"s\"").unwrap();
+    let home = |data_dir: Option<&str>| {
+        HomeArgs { config: Some(path.clone()), data_dir: data_dir.map(PathBuf::from) }.find()
+    };
+
+    let found = home(None).unwrap();
+
+    assert_eq!(found.data_dir, Path::new("/d"));
+    assert_eq!(found.address, "127.0.0.1:81".parse().unwrap());
+    assert_eq!(home(Some("/e")).unwrap().data_dir, Path::new("/e"));
+}

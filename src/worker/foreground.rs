@@ -1,0 +1,142 @@
+//! A machine in front of a person: a bare kernel, in this process, its console on a file that is
+//! handed over. No server, no instance, no journal; what ends this process ends the guest.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use anyhow::{Context, bail};
+use ovum_vmm::machine::{Machine, MachineEventKind, StopReason};
+use ovum_vmm::spec::{self, MachineFiles, MachineSpec};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+
+/// Most vCPUs that can be asked for.
+pub const VCPUS_MAX: u8 = spec::VCPUS_MAX;
+
+/// Least memory that can be asked for, in MiB.
+pub const MEMORY_MIB_MIN: u64 = spec::MEMORY_BYTES_MIN >> 20;
+
+/// Most memory that can be asked for, in MiB.
+pub const MEMORY_MIB_MAX: u64 = spec::MEMORY_BYTES_MAX >> 20;
+
+/// Memory comes in multiples of so many MiB.
+pub const MEMORY_MIB_STEP: u64 = spec::MEMORY_BYTES_STEP >> 20;
+
+/// A kernel to boot.
+#[derive(Debug)]
+pub struct ForegroundSpec {
+    /// /dev/kvm, read and write.
+    pub kvm: File,
+    /// An uncompressed x86-64 ELF.
+    pub kernel: File,
+    /// Archives of the initramfs, one laid over the other.
+    pub initramfs: Vec<File>,
+    /// Where the guest's console goes.
+    pub console: OwnedFd,
+    /// 1 to [`VCPUS_MAX`].
+    pub vcpus: u8,
+    /// A multiple of [`MEMORY_MIB_STEP`].
+    pub memory_mib: u64,
+    /// Words for the kernel, after those of the machine.
+    pub cmdline: String,
+}
+
+/// Boots the machine and stays until it ends.
+///
+/// # Errors
+///
+/// What keeps it from starting, and every end that is not a power-off. If nobody reads the console
+/// any more that is an end, too: an [`io::ErrorKind::BrokenPipe`].
+pub fn run(spec: ForegroundSpec) -> anyhow::Result<()> {
+    let console = spec.console.try_clone().context("Failed to share the console")?;
+    let mut machine = build(spec)?;
+    machine.boot().context("Failed to start the vCPUs")?;
+    loop {
+        while let Some(event) = machine.next_event() {
+            if let MachineEventKind::Stopped { reason } = event.kind {
+                return judge(&reason);
+            }
+        }
+        // No event of the console's is asked for: what remains are errors and hang-ups.
+        let mut files = [
+            PollFd::from_borrowed_fd(machine.events_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(console.as_fd(), PollFlags::empty()),
+        ];
+        match poll(&mut files, None) {
+            Ok(_) if files[1].revents().is_empty() => {}
+            Ok(_) => return Err(io::Error::from(io::ErrorKind::BrokenPipe).into()),
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error).context("Failed to wait for the machine"),
+        }
+    }
+}
+
+fn build(spec: ForegroundSpec) -> anyhow::Result<Machine> {
+    let ForegroundSpec { kvm, kernel, initramfs, console, vcpus, memory_mib, cmdline } = spec;
+    let machine = MachineSpec {
+        vcpus,
+        memory_bytes: memory_mib.checked_mul(1 << 20).context("--memory-mib is too large")?,
+        cmdline,
+        disks: Vec::new(),
+        vsock_cid: None,
+        // A kernel that is being developed has something to say before it has a virtio console.
+        serial: true,
+    };
+    let files = MachineFiles {
+        kvm: kvm.into(),
+        kernel,
+        initramfs,
+        disks: Vec::new(),
+        console: console.into(),
+        vsock: None,
+    };
+    Machine::build(&machine, files).context("Failed to build the machine")
+}
+
+/// What the end of a machine means for whoever booted it.
+fn judge(reason: &StopReason) -> anyhow::Result<()> {
+    match reason {
+        StopReason::PowerOff | StopReason::Ordered => Ok(()),
+        StopReason::Panic => bail!("The guest kernel panicked: its last words are on the console"),
+        StopReason::Reboot => bail!(
+            "The guest asked for a reset: a kernel that panics without CONFIG_PVPANIC_MMIO or \
+             CONFIG_PVPANIC does so, too"
+        ),
+        StopReason::Fault(what) => bail!("The guest cannot go on: {what}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_power_off_is_a_success() {
+        let text = |reason: &StopReason| judge(reason).unwrap_err().to_string();
+
+        assert!(judge(&StopReason::PowerOff).is_ok());
+        assert!(text(&StopReason::Panic).contains("panicked"));
+        assert!(text(&StopReason::Reboot).contains("reset"));
+        let fault = StopReason::Fault("vCPU 0: triple fault".into());
+        assert!(text(&fault).ends_with("vCPU 0: triple fault"));
+    }
+
+    #[test]
+    fn a_kvm_that_is_none_is_named() {
+        let file = || tempfile::tempfile().unwrap();
+        let spec = ForegroundSpec {
+            kvm: file(),
+            kernel: file(),
+            initramfs: Vec::new(),
+            console: file().into(),
+            vcpus: 1,
+            memory_mib: 128,
+            cmdline: String::new(),
+        };
+
+        let error = format!("{:#}", run(spec).unwrap_err());
+
+        assert!(error.contains("is not KVM"), "{error}");
+    }
+}
