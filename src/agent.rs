@@ -1,98 +1,193 @@
 //! The server's end of the vsock stream to a guest's agent.
 //!
 //! The worker listens at a socket in the instance's folder and leads each connection to the vsock
-//! port that its first line names. What arrives comes from a guest: everything is bounded, and
-//! the caller bounds the time.
+//! port that its first line names. [`Agents`] keeps one connection per guest while it is in use,
+//! and everything that goes on in a guest shares it: a copy of a thousand files connects once.
+//! What arrives comes from a guest: everything is bounded, in bytes and in time.
 
+use std::collections::HashMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use ovum_agent_proto::AGENT_PORT;
-use ovum_agent_proto::frame::{Frame, FrameError, ToAgent, ToServer};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use ovum_agent_proto::files::{GetSpec, PathInfo, PutSpec, StatSpec};
+use ovum_agent_proto::frame::FrameError;
+use ovum_agent_proto::message::{ErrorCode, ToAgent, ToServer, TooLong};
+use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
+use tokio::sync::Mutex as AsyncMutex;
+use tokio::time;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-/// Longest answer to `CONNECT`: `OK` and a port.
-const ANSWER_BYTES_MAX: usize = 32;
+use crate::agent::connection::{Messages, connect};
+use crate::agent::copy::{Get, Put};
+use crate::agent::exec::Exec;
+use crate::agent::line::{Line, Stream};
 
-/// The only request of a connection.
+pub use ovum_agent_proto::exec::{ExecSpec, WindowSize};
+pub use ovum_agent_proto::files;
+
+mod connection;
+pub mod copy;
+pub mod exec;
+mod line;
+
+/// The only request of a connection that is not shared.
 const REQUEST: u32 = 1;
-
-/// Bytes read at a time.
-const CHUNK_BYTES: usize = 4 << 10;
 
 /// Leaves the choice of the signal to the agent, which knows the workload.
 const SIGNAL_OF_AGENT: u8 = 0;
 
+/// How long a connection is kept that nobody uses.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Time between two attempts to reach an agent that does not listen yet: at first, and at most.
+const RETRY_FIRST: Duration = Duration::from_millis(25);
+const RETRY_MAX: Duration = Duration::from_millis(250);
+
+/// How long an agent may take to answer: it has one thread, which may wait for a disk.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The agents of this host's guests. Clones are the same.
+#[derive(Debug, Clone, Default)]
+pub struct Agents {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// By socket. Whoever connects holds the inner lock, so that all others use what comes of it.
+    lines: Mutex<HashMap<PathBuf, Arc<AsyncMutex<Option<Line>>>>>,
+    tasks: TaskTracker,
+    closing: CancellationToken,
+}
+
+impl Agents {
+    /// Runs a command in the guest behind `socket`. Returns once it runs.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError`]; nothing runs then, unless the connection broke.
+    pub async fn exec(&self, socket: &Path, spec: ExecSpec) -> Result<Exec, AgentError> {
+        Ok(Exec::new(self.open(socket, ToAgent::Exec(spec)).await?))
+    }
+
+    /// Puts a file, a directory or a link into the guest behind `socket`.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError`]; there may be an empty file then.
+    pub async fn put(&self, socket: &Path, spec: PutSpec) -> Result<Put, AgentError> {
+        Ok(Put::new(self.open(socket, ToAgent::Put(spec)).await?))
+    }
+
+    /// Reads a tree of the guest behind `socket`.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError`], also if there is no such path.
+    pub async fn get(&self, socket: &Path, spec: GetSpec) -> Result<Get, AgentError> {
+        Ok(Get::new(self.open(socket, ToAgent::Get(spec)).await?))
+    }
+
+    /// What lies at a path of the guest behind `socket`.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError`]. That nothing lies there is none.
+    pub async fn stat(&self, socket: &Path, spec: StatSpec) -> Result<PathInfo, AgentError> {
+        let stream = self.line(socket).await?.open(&ToAgent::Stat(spec)).await?;
+        match answer(&stream, ANSWER_TIMEOUT).await? {
+            ToServer::PathInfo(info) => Ok(info),
+            _ => Err(AgentError::OutOfPlace),
+        }
+    }
+
+    /// Waits until the agent behind `socket` takes connections, as long as the caller likes.
+    pub async fn wait_until_it_listens(&self, socket: &Path) {
+        let mut pause = RETRY_FIRST;
+        while self.line(socket).await.is_err() {
+            time::sleep(pause).await;
+            pause = (pause * 2).min(RETRY_MAX);
+        }
+    }
+
+    /// Lets go of all agents. What still runs in guests for a client of ours is called off.
+    pub async fn close(&self) {
+        self.shared.closing.cancel();
+        self.shared.tasks.close();
+        self.shared.tasks.wait().await;
+    }
+
+    /// Opens a stream of bytes.
+    async fn open(&self, socket: &Path, request: ToAgent) -> Result<Stream, AgentError> {
+        let stream = self.line(socket).await?.open(&request).await?;
+        match answer(&stream, ANSWER_TIMEOUT).await? {
+            ToServer::Ack => Ok(stream),
+            _ => Err(AgentError::OutOfPlace),
+        }
+    }
+
+    /// The connection to the agent behind `socket`: the one there is, or a new one.
+    async fn line(&self, socket: &Path) -> Result<Line, AgentError> {
+        let slot = self.slot(socket);
+        let mut slot = slot.lock().await;
+        if let Some(line) = slot.as_ref().filter(|line| line.is_open()) {
+            return Ok(line.clone());
+        }
+        let stream = connect(socket).await?;
+        let (line, run) = Line::new(stream, IDLE_TIMEOUT, self.shared.closing.clone());
+        self.shared.tasks.spawn(run);
+        *slot = Some(line.clone());
+        Ok(line)
+    }
+
+    fn slot(&self, socket: &Path) -> Arc<AsyncMutex<Option<Line>>> {
+        let mut lines = self.shared.lines.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(slot) = lines.get(socket) {
+            return Arc::clone(slot);
+        }
+        // Guests come and go. One that nobody waits for and that is not connected is forgotten.
+        lines.retain(|_, slot| {
+            let is_open = |line: &Line| line.is_open();
+            slot.try_lock().map_or(true, |line| line.as_ref().is_some_and(is_open))
+        });
+        Arc::clone(lines.entry(socket.to_owned()).or_default())
+    }
+}
+
+/// The next message of a stream, which has to come within `timeout`.
+async fn answer(stream: &Stream, timeout: Duration) -> Result<ToServer, AgentError> {
+    let next = time::timeout(timeout, stream.next());
+    match next.await.map_err(|_| AgentError::Silent { after: timeout })?? {
+        ToServer::Error { code, message } => Err(AgentError::Refused { code, message }),
+        message => Ok(message),
+    }
+}
+
 /// Tells the agent behind `socket` to end the workload, then the guest; what still runs after
-/// `grace` is killed. Returns once the agent has begun.
+/// `grace` is killed. Returns once the agent has begun. The caller bounds the time.
 ///
 /// # Errors
 ///
 /// [`AgentError`]; whether the agent will end the guest is not known then.
 pub async fn shutdown(socket: &Path, grace: Duration) -> Result<(), AgentError> {
-    let mut connection = Connection::open(socket).await?;
+    let mut stream: UnixStream = connect(socket).await?;
     let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
     let mut bytes = Vec::new();
-    ToAgent::Shutdown { signal: SIGNAL_OF_AGENT, grace_ms }.encode(REQUEST, &mut bytes);
-    connection.stream.write_all(&bytes).await.map_err(AgentError::Io)?;
+    let order = ToAgent::Shutdown { signal: SIGNAL_OF_AGENT, grace_ms };
+    order.encode(REQUEST, &mut bytes).map_err(AgentError::TooLong)?;
+    stream.write_all(&bytes).await.map_err(AgentError::Io)?;
+    let mut messages = Messages::new(stream);
     loop {
-        match connection.next().await? {
+        match messages.next().await? {
             (REQUEST, ToServer::Ack) | (_, ToServer::Exited(_)) => return Ok(()),
-            (REQUEST, ToServer::Error { code: _, message }) => {
-                return Err(AgentError::Refused { message });
+            (REQUEST, ToServer::Error { code, message }) => {
+                return Err(AgentError::Refused { code, message });
             }
-            (_, ToServer::Hello { .. } | ToServer::Ack | ToServer::Error { .. }) => {}
-        }
-    }
-}
-
-/// A stream to the agent and what was read of it.
-#[derive(Debug)]
-struct Connection {
-    stream: UnixStream,
-    received: Vec<u8>,
-}
-
-impl Connection {
-    async fn open(socket: &Path) -> Result<Self, AgentError> {
-        let mut stream = UnixStream::connect(socket).await.map_err(AgentError::Io)?;
-        let request = format!("CONNECT {AGENT_PORT}\n");
-        stream.write_all(request.as_bytes()).await.map_err(AgentError::Io)?;
-        // Byte by byte: what follows the line is already the agent's.
-        let mut answer = Vec::new();
-        while answer.last() != Some(&b'\n') && answer.len() < ANSWER_BYTES_MAX {
-            match stream.read_u8().await {
-                Ok(byte) => answer.push(byte),
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => break,
-                Err(error) => return Err(AgentError::Io(error)),
-            }
-        }
-        if answer.starts_with(b"OK ") && answer.ends_with(b"\n") {
-            Ok(Self { stream, received: Vec::new() })
-        } else {
-            Err(AgentError::NotListening)
-        }
-    }
-
-    /// The next message, and the stream it belongs to. Messages of an unknown kind are skipped.
-    async fn next(&mut self) -> Result<(u32, ToServer), AgentError> {
-        loop {
-            while let Some((frame, taken)) = Frame::decode(&self.received)? {
-                let (stream, message) = (frame.stream, ToServer::decode(frame));
-                self.received.drain(..taken);
-                match message {
-                    Ok(message) => return Ok((stream, message)),
-                    Err(FrameError::Kind { .. }) => {}
-                    Err(error) => return Err(error.into()),
-                }
-            }
-            let mut chunk = [0; CHUNK_BYTES];
-            match self.stream.read(&mut chunk).await.map_err(AgentError::Io)? {
-                0 => return Err(AgentError::Closed),
-                read => self.received.extend_from_slice(&chunk[..read]),
-            }
+            _ => {}
         }
     }
 }
@@ -106,84 +201,42 @@ pub enum AgentError {
     /// Nobody takes the connection in the guest.
     #[error("The agent does not listen")]
     NotListening,
+    /// It does not answer.
+    #[error("The agent did not answer within {} s", after.as_secs())]
+    Silent {
+        /// How long it had.
+        after: Duration,
+    },
     /// It went away.
     #[error("The agent closed the connection")]
     Closed,
+    /// The guest ended meanwhile.
+    #[error("The guest ended")]
+    GuestEnded,
     /// It said no.
-    #[error("The agent refused: {message}")]
+    #[error("{message}")]
     Refused {
+        /// What kind of no.
+        code: ErrorCode,
         /// Why, as it says.
         message: String,
     },
+    /// It said something that does not follow on what was asked.
+    #[error("The agent answered out of place")]
+    OutOfPlace,
+    /// There is no room for another request.
+    #[error("{streams} commands and copies are running in this guest: wait for one")]
+    Busy {
+        /// How many there are.
+        streams: usize,
+    },
+    /// The request has too many bytes: arguments and environment, mostly.
+    #[error("The request is too long")]
+    TooLong(#[source] TooLong),
     /// It does not speak our language.
     #[error(transparent)]
     Frame(#[from] FrameError),
 }
 
 #[cfg(test)]
-mod tests {
-    use std::path::PathBuf;
-
-    use ovum_agent_proto::frame::{CONNECTION, ErrorCode};
-    use tokio::net::UnixListener;
-
-    use super::*;
-
-    /// What a worker and the agent behind it answer, whatever they hear; returns what they heard.
-    async fn asked(answer: Vec<u8>) -> (Result<(), AgentError>, Vec<u8>) {
-        let dir = tempfile::tempdir().unwrap();
-        let path: PathBuf = dir.path().join("vsock.sock");
-        let listener = UnixListener::bind(&path).unwrap();
-        let peer = async {
-            let (mut stream, _) = listener.accept().await.unwrap();
-            stream.write_all(&answer).await.unwrap();
-            stream.shutdown().await.unwrap();
-            let mut heard = Vec::new();
-            // One who gives up leaves our words unread, which is an error to us.
-            let _ = stream.read_to_end(&mut heard).await;
-            heard
-        };
-        tokio::join!(shutdown(&path, Duration::from_millis(1500)), peer)
-    }
-
-    fn answer(messages: &[(u32, ToServer)]) -> Vec<u8> {
-        let mut bytes = b"OK 1073741824\n".to_vec();
-        for (stream, message) in messages {
-            message.encode(*stream, &mut bytes);
-        }
-        bytes
-    }
-
-    fn hello() -> (u32, ToServer) {
-        (CONNECTION, ToServer::Hello { version: 1, build: "test".into() })
-    }
-
-    #[tokio::test]
-    async fn a_shutdown_is_done_when_it_is_acknowledged() {
-        let (done, heard) = asked(answer(&[hello(), (REQUEST, ToServer::Ack)])).await;
-
-        assert!(done.is_ok(), "{done:?}");
-        let mut expected = b"CONNECT 1024\n".to_vec();
-        ToAgent::Shutdown { signal: 0, grace_ms: 1500 }.encode(1, &mut expected);
-        assert_eq!(heard, expected);
-    }
-
-    #[tokio::test]
-    async fn a_refusal_carries_the_agents_words() {
-        let refusal = ToServer::Error { code: ErrorCode::System, message: "no".into() };
-
-        let (done, _) = asked(answer(&[hello(), (REQUEST, refusal)])).await;
-
-        assert_eq!(done.unwrap_err().to_string(), "The agent refused: no");
-    }
-
-    #[tokio::test]
-    async fn nobody_silence_and_nonsense_are_told_apart() {
-        let error = async |bytes: &[u8]| asked(bytes.to_vec()).await.0.unwrap_err();
-
-        assert!(matches!(error(b"").await, AgentError::NotListening));
-        assert!(matches!(error(&[b'x'; 100]).await, AgentError::NotListening));
-        assert!(matches!(error(b"OK 1\n").await, AgentError::Closed));
-        assert!(matches!(error(b"OK 1\n\xff\xff\xff\xff").await, AgentError::Frame(_)));
-    }
-}
+mod tests;

@@ -27,13 +27,17 @@ use crate::token::{Scope, Secret};
 
 mod auth;
 mod body;
+mod cp;
 mod document;
 pub mod error;
+mod exec;
 mod health;
 pub mod images;
 pub mod instances;
 mod logs;
 mod query;
+mod socket;
+pub mod stat;
 pub mod tags;
 
 /// How long a request may take. A wait ends just before, by itself.
@@ -86,6 +90,9 @@ fn table(app: &App) -> OpenApiRouter<App> {
         .routes(to(Scope::INSTANCE_WRITE, routes!(instances::stop)))
         .routes(to(Scope::INSTANCE_WRITE, routes!(instances::start)))
         .routes(to_stream(Scope::INSTANCE_READ, routes!(logs::read)))
+        .routes(to(Scope::INSTANCE_READ, routes!(stat::stat)))
+        .routes(to_stream(Scope::INSTANCE_WRITE, routes!(exec::exec)))
+        .routes(to_stream(Scope::INSTANCE_WRITE, routes!(cp::cp)))
 }
 
 /// A route whose requests end, one way or the other, within [`REQUEST_TIMEOUT`].

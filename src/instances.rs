@@ -25,6 +25,7 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::agent::Agents;
 use crate::disks::{Disk, Disks};
 use crate::fleet::{Fleet, NewWorker};
 use crate::images::digest::Digest;
@@ -51,6 +52,7 @@ mod errors;
 pub mod follow;
 mod guest;
 pub mod history;
+pub mod inside;
 mod owner;
 mod reconcile;
 pub mod record;
@@ -99,6 +101,7 @@ struct Shared {
     images: Images,
     disks: Disks,
     fleet: Fleet,
+    agents: Agents,
     agent: PathBuf,
     /// The initramfs with the agent, once it was needed.
     base: OnceLock<File>,
@@ -168,6 +171,7 @@ impl Instances {
             images,
             disks,
             fleet,
+            agents: Agents::default(),
             agent,
             base: OnceLock::new(),
             entries: RwLock::default(),
@@ -352,6 +356,7 @@ impl Instances {
     /// Leaves all instances running and stops to watch them.
     pub async fn close(&self) {
         self.shared.closing.cancel();
+        self.shared.agents.close().await;
         self.shared.owners.close();
         self.shared.owners.wait().await;
     }

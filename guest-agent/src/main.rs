@@ -12,16 +12,21 @@
 #![cfg_attr(not(test), no_main)]
 #![cfg_attr(test, expect(dead_code, reason = "tests run without a guest around them"))]
 
+mod command;
 mod config;
 mod console;
+mod get;
 mod identity;
 mod init;
+mod jobs;
 #[expect(unsafe_code, reason = "vsock addresses, which rustix does not have")]
 mod listener;
+mod outbox;
 mod output;
 #[expect(unsafe_code, reason = "I/O port access")]
 mod port;
 mod program;
+mod put;
 mod root;
 mod serve;
 mod session;
@@ -29,6 +34,8 @@ mod session;
 mod signals;
 #[expect(unsafe_code, reason = "clone3 and execve")]
 mod spawn;
+mod stat;
+mod terminal;
 mod workload;
 
 use std::error::Error;
@@ -107,7 +114,7 @@ fn live(port: Port) -> Result<Ending, AgentError> {
     root::devices()?;
     console::open().map_err(system("the console"))?;
     let config = config::read()?;
-    let program = Program::new(&config)?;
+    let program = Program::new(&config.argv, &config.env)?;
     // Dropped last: what was written is on the disk before the power goes.
     let root = Root::enter(&config)?;
     port.report(Report::Phase(Phase::RootMounted));
@@ -116,7 +123,7 @@ fn live(port: Port) -> Result<Ending, AgentError> {
     let signals = Signals::open().map_err(system("signals"))?;
     let listener = if config.listen { listen(port) } else { None };
     let ending = match start(&program, &config, port) {
-        Ok(charge) => Agent { signals, listener, charge }.serve(),
+        Ok(charge) => Agent { signals, listener, charge, env: config.env }.serve(),
         Err(StartError::Refused(Refusal { code, message })) => {
             // As it would have ended from a shell.
             console::say(format_args!("{message}"));

@@ -8,7 +8,6 @@ use std::ffi::{CString, NulError, OsStr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use ovum_agent_proto::config::GuestConfig;
 use rustix::io::Errno;
 
 /// PATH of a workload that was given none.
@@ -29,12 +28,12 @@ pub(crate) struct Program {
     env: Vec<CString>,
 }
 
-/// The configuration names no program that could exist.
+/// There can be no such program.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ProgramError {
-    #[error("Configuration has no argv")]
+    #[error("There is no program in argv")]
     Empty,
-    #[error("Configuration has a NUL in argv or env")]
+    #[error("There is a NUL in argv or env")]
     Nul(#[source] NulError),
 }
 
@@ -53,17 +52,17 @@ pub(crate) struct Search {
 }
 
 impl Program {
-    /// Takes the program out of a configuration.
-    pub(crate) fn new(config: &GuestConfig) -> Result<Self, ProgramError> {
-        let name = config.argv.first().ok_or(ProgramError::Empty)?;
-        let env = environment(&config.env);
+    /// The program of these arguments, its name first.
+    pub(crate) fn new(argv: &[String], env: &[(String, String)]) -> Result<Self, ProgramError> {
+        let name = argv.first().ok_or(ProgramError::Empty)?;
+        let env = environment(env);
         let path = env.iter().find_map(|(name, value)| (name == "PATH").then_some(value.as_str()));
         let candidates = candidates(name, path.unwrap_or(PATH_DEFAULT));
         let env = env.iter().map(|(name, value)| format!("{name}={value}"));
         Ok(Self {
             name: name.clone(),
             candidates: strings(candidates.into_iter())?,
-            argv: strings(config.argv.iter().cloned())?,
+            argv: strings(argv.iter().cloned())?,
             env: strings(env)?,
         })
     }
@@ -132,6 +131,16 @@ impl Search {
     }
 }
 
+/// The environment `under`, with `over` in place of what has the same name.
+pub(crate) fn overlaid(
+    mut under: Vec<(String, String)>,
+    over: &[(String, String)],
+) -> Vec<(String, String)> {
+    under.retain(|(name, _)| !over.iter().any(|(other, _)| other == name));
+    under.extend_from_slice(over);
+    under
+}
+
 /// The environment as given, with what every program counts on.
 fn environment(given: &[(String, String)]) -> Vec<(String, String)> {
     let mut env = given.to_vec();
@@ -163,18 +172,11 @@ fn strings(texts: impl Iterator<Item = String>) -> Result<Vec<CString>, ProgramE
 mod tests {
     use super::*;
 
-    fn config(argv: &[&str], env: &[(&str, &str)]) -> GuestConfig {
-        GuestConfig {
-            version: 1,
-            hostname: "guest".into(),
-            root_device: "/dev/vda".into(),
-            overlay_device: None,
-            argv: argv.iter().map(ToString::to_string).collect(),
-            env: env.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
-            working_dir: "/".into(),
-            listen: false,
-            realtime_ns: 0,
-        }
+    fn program(argv: &[&str], env: &[(&str, &str)]) -> Result<Program, ProgramError> {
+        let argv: Vec<_> = argv.iter().map(ToString::to_string).collect();
+        let env: Vec<_> =
+            env.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
+        Program::new(&argv, &env)
     }
 
     fn texts(strings: &[CString]) -> Vec<&str> {
@@ -183,7 +185,7 @@ mod tests {
 
     #[test]
     fn a_name_is_looked_up_in_the_path_of_the_workload() {
-        let program = Program::new(&config(&["run", "-v"], &[("PATH", "/a:/b/c::rel")])).unwrap();
+        let program = program(&["run", "-v"], &[("PATH", "/a:/b/c::rel")]).unwrap();
 
         assert_eq!(texts(program.candidates()), ["/a/run", "/b/c/run", "./run", "rel/run"]);
         assert_eq!(texts(program.argv()), ["run", "-v"]);
@@ -192,7 +194,7 @@ mod tests {
     #[test]
     fn a_word_with_a_slash_is_a_path_whatever_the_path_says() {
         for word in ["/bin/run", "./run", "bin/run"] {
-            let program = Program::new(&config(&[word], &[("PATH", "/a:/b")])).unwrap();
+            let program = program(&[word], &[("PATH", "/a:/b")]).unwrap();
 
             assert_eq!(texts(program.candidates()), [word]);
         }
@@ -200,9 +202,9 @@ mod tests {
 
     #[test]
     fn path_and_home_are_there_and_what_was_given_stays_as_it_is() {
-        let bare = Program::new(&config(&["run"], &[])).unwrap();
+        let bare = program(&["run"], &[]).unwrap();
         let full = [("HOME", "/srv"), ("B", "=x=\n y"), ("PATH", ""), ("A", "")];
-        let full = Program::new(&config(&["run"], &full)).unwrap();
+        let full = program(&["run"], &full).unwrap();
 
         assert_eq!(texts(bare.env()), [&format!("PATH={PATH_DEFAULT}"), "HOME=/root"]);
         assert_eq!(bare.candidates().len(), 6);
@@ -212,7 +214,7 @@ mod tests {
 
     #[test]
     fn what_no_kernel_could_run_is_refused_early() {
-        let of = |argv: &[&str], env: &[(&str, &str)]| Program::new(&config(argv, env));
+        let of = program;
 
         assert!(matches!(of(&[], &[]), Err(ProgramError::Empty)));
         assert!(matches!(of(&["run", "a\0b"], &[]), Err(ProgramError::Nul(_))));
@@ -221,7 +223,7 @@ mod tests {
 
     #[test]
     fn only_the_three_init_systems_become_pid_1() {
-        let is = |name| Program::new(&config(&[name], &[])).unwrap().is_init_system();
+        let is = |name| program(&[name], &[]).unwrap().is_init_system();
 
         assert!(INIT_SYSTEMS.into_iter().all(is));
         assert!(!["/bin/sh", "init", "/init", "systemd"].into_iter().any(is));
@@ -231,7 +233,7 @@ mod tests {
     #[test]
     fn a_refusal_says_what_a_shell_would() {
         let refusal = |answers: &[Errno]| {
-            let program = Program::new(&config(&["run"], &[("PATH", "/nowhere")])).unwrap();
+            let program = program(&["run"], &[("PATH", "/nowhere")]).unwrap();
             let mut search = Search::default();
             for (index, &answer) in answers.iter().enumerate() {
                 assert_eq!(search.refused(answer), index + 1 < answers.len(), "{answers:?}");
@@ -252,14 +254,14 @@ mod tests {
 
         let mut search = Search::default();
         assert!([E::NOENT, E::ACCESS, E::NOENT].into_iter().all(|answer| search.refused(answer)));
-        let program = Program::new(&config(&["run"], &[])).unwrap();
+        let program = program(&["run"], &[]).unwrap();
         let Refusal { code, message } = program.refusal(search);
         assert_eq!((code, message), denied);
     }
 
     #[test]
     fn a_file_that_is_there_and_still_not_found_lacks_its_interpreter() {
-        let program = Program::new(&config(&["/proc/self/exe"], &[])).unwrap();
+        let program = program(&["/proc/self/exe"], &[]).unwrap();
 
         let Refusal { code, message } = program.refusal(Search::ended(Errno::NOENT));
 

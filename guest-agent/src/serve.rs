@@ -1,18 +1,21 @@
 //! The agent's loop: it waits for signals, output, and the server, all at once and with one thread.
 
-use std::mem;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
-use ovum_agent_proto::frame::{CONNECTION, ErrorCode, ToAgent, ToServer};
+use ovum_agent_proto::frame::CONNECTION;
+use ovum_agent_proto::message::{ErrorCode, ToAgent, ToServer};
 use ovum_agent_proto::report::Exit;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions};
 use rustix::{event, process};
 
+use crate::command::End;
+use crate::jobs::Jobs;
 use crate::listener::Listener;
 use crate::output::Output;
-use crate::session::Session;
+use crate::session::{Closed, Session};
 use crate::signals::{self, Signal, Signals};
 use crate::workload;
 
@@ -20,7 +23,7 @@ use crate::workload;
 const KILLED: Exit = Exit { code: 137, oom: false };
 
 /// Most connections at once; further ones wait in the listener's backlog.
-const SESSIONS_MAX: usize = 16;
+const CLIENTS_MAX: usize = 16;
 
 /// How long processes that were killed may take to be gone. More than that is for the kernel to
 /// explain; the disk is left to its journal then.
@@ -35,6 +38,8 @@ pub(crate) struct Agent {
     pub(crate) signals: Signals,
     pub(crate) listener: Option<Listener>,
     pub(crate) charge: Charge,
+    /// The workload's environment, which commands get too.
+    pub(crate) env: Vec<(String, String)>,
 }
 
 /// For whom the guest exists.
@@ -58,10 +63,18 @@ pub(crate) enum Charge {
 #[derive(Debug)]
 struct Loop {
     agent: Agent,
-    sessions: Vec<Session>,
+    clients: Vec<Client>,
     /// When whatever still runs is killed.
     kill_at: Option<Instant>,
     ended: Option<Ending>,
+}
+
+/// A connection and what runs for it.
+#[derive(Debug)]
+struct Client {
+    session: Session,
+    jobs: Jobs,
+    is_over: bool,
 }
 
 /// How serving ended.
@@ -73,18 +86,20 @@ pub(crate) enum Ending {
     Dismissed(Exit),
 }
 
-/// What can be done without waiting.
-struct Ready {
-    signals: bool,
-    output: bool,
-    listener: bool,
-    sessions: Vec<PollFlags>,
+/// What was found to be ready. Clients are known by their place, which stays during a turn.
+#[derive(Debug, Clone, Copy)]
+enum Ready {
+    Signals,
+    Output,
+    Listener,
+    Session { client: usize, hears: bool },
+    Job { client: usize, stream: u32, end: End },
 }
 
 impl Agent {
     /// Serves until the charge has ended.
     pub(crate) fn serve(self) -> Ending {
-        let mut serving = Loop { agent: self, sessions: Vec::new(), kill_at: None, ended: None };
+        let mut serving = Loop { agent: self, clients: Vec::new(), kill_at: None, ended: None };
         loop {
             if let Some(ending) = serving.ended {
                 serving.finish(ending);
@@ -98,51 +113,88 @@ impl Agent {
 impl Loop {
     /// Waits once, and does what there is to do.
     fn turn(&mut self) {
-        let ready = self.wait();
-        if ready.output
-            && let Charge::Workload { output, .. } = &mut self.agent.charge
-        {
-            output.pump();
+        let mut orders = Vec::new();
+        for ready in self.wait() {
+            match ready {
+                Ready::Signals => self.take_signals(),
+                Ready::Output => {
+                    if let Charge::Workload { output, .. } = &mut self.agent.charge {
+                        output.pump();
+                    }
+                }
+                Ready::Listener => {
+                    let accepted = self.agent.listener.as_ref().and_then(Listener::accept);
+                    self.clients.extend(accepted.map(Client::new));
+                }
+                Ready::Session { hears: false, .. } => {}
+                Ready::Session { client, hears: true } => {
+                    let shutdowns = self.clients[client].receive(&self.agent.env);
+                    orders.extend(shutdowns.into_iter().map(|order| (client, order)));
+                }
+                Ready::Job { client, stream, end } => {
+                    let Client { session, jobs, .. } = &mut self.clients[client];
+                    jobs.serve(stream, end, session);
+                }
+            }
         }
-        if ready.signals {
-            self.take_signals();
+        for (client, (stream, request)) in orders {
+            let answer = self.shut_down(&request);
+            self.clients[client].session.say(stream, &answer);
         }
-        self.serve_sessions(&ready.sessions);
-        if ready.listener
-            && let Some(stream) = self.agent.listener.as_ref().and_then(Listener::accept)
-        {
-            self.sessions.push(Session::open(stream));
-        }
+        self.clients.retain_mut(Client::work);
         if self.kill_at.is_some_and(|kill_at| Instant::now() >= kill_at) {
             self.kill();
         }
     }
 
-    fn wait(&self) -> Ready {
+    fn wait(&self) -> Vec<Ready> {
         let output = match &self.agent.charge {
             Charge::Workload { output, .. } => output.pipe(),
             Charge::Init { .. } => None,
         };
-        let listener = self.agent.listener.as_ref().filter(|_| self.sessions.len() < SESSIONS_MAX);
+        let listener = self.agent.listener.as_ref().filter(|_| self.clients.len() < CLIENTS_MAX);
 
-        let mut fds = Vec::with_capacity(3 + SESSIONS_MAX);
-        fds.push(PollFd::new(&self.agent.signals, PollFlags::IN));
-        fds.extend(output.as_ref().map(|output| PollFd::new(output, PollFlags::IN)));
-        fds.extend(listener.map(|listener| PollFd::new(listener, PollFlags::IN)));
-        fds.extend(self.sessions.iter().map(|session| PollFd::new(session, session.interest())));
+        let mut watched = vec![(PollFd::new(&self.agent.signals, PollFlags::IN), Ready::Signals)];
+        let output = output.as_ref().map(|output| PollFd::new(output, PollFlags::IN));
+        watched.extend(output.map(|output| (output, Ready::Output)));
+        let listener = listener.map(|listener| PollFd::new(listener, PollFlags::IN));
+        watched.extend(listener.map(|listener| (listener, Ready::Listener)));
+        for (client, Client { session, jobs, .. }) in self.clients.iter().enumerate() {
+            let fd = PollFd::new(session, session.interest());
+            watched.push((fd, Ready::Session { client, hears: false }));
+            for (stream, end, fd) in jobs.interests(session.has_room()) {
+                let flags = if end == End::Input { PollFlags::OUT } else { PollFlags::IN };
+                let fd = PollFd::from_borrowed_fd(fd, flags);
+                watched.push((fd, Ready::Job { client, stream, end }));
+            }
+        }
+        let (mut fds, ready): (Vec<_>, Vec<_>) = watched.into_iter().unzip();
 
-        let left = self.kill_at.map(|at| at.saturating_duration_since(Instant::now()));
-        let left = left.map(|left| Timespec::try_from(left).unwrap_or_default());
         // An error is EINTR, or a shortage of memory that the next turn may not meet; either way
         // no descriptor has reported anything.
-        let _ = event::poll(&mut fds, left.as_ref());
+        let _ = event::poll(&mut fds, self.time_to_wait().as_ref());
 
-        let mut events = fds.iter().map(PollFd::revents);
-        let mut next =
-            |is_there: bool| is_there && events.next().is_some_and(|events| !events.is_empty());
-        let (signals, output, listener) =
-            (next(true), next(output.is_some()), next(listener.is_some()));
-        Ready { signals, output, listener, sessions: events.collect() }
+        let found = fds.iter().map(PollFd::revents).zip(ready);
+        let found =
+            found.filter(|(events, _)| !events.is_empty()).map(|(events, what)| match what {
+                Ready::Session { client, .. } => {
+                    let heard = PollFlags::IN | PollFlags::HUP | PollFlags::ERR;
+                    Ready::Session { client, hears: events.intersects(heard) }
+                }
+                other => other,
+            });
+        found.collect()
+    }
+
+    /// How long nothing has to be done unless something happens; nothing for as long as it takes.
+    fn time_to_wait(&self) -> Option<Timespec> {
+        if self.clients.iter().any(Client::is_restless) {
+            return Some(Timespec::default());
+        }
+        let deadlines = self.clients.iter().filter_map(|client| client.jobs.deadline());
+        let first = deadlines.chain(self.kill_at).min()?;
+        let left = first.saturating_duration_since(Instant::now());
+        Some(Timespec::try_from(left).unwrap_or_default())
     }
 
     fn take_signals(&mut self) {
@@ -163,9 +215,15 @@ impl Loop {
         }
     }
 
-    /// Collects every child that ended: the charge, and orphans, which the kernel gives to PID 1.
+    /// Collects every child that ended: the charge, commands, and orphans, which the kernel gives
+    /// to PID 1.
     fn reap(&mut self) {
         while let Ok(Some((pid, status))) = process::wait(WaitOptions::NOHANG) {
+            let (exited, killed) = (status.exit_status(), status.terminating_signal());
+            let Some(code) = workload::exit_code(exited, killed) else { continue };
+            if self.clients.iter_mut().any(|client| client.jobs.reaped(pid, code)) {
+                continue;
+            }
             let Charge::Workload { pid: charge, .. } = &self.agent.charge else { continue };
             if pid == *charge {
                 self.ended = workload::exit(status).map(Ending::Over);
@@ -173,37 +231,10 @@ impl Loop {
         }
     }
 
-    /// Answers sessions, given what was found of each. Those that are over are dropped.
-    fn serve_sessions(&mut self, events: &[PollFlags]) {
-        let mut events = events.iter();
-        for mut session in mem::take(&mut self.sessions) {
-            let found = events.next().copied().unwrap_or(PollFlags::empty());
-            let requests = if found.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR) {
-                session.receive()
-            } else {
-                Ok(Vec::new())
-            };
-            let Ok(requests) = requests else { continue };
-            for (stream, request) in requests {
-                let answer = self.answer(&request);
-                session.say(stream, &answer);
-            }
-            if session.send().is_ok() {
-                self.sessions.push(session);
-            }
-        }
-    }
-
-    fn answer(&mut self, request: &ToAgent) -> ToServer {
-        match *request {
-            ToAgent::Shutdown { signal, grace_ms } => {
-                match self.stop(signal, Duration::from_millis(grace_ms.into())) {
-                    Ok(()) => ToServer::Ack,
-                    Err(errno) => {
-                        ToServer::Error { code: ErrorCode::System, message: errno.to_string() }
-                    }
-                }
-            }
+    fn shut_down(&mut self, request: &Shutdown) -> ToServer {
+        match self.stop(request.signal, request.grace) {
+            Ok(()) => ToServer::Ack,
+            Err(errno) => ToServer::Error { code: ErrorCode::System, message: errno.to_string() },
         }
     }
 
@@ -244,7 +275,7 @@ impl Loop {
                 exit
             }
         };
-        for session in &mut self.sessions {
+        for Client { session, .. } in &mut self.clients {
             session.say(CONNECTION, &ToServer::Exited(exit));
             // Whoever does not take it now learns it from the report.
             let _ = session.send();
@@ -270,5 +301,47 @@ impl Loop {
                 Err(_) => return,
             }
         }
+    }
+}
+
+/// An order to end the guest.
+#[derive(Debug, Clone, Copy)]
+struct Shutdown {
+    signal: u8,
+    grace: Duration,
+}
+
+impl Client {
+    fn new(stream: OwnedFd) -> Self {
+        Self { session: Session::open(stream), jobs: Jobs::default(), is_over: false }
+    }
+
+    fn is_restless(&self) -> bool {
+        self.jobs.are_restless(self.session.has_room())
+    }
+
+    /// Takes what the server says; returns what is for the whole guest, each with its stream.
+    fn receive(&mut self, env: &[(String, String)]) -> Vec<(u32, Shutdown)> {
+        let mut orders = Vec::new();
+        match self.session.receive() {
+            Ok(requests) => {
+                for (stream, request) in requests {
+                    if let ToAgent::Shutdown { signal, grace_ms } = request {
+                        let grace = Duration::from_millis(grace_ms.into());
+                        orders.push((stream, Shutdown { signal, grace }));
+                    } else if self.jobs.take(stream, request, env, &mut self.session).is_err() {
+                        self.is_over = true;
+                    }
+                }
+            }
+            Err(Closed) => self.is_over = true,
+        }
+        orders
+    }
+
+    /// Does what can be done without waiting; whether the connection goes on.
+    fn work(&mut self) -> bool {
+        self.jobs.work(&mut self.session);
+        !self.is_over && self.session.send().is_ok()
     }
 }

@@ -3,9 +3,8 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use ovum_agent_proto::VERSION;
-use ovum_agent_proto::frame::{
-    CONNECTION, ErrorCode, FRAME_BYTES_MAX, Frame, FrameError, ToAgent, ToServer,
-};
+use ovum_agent_proto::frame::{CONNECTION, Frame, FrameError};
+use ovum_agent_proto::message::{ErrorCode, ToAgent, ToServer};
 use rustix::buffer::spare_capacity;
 use rustix::event::PollFlags;
 use rustix::io::Errno;
@@ -13,10 +12,11 @@ use rustix::net;
 use rustix::net::{RecvFlags, SendFlags};
 
 /// Bytes asked of the stream at once.
-const READ_BYTES: usize = 4 << 10;
+const READ_BYTES: usize = 64 << 10;
 
-/// Answers that a server may leave unread, in bytes, before we stop listening to it.
-const UNSENT_BYTES_MAX: usize = FRAME_BYTES_MAX;
+/// What a server may leave unread, in bytes, before streams wait with theirs and we stop listening
+/// to it.
+const UNSENT_BYTES_MAX: usize = 128 << 10;
 
 /// A connection.
 #[derive(Debug)]
@@ -45,14 +45,23 @@ impl Session {
     /// What to wait for.
     pub(crate) fn interest(&self) -> PollFlags {
         let mut interest = PollFlags::empty();
-        interest.set(PollFlags::IN, self.unsent.len() < UNSENT_BYTES_MAX);
+        interest.set(PollFlags::IN, self.has_room());
         interest.set(PollFlags::OUT, !self.unsent.is_empty());
         interest
     }
 
+    /// Whether there is room for more that can wait.
+    pub(crate) fn has_room(&self) -> bool {
+        self.unsent.len() < UNSENT_BYTES_MAX
+    }
+
     /// Queues a message. It leaves with the next [`Session::send`].
     pub(crate) fn say(&mut self, stream: u32, message: &ToServer) {
-        message.encode(stream, &mut self.unsent);
+        if let Err(error) = message.encode(stream, &mut self.unsent) {
+            let (code, message) = (ErrorCode::System, error.to_string());
+            // Text for people always fits: it is cut.
+            let _ = ToServer::Error { code, message }.encode(stream, &mut self.unsent);
+        }
     }
 
     /// Sends what the stream takes now.
@@ -83,9 +92,10 @@ impl Session {
             Frame::decode(&self.received[taken..]).map_err(|_| Closed)?
         {
             let stream = frame.stream;
-            match ToAgent::decode(frame) {
+            let request = ToAgent::decode(frame);
+            match request {
                 Ok(request) => requests.push((stream, request)),
-                Err(error) => refusal(&error).encode(stream, &mut self.unsent),
+                Err(error) => self.say(stream, &refusal(&error)),
             }
             taken += bytes;
         }
@@ -151,8 +161,8 @@ mod tests {
         let (mut session, mut server) = session();
         let request = ToAgent::Shutdown { signal: 15, grace_ms: 100 };
         let mut bytes = Vec::new();
-        request.encode(7, &mut bytes);
-        request.encode(8, &mut bytes);
+        request.encode(7, &mut bytes).unwrap();
+        request.encode(8, &mut bytes).unwrap();
 
         let (most, last) = bytes.split_at(bytes.len() - 1);
         server.write_all(most).unwrap();
@@ -166,8 +176,8 @@ mod tests {
     fn a_request_from_the_future_is_answered_and_the_next_one_served() {
         let (mut session, mut server) = session();
         let request = ToAgent::Shutdown { signal: 0, grace_ms: 0 };
-        let mut bytes = vec![6, 0, 0, 0, 0x10, 9, 0, 0, 0, 0xff];
-        request.encode(10, &mut bytes);
+        let mut bytes = vec![6, 0, 0, 0, 0x1f, 9, 0, 0, 0, 0xff];
+        request.encode(10, &mut bytes).unwrap();
 
         server.write_all(&bytes).unwrap();
         let requests = session.receive();
@@ -179,7 +189,7 @@ mod tests {
         else {
             panic!("no answer");
         };
-        assert_eq!(message, "Frame of unknown kind 0x10");
+        assert_eq!(message, "Frame of unknown kind 0x1f");
     }
 
     #[test]

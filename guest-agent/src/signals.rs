@@ -39,10 +39,13 @@ pub(crate) enum Signal {
 impl Signals {
     /// Blocks our signals for this process, and for children until they call [`unblock`].
     pub(crate) fn open() -> Result<Self, Errno> {
-        let set = set(STOPS.iter().copied().chain([libc::SIGCHLD]));
-        // SAFETY: `set` is initialised, and the old mask is not asked for.
-        let rc = unsafe { libc::sigprocmask(libc::SIG_BLOCK, &raw const set, ptr::null_mut()) };
+        let ours = STOPS.iter().copied().chain([libc::SIGCHLD]);
+        // Beside a PID 1 that is another, a command that closed its input would end us.
+        let blocked = set(ours.clone().chain([libc::SIGPIPE]));
+        // SAFETY: `blocked` is initialised, and the old mask is not asked for.
+        let rc = unsafe { libc::sigprocmask(libc::SIG_BLOCK, &raw const blocked, ptr::null_mut()) };
         outcome(rc)?;
+        let set = set(ours);
         // SAFETY: `set` is initialised; -1 asks for a new descriptor.
         let fd =
             unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };

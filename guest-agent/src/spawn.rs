@@ -9,7 +9,7 @@
 //! into a variable of ours.
 
 use std::arch::asm;
-use std::ffi::{CString, c_char};
+use std::ffi::{CStr, CString, c_char};
 use std::io::Error;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
@@ -51,14 +51,35 @@ struct CloneArgs {
     cgroup: u64,
 }
 
+/// Where a program starts, and what it reads and writes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Place<'a> {
+    /// Standard input; ours, if there is none.
+    pub(crate) input: Option<BorrowedFd<'a>>,
+    /// Standard output.
+    pub(crate) output: BorrowedFd<'a>,
+    /// Standard error.
+    pub(crate) error: BorrowedFd<'a>,
+    /// Whether all three are a terminal, which is to be the session's.
+    pub(crate) is_terminal: bool,
+    /// Working directory; ours, if there is none.
+    pub(crate) working_dir: Option<&'a CStr>,
+}
+
 /// Everything the child needs, made by the parent: the child may not allocate.
 struct Plan<'a> {
     program: &'a Program,
     argv: Vec<*const c_char>,
     env: Vec<*const c_char>,
-    output: BorrowedFd<'a>,
+    place: Place<'a>,
     /// Written by the child, if it became no program.
-    refused: Option<Search>,
+    refused: Option<Refused>,
+}
+
+/// Why the child became no program.
+enum Refused {
+    Directory(Errno),
+    Exec(Search),
 }
 
 /// Why no process runs the program.
@@ -66,23 +87,24 @@ struct Plan<'a> {
 pub(crate) enum SpawnError {
     /// There was no process.
     Clone(Errno),
+    /// The working directory cannot be entered.
+    Directory(Errno),
     /// There was one, and the kernel refused to run the program in it.
     Exec(Search),
 }
 
-/// Runs `program` in a new process and session, in the working directory of this one, with
-/// `output` as standard output and error and our standard input. No other descriptor of ours
-/// reaches it, since all of them close on exec.
+/// Runs `program` in a new process and session, at `place`. No other descriptor of ours reaches it,
+/// since all of them close on exec.
 pub(crate) fn spawn(
     program: &Program,
-    output: BorrowedFd<'_>,
+    place: Place<'_>,
     cgroup: Option<BorrowedFd<'_>>,
 ) -> Result<Pid, SpawnError> {
     let mut plan = Plan {
         program,
         argv: pointers(program.argv()),
         env: pointers(program.env()),
-        output,
+        place,
         refused: None,
     };
     let mut stack = Vec::<u8>::with_capacity(STACK_BYTES + STACK_ALIGN);
@@ -105,20 +127,17 @@ pub(crate) fn spawn(
     drop(stack);
     match plan.refused {
         None => Ok(pid),
-        Some(search) => Err(SpawnError::Exec(search)),
+        Some(Refused::Directory(errno)) => Err(SpawnError::Directory(errno)),
+        Some(Refused::Exec(search)) => Err(SpawnError::Exec(search)),
     }
 }
 
 /// Becomes `program`, in this process. Returns only if that is refused.
 pub(crate) fn exec(program: &Program) -> Search {
-    Plan {
-        program,
-        argv: pointers(program.argv()),
-        env: pointers(program.env()),
-        output: stdio::stdout(),
-        refused: None,
-    }
-    .exec()
+    let (output, error) = (stdio::stdout(), stdio::stderr());
+    let place = Place { input: None, output, error, is_terminal: false, working_dir: None };
+    let (argv, env) = (pointers(program.argv()), pointers(program.env()));
+    Plan { program, argv, env, place, refused: None }.exec()
 }
 
 /// Duplicates this process, with its memory. Returns the child's id, and nothing in the child.
@@ -164,16 +183,32 @@ fn clone_into(args: &CloneArgs, plan: &mut Plan<'_>) -> Result<Pid, Errno> {
 
 /// What the child does.
 extern "C" fn child(plan: &mut Plan<'_>) -> ! {
-    let ready = process::setsid()
-        .and_then(|_| stdio::dup2_stdout(plan.output))
-        .and_then(|()| stdio::dup2_stderr(plan.output));
-    let search = match ready {
-        Ok(()) => plan.exec(),
-        Err(errno) => Search::ended(errno),
-    };
-    plan.refused = Some(search);
+    plan.refused = Some(match plan.place.take() {
+        Ok(()) => Refused::Exec(plan.exec()),
+        Err(refused) => refused,
+    });
     // SAFETY: ends this process without running what the parent registered for its own exit.
     unsafe { libc::_exit(NOTHING_RAN) }
+}
+
+impl Place<'_> {
+    /// Makes this process start here.
+    fn take(self) -> Result<(), Refused> {
+        let Self { input, output, error, is_terminal, working_dir } = self;
+        if let Some(path) = working_dir {
+            process::chdir(path).map_err(Refused::Directory)?;
+        }
+        process::setsid()
+            .and_then(|_| input.map_or(Ok(()), stdio::dup2_stdin))
+            .and_then(|()| stdio::dup2_stdout(output))
+            .and_then(|()| stdio::dup2_stderr(error))
+            .and_then(
+                |()| {
+                    if is_terminal { process::ioctl_tiocsctty(stdio::stdin()) } else { Ok(()) }
+                },
+            )
+            .map_err(|errno| Refused::Exec(Search::ended(errno)))
+    }
 }
 
 impl Plan<'_> {
@@ -205,7 +240,6 @@ mod tests {
     use std::io::read_to_string;
     use std::os::fd::AsFd;
 
-    use ovum_agent_proto::config::GuestConfig;
     use rustix::pipe::{PipeFlags, pipe_with};
     use rustix::process::{WaitOptions, waitpid};
 
@@ -214,26 +248,25 @@ mod tests {
 
     /// Runs `argv`, found by `path`; returns what it wrote and its exit status, or its refusal's.
     fn run(argv: &[&str], path: &str) -> Result<(String, i32), (u8, String)> {
-        let config = GuestConfig {
-            version: 1,
-            hostname: "guest".into(),
-            root_device: "/dev/vda".into(),
-            overlay_device: None,
-            argv: argv.iter().map(ToString::to_string).collect(),
-            env: vec![("PATH".into(), path.into()), ("GREETING".into(), "hello".into())],
-            working_dir: "/".into(),
-            listen: false,
-            realtime_ns: 0,
-        };
-        let program = Program::new(&config).unwrap();
+        let argv: Vec<_> = argv.iter().map(ToString::to_string).collect();
+        let env = [("PATH", path), ("GREETING", "hello")];
+        let env = env.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let program = Program::new(&argv, &env).unwrap();
         let (output, input) = pipe_with(PipeFlags::CLOEXEC).unwrap();
-        let pid = match spawn(&program, input.as_fd(), None) {
+        let place = Place {
+            input: None,
+            output: input.as_fd(),
+            error: input.as_fd(),
+            is_terminal: false,
+            working_dir: None,
+        };
+        let pid = match spawn(&program, place, None) {
             Ok(pid) => pid,
             Err(SpawnError::Exec(search)) => {
                 let refusal = program.refusal(search);
                 return Err((refusal.code, refusal.message));
             }
-            Err(SpawnError::Clone(errno)) => panic!("{errno}"),
+            Err(SpawnError::Clone(errno) | SpawnError::Directory(errno)) => panic!("{errno}"),
         };
         drop(input);
         let output = read_to_string(File::from(output)).unwrap();

@@ -14,7 +14,7 @@ use rustix::{fs, pipe, process};
 
 use crate::program::{Program, Refusal};
 use crate::root;
-use crate::spawn::{self, SpawnError};
+use crate::spawn::{self, Place, SpawnError};
 
 /// The workload's own cgroup, apart from what else runs in the guest.
 const CGROUP: &str = "/sys/fs/cgroup/workload";
@@ -32,7 +32,7 @@ const VMSTAT_BYTES: usize = 8 << 10;
 
 /// Owner may read and write, everyone may write: a program that has dropped its privileges can
 /// still open /dev/stderr.
-const OUTPUT_MODE: u32 = 0o622;
+pub(crate) const OUTPUT_MODE: u32 = 0o622;
 
 /// A running workload.
 #[derive(Debug)]
@@ -64,9 +64,18 @@ impl Workload {
         process::setrlimit(Resource::Nofile, files).map_err(StartError::System)?;
         let cgroup = cgroup().ok();
         let cgroup = cgroup.as_ref().map(AsFd::as_fd);
-        match spawn::spawn(program, input.as_fd(), cgroup) {
+        let place = Place {
+            input: None,
+            output: input.as_fd(),
+            error: input.as_fd(),
+            is_terminal: false,
+            working_dir: None,
+        };
+        match spawn::spawn(program, place, cgroup) {
             Ok(pid) => Ok(Self { pid, output }),
-            Err(SpawnError::Clone(errno)) => Err(StartError::System(errno)),
+            Err(SpawnError::Clone(errno) | SpawnError::Directory(errno)) => {
+                Err(StartError::System(errno))
+            }
             Err(SpawnError::Exec(search)) => Err(StartError::Refused(program.refusal(search))),
         }
     }
@@ -78,7 +87,8 @@ pub(crate) fn exit(status: WaitStatus) -> Option<Exit> {
     Some(Exit { code, oom: oom_killed() })
 }
 
-fn exit_code(status: Option<i32>, signal: Option<i32>) -> Option<u8> {
+/// The exit status as a shell tells it; nothing if the process did not end.
+pub(crate) fn exit_code(status: Option<i32>, signal: Option<i32>) -> Option<u8> {
     let code = status.or(signal.map(|signal| KILLED + signal))?;
     Some(u8::try_from(code).unwrap_or(u8::MAX))
 }

@@ -26,6 +26,8 @@ use crate::images::registry::RegistryError;
 use crate::images::room::RoomError;
 use crate::images::{DeleteError as ImageDeleteError, ReadyError, RequestError, TagError};
 use crate::instances::follow::LogError;
+use crate::instances::inside::InsideError;
+use crate::instances::inside::agent::AgentError;
 use crate::instances::record::ReserveError;
 use crate::instances::{
     BootError, CreateError, DeleteError, EndError, FindError, OrderError, RecordError, StartError,
@@ -437,6 +439,21 @@ impl From<DeleteError> for ApiError {
             DeleteError::End(error) => error.into(),
             DeleteError::Folder { .. } => Self::internal(&error).may_pass(),
         }
+    }
+}
+
+impl From<InsideError> for ApiError {
+    fn from(error: InsideError) -> Self {
+        match &error {
+            InsideError::Find(error) => (*error).into(),
+            InsideError::NotRunning { .. } => Self::conflict("invalid_state", &error),
+        }
+    }
+}
+
+impl From<AgentError> for ApiError {
+    fn from(error: AgentError) -> Self {
+        Self::internal(&error)
     }
 }
 

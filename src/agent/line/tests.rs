@@ -1,0 +1,279 @@
+//! Streams of one connection, with an agent at its other end that we play.
+
+use std::sync::Arc;
+
+use ovum_agent_proto::files::{PathInfo, PathKind, StatSpec};
+use ovum_agent_proto::frame::{FRAME_COST_BYTES, Frame};
+use ovum_agent_proto::message::ErrorCode;
+use ovum_agent_proto::report::Exit;
+use tokio::io::AsyncReadExt;
+use tokio::task::JoinHandle;
+
+use super::*;
+use crate::agent::ExecSpec;
+
+/// The agent's end.
+struct Agent {
+    stream: UnixStream,
+    received: Vec<u8>,
+}
+
+impl Agent {
+    async fn say(&mut self, stream: u32, message: &ToServer) {
+        let mut bytes = Vec::new();
+        message.encode(stream, &mut bytes).unwrap();
+        self.stream.write_all(&bytes).await.unwrap();
+    }
+
+    async fn hear(&mut self) -> (u32, ToAgent) {
+        loop {
+            if let Some((frame, bytes)) = Frame::decode(&self.received).unwrap() {
+                let heard = (frame.stream, ToAgent::decode(frame).unwrap());
+                self.received.drain(..bytes);
+                return heard;
+            }
+            assert_ne!(self.stream.read_buf(&mut self.received).await.unwrap(), 0, "closed");
+        }
+    }
+}
+
+/// A line that runs, and the agent at its end.
+fn line() -> (Line, Agent, JoinHandle<()>) {
+    line_for(Duration::from_secs(60))
+}
+
+fn line_for(idle_timeout: Duration) -> (Line, Agent, JoinHandle<()>) {
+    let (ours, stream) = UnixStream::pair().unwrap();
+    let (line, run) = Line::new(ours, idle_timeout, CancellationToken::new());
+    (line, Agent { stream, received: Vec::new() }, tokio::spawn(run))
+}
+
+fn exec() -> ToAgent {
+    ToAgent::Exec(ExecSpec { argv: vec!["true".into()], ..ExecSpec::default() })
+}
+
+fn stat() -> ToAgent {
+    ToAgent::Stat(StatSpec { path: "/".into(), follow_links: false })
+}
+
+fn data(bytes: usize) -> ToServer {
+    ToServer::Data(vec![b'x'; bytes])
+}
+
+#[tokio::test]
+async fn each_stream_hears_its_own_messages() {
+    let (line, mut agent, _run) = line();
+    let first = line.open(&exec()).await.unwrap();
+    let second = line.open(&exec()).await.unwrap();
+    assert_eq!(agent.hear().await, (1, exec()));
+    assert_eq!(agent.hear().await, (2, exec()));
+
+    agent.say(2, &data(2)).await;
+    agent.say(1, &data(1)).await;
+    agent.say(9, &data(9)).await;
+    agent.say(1, &ToServer::Ended { code: 3 }).await;
+
+    assert_eq!(first.next().await.unwrap(), data(1));
+    assert_eq!(first.next().await.unwrap(), ToServer::Ended { code: 3 });
+    assert_eq!(second.next().await.unwrap(), data(2));
+    assert!(matches!(first.next().await, Err(AgentError::Closed)), "it is over");
+}
+
+#[tokio::test]
+async fn a_stream_that_is_dropped_is_called_off_and_one_that_is_over_is_not() {
+    let (line, mut agent, _run) = line();
+    let dropped = line.open(&exec()).await.unwrap();
+    let over = line.open(&stat()).await.unwrap();
+    let info = ToServer::PathInfo(PathInfo { kind: PathKind::Missing, mode: 0, size: 0 });
+    agent.say(2, &info).await;
+    assert_eq!(over.next().await.unwrap(), info);
+
+    drop(over);
+    drop(dropped);
+
+    assert_eq!(agent.hear().await, (1, exec()));
+    assert_eq!(agent.hear().await, (2, stat()));
+    assert_eq!(agent.hear().await, (1, ToAgent::Cancel));
+}
+
+/// What was sent before the end arrives, then how it ended.
+#[tokio::test]
+async fn the_end_of_a_guest_is_told_from_a_broken_line() {
+    for (last, ended) in [(true, LineEnd::GuestEnded), (false, LineEnd::Lost)] {
+        let (line, mut agent, run) = line();
+        let stream = line.open(&exec()).await.unwrap();
+        agent.hear().await;
+        agent.say(1, &data(3)).await;
+        if last {
+            let exit = Exit { code: 0, oom: false };
+            agent.say(CONNECTION, &ToServer::Exited(exit)).await;
+        }
+        drop(agent);
+        run.await.unwrap();
+
+        assert_eq!(stream.next().await.unwrap(), data(3));
+        let error = stream.next().await.unwrap_err();
+        let is_guest_ended = matches!(error, AgentError::GuestEnded);
+        assert_eq!(is_guest_ended, ended == LineEnd::GuestEnded, "{error}");
+        assert!(!line.is_open());
+        assert!(line.open(&exec()).await.is_err());
+    }
+}
+
+/// A command may write a byte at a time: what waits for a client is few pieces.
+#[tokio::test]
+async fn small_pieces_become_one_and_the_agent_is_told_when_they_are_taken() {
+    let (line, mut agent, _run) = line();
+    let stream = line.open(&exec()).await.unwrap();
+    agent.hear().await;
+    let pieces = WINDOW_BYTES / (1 + FRAME_COST_BYTES);
+    for _ in 0..pieces {
+        agent.say(1, &data(1)).await;
+    }
+    agent.say(1, &ToServer::Ended { code: 0 }).await;
+
+    let mut bytes = 0;
+    let mut messages = 0;
+    while let ToServer::Data(piece) = stream.next().await.unwrap() {
+        bytes += piece.len();
+        messages += 1;
+    }
+
+    assert_eq!(bytes, pieces as usize);
+    assert!(messages <= pieces, "{messages}");
+    let (1, ToAgent::Credit(first)) = agent.hear().await else { panic!("no credit") };
+    assert!(first >= WINDOW_BYTES / 4, "{first}");
+}
+
+#[tokio::test]
+async fn an_agent_that_sends_more_than_it_may_loses_the_line() {
+    let (line, mut agent, run) = line();
+    let stream = line.open(&exec()).await.unwrap();
+
+    for _ in 0..WINDOW_BYTES as usize / DATA_BYTES_MAX {
+        agent.say(1, &data(DATA_BYTES_MAX)).await;
+    }
+
+    run.await.unwrap();
+    assert!(!line.is_open());
+    drop(stream);
+}
+
+#[tokio::test]
+async fn an_agent_of_another_version_is_not_spoken_to() {
+    let (line, mut agent, run) = line();
+
+    agent.say(CONNECTION, &ToServer::Hello { version: VERSION + 1, build: "x".into() }).await;
+
+    run.await.unwrap();
+    assert!(line.open(&exec()).await.is_err());
+}
+
+#[tokio::test]
+async fn input_waits_for_credit_and_other_streams_do_not() {
+    let (line, mut agent, _run) = line();
+    let stream = Arc::new(line.open(&exec()).await.unwrap());
+    let input = vec![7; 2 * WINDOW_BYTES as usize];
+    let sender = Arc::clone(&stream);
+    let sending = tokio::spawn(async move { sender.send(&input).await });
+
+    assert_eq!(agent.hear().await, (1, exec()));
+    let mut heard = 0;
+    while heard < WINDOW_BYTES {
+        let (1, message @ ToAgent::Data(_)) = agent.hear().await else { panic!("no data") };
+        heard += message.cost();
+    }
+    assert_eq!(heard, WINDOW_BYTES, "and not a byte more");
+    let other = line.open(&stat()).await.unwrap();
+    assert_eq!(agent.hear().await, (2, stat()), "before any more data");
+    assert!(!sending.is_finished());
+
+    agent.say(1, &ToServer::Credit(WINDOW_BYTES)).await;
+    while heard < 2 * WINDOW_BYTES {
+        let (1, message @ ToAgent::Data(_)) = agent.hear().await else { panic!("no data") };
+        heard += message.cost();
+    }
+    sending.await.unwrap().unwrap();
+    drop(other);
+}
+
+/// Credit beyond the window would let us fill the guest's memory.
+#[tokio::test]
+async fn credit_never_exceeds_the_window() {
+    let (line, mut agent, _run) = line();
+    let stream = line.open(&exec()).await.unwrap();
+    agent.hear().await;
+    for _ in 0..3 {
+        agent.say(1, &ToServer::Credit(u32::MAX)).await;
+    }
+    agent.say(1, &ToServer::Ack).await;
+    assert_eq!(stream.next().await.unwrap(), ToServer::Ack, "the credit came before");
+
+    let state = line.shared.lock();
+
+    assert_eq!(state.streams[&1].credit, WINDOW_BYTES);
+}
+
+#[tokio::test]
+async fn there_is_a_limit_to_streams() {
+    let (line, _agent, _run) = line();
+    let mut streams = Vec::new();
+    for _ in 0..STREAMS_MAX {
+        streams.push(line.open(&exec()).await.unwrap());
+    }
+
+    let refused = line.open(&exec()).await.unwrap_err();
+    streams.pop();
+    let admitted = line.open(&exec()).await;
+
+    assert!(matches!(refused, AgentError::Busy { streams: STREAMS_MAX }), "{refused}");
+    assert!(admitted.is_ok());
+}
+
+/// One who asks and goes must not make an agent that does not read cost ever more.
+#[tokio::test]
+async fn requests_wait_for_an_agent_that_does_not_read() {
+    let (line, _agent, _run) = line();
+    let argv = vec!["x".repeat(100_000)];
+    let request = ToAgent::Exec(ExecSpec { argv, ..ExecSpec::default() });
+
+    let asking = async {
+        loop {
+            drop(line.open(&request).await.unwrap());
+        }
+    };
+    let waited = time::timeout(Duration::from_millis(200), asking).await;
+
+    assert!(waited.is_err(), "it goes on for ever");
+    assert!(line.shared.lock().outbox.len() < OUTBOX_BYTES_MAX + 200_000);
+}
+
+#[tokio::test]
+async fn a_line_that_nobody_uses_is_closed() {
+    let idle_timeout = Duration::from_millis(20);
+    let (line, mut agent, run) = line_for(idle_timeout);
+    let stream = line.open(&exec()).await.unwrap();
+    agent.hear().await;
+    time::sleep(idle_timeout * 3).await;
+    assert!(line.is_open(), "it is in use");
+
+    drop(stream);
+
+    run.await.unwrap();
+    assert!(!line.is_open());
+}
+
+#[tokio::test]
+async fn a_refusal_is_the_last_word() {
+    let (line, mut agent, _run) = line();
+    let stream = line.open(&exec()).await.unwrap();
+    agent.hear().await;
+    let refusal = ToServer::Error { code: ErrorCode::NotFound, message: "no".into() };
+
+    agent.say(1, &refusal).await;
+
+    assert_eq!(stream.next().await.unwrap(), refusal);
+    drop(stream);
+    let _next = line.open(&stat()).await.unwrap();
+    assert_eq!(agent.hear().await, (2, stat()), "nothing is called off");
+}
