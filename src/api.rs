@@ -85,6 +85,7 @@ fn table(app: &App) -> OpenApiRouter<App> {
         .routes(to(Scope::INSTANCE_READ, routes!(instances::list)))
         .routes(to(Scope::INSTANCE_WRITE, routes!(instances::create)))
         .routes(to(Scope::INSTANCE_READ, routes!(instances::read)))
+        .routes(to(Scope::INSTANCE_WRITE, routes!(instances::update)))
         .routes(to(Scope::INSTANCE_DELETE, routes!(instances::delete)))
         .routes(to(Scope::INSTANCE_READ, routes!(instances::wait)))
         .routes(to(Scope::INSTANCE_WRITE, routes!(instances::stop)))

@@ -32,11 +32,12 @@ use crate::images::digest::Digest;
 use crate::images::reference::Reference;
 use crate::images::{ImageSpec, ImageStatus, Images, ReadyError, RootDisk};
 use crate::instances::boot::Boot;
+use crate::instances::health::Health;
 use crate::instances::history::Ending;
 use crate::instances::owner::{Done, Order, Owner};
 use crate::instances::record::{Phase, Record, ReserveError};
 use crate::instances::restart::RestartStatus;
-use crate::instances::spec::{Command, InstanceSpec};
+use crate::instances::spec::{Command, Expiry, InstanceSpec, Upkeep};
 use crate::instances::state::State;
 use crate::instances::timeline::{Moment, Timeline};
 use crate::logs::watch::FileWatch;
@@ -44,13 +45,14 @@ use crate::store::Store;
 
 pub use errors::{
     BootError, CreateError, DeleteError, EndError, FindError, OpenError, OrderError, RecordError,
-    StartError, StopError,
+    StartError, StopError, UpkeepError,
 };
 
 mod boot;
 mod errors;
 pub mod follow;
 mod guest;
+pub mod health;
 pub mod history;
 pub mod inside;
 mod owner;
@@ -132,6 +134,8 @@ pub struct Instance {
     pub state: State,
     /// When it was asked for.
     pub created_at: DateTime<Utc>,
+    /// When it is to be deleted, if ever.
+    pub expires_at: Option<DateTime<Utc>>,
     /// When its vCPUs first ran, if they did.
     pub started_at: Option<DateTime<Utc>>,
     /// When it ended, once it has.
@@ -140,6 +144,12 @@ pub struct Instance {
     pub ending: Ending,
     /// Where the time of its boot went.
     pub phases: Vec<(&'static str, Duration)>,
+    /// Whether the workload is well.
+    pub health: Health,
+    /// How starting it again by itself has gone.
+    pub restart: RestartStatus,
+    /// When it is to be started again by itself.
+    pub restart_at: Option<DateTime<Utc>>,
 }
 
 /// What came of waiting for a state.
@@ -192,13 +202,19 @@ impl Instances {
     /// # Errors
     ///
     /// [`CreateError`]; nothing is left, except that a pull that was begun goes on.
-    pub async fn create(&self, spec: InstanceSpec) -> Result<Arc<Instance>, CreateError> {
+    pub async fn create(
+        &self,
+        spec: InstanceSpec,
+        expiry: Expiry,
+    ) -> Result<Arc<Instance>, CreateError> {
         let mut timeline = Timeline::begin();
         let image = self.root_disk(&spec.image).await?;
         timeline.mark(Moment::ImageReady);
         let digest = image.digest;
         let boot = Boot::prepare(&self.shared, &spec, image)?;
         let mut reservation = Reservation::make(&self.shared, spec, digest, timeline)?;
+        let record = &mut reservation.record;
+        record.expires_at = expiry.from(record.created_at);
         let overlay_path = reservation.dir.join(OVERLAY);
         let overlay_bytes = reservation.record.spec.overlay_bytes;
         let overlay = self.shared.disks.create(&overlay_path, overlay_bytes).await?;
@@ -325,6 +341,19 @@ impl Instances {
         self.order(key, |done| Order::Start { command, done }).await
     }
 
+    /// Changes how the instance is looked after.
+    ///
+    /// # Errors
+    ///
+    /// [`UpkeepError`]; nothing has changed.
+    pub async fn look_after(
+        &self,
+        key: &str,
+        upkeep: Upkeep,
+    ) -> Result<Arc<Instance>, UpkeepError> {
+        self.order(key, |done| Order::LookAfter { upkeep, done }).await
+    }
+
     /// Ends the instance, in whatever state it is, and removes all of it. `graceful` gives the
     /// workload a moment to end by itself. Goes on if the caller goes away.
     ///
@@ -429,6 +458,7 @@ impl Reservation {
             spec,
             digest,
             created_at: Utc::now(),
+            expires_at: None,
             phase: Phase::Creating,
             timeline,
             end: None,

@@ -19,6 +19,7 @@ use ovum::token::Secret;
 use rusqlite::Connection;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::task;
 use tower::ServiceExt;
 
 const SECRET: &str = "the secret of a test";
@@ -198,8 +199,11 @@ async fn health_and_the_document_need_no_token() {
             "/images/{name}/tag",
             "/instances",
             "/instances/{id}",
+            "/instances/{id}/cp",
+            "/instances/{id}/exec",
             "/instances/{id}/logs",
             "/instances/{id}/start",
+            "/instances/{id}/stat",
             "/instances/{id}/stop",
             "/instances/{id}/wait",
         ]
@@ -290,7 +294,8 @@ async fn each_bad_value_has_its_code() {
         ("image", json!("a b"), 400, "invalid_name"),
         ("name", json!("Upper"), 400, "Bad Request"),
         ("tags", json!({ "": "x" }), 400, "invalid_request"),
-        ("ttl", json!("1h"), 501, "not_supported"),
+        ("expires_at", json!("2001-01-01T00:00:00Z"), 400, "invalid_expires_at"),
+        ("health_check", json!({ "tcp": { "port": 1 } }), 501, "not_supported"),
         ("network", json!({ "enabled": true }), 501, "not_supported"),
     ] {
         let mut body = json!({ "name": "web", "image": "nginx" });
@@ -534,6 +539,99 @@ async fn a_start_that_fails_leaves_the_instance_stopped_as_it_was() {
     let instance = server.get("/instances/one").await.body;
     assert_eq!((&instance["state"], &instance["exit_code"]), (&json!("Stopped"), &json!(0)));
     assert_eq!(instance["stopped_at"], "2026-01-02T03:05:05Z");
+}
+
+#[tokio::test]
+async fn how_an_instance_is_looked_after_can_be_changed() {
+    let server = stopped_instances(&["one"]).await;
+    let patch = async |body: Value| {
+        server.send(Method::PATCH, "/instances/one", Body::from(body.to_string())).await
+    };
+
+    let policy = json!({ "policy": "on_failure", "backoff": "1s", "stable_after": "1m" });
+    let check = json!({ "exec": { "command": ["true"] }, "interval": "1m" });
+    let changed = patch(json!({ "restart_policy": policy, "health_check": check })).await.body;
+    let mortal = patch(json!({ "ttl": "1h" })).await.body;
+    let immortal = patch(json!({ "ttl": "0s" })).await.body;
+    let bare = patch(json!({
+        "health_check": { "type": "none" }, "restart_policy": { "policy": "never" },
+    }))
+    .await;
+
+    let expected = json!({
+        "policy": "on_failure", "backoff": "1s", "max_attempts": 0, "stable_after": "1m0s",
+    });
+    assert_eq!(changed["restart_policy"], expected);
+    assert_eq!(changed["health_check"]["interval"], "1m0s");
+    assert_eq!(changed["health_status"]["status"], "unknown", "it does not run");
+    assert!(changed.get("restart_status").is_none(), "it ended well: {changed}");
+    assert!(mortal["expires_at"].is_string() && immortal["expires_at"].is_null(), "{mortal}");
+    assert!(bare.body.get("restart_policy").is_none(), "{bare:?}");
+    assert_eq!(bare.body["health_status"]["status"], "disabled");
+    patch(json!({})).await.says(StatusCode::BAD_REQUEST, "invalid_request");
+    patch(json!({ "env": { "A": "b" } })).await.says(StatusCode::BAD_REQUEST, "invalid_request");
+    patch(json!({ "ttl": "x" })).await.says(StatusCode::BAD_REQUEST, "invalid_ttl");
+    let nobody = server.send(Method::PATCH, "/instances/two", Body::from(r#"{"ttl":"1h"}"#)).await;
+    nobody.says(StatusCode::NOT_FOUND, "not_found");
+}
+
+/// Its image is not there, so that no attempt works.
+#[tokio::test]
+async fn an_instance_that_ended_badly_is_tried_again_and_then_given_up() {
+    let server = stopped_instances(&["one"]).await;
+    let policy = json!({ "policy": "always", "backoff": "1ms", "max_attempts": 1 });
+    let body = Body::from(json!({ "restart_policy": policy }).to_string());
+
+    let mut instance = server.send(Method::PATCH, "/instances/one", body).await.body;
+    while instance["restart_status"]["blocked_reason"].is_null() {
+        task::yield_now().await;
+        instance = server.get("/instances/one").await.body;
+    }
+    let dir = server.stop().await;
+    let server = Server::start_in(dir).await;
+    let later = server.get("/instances/one").await.body;
+    let body = Body::from(r#"{"restart_policy":{"policy":"never"}}"#);
+    let pardoned = server.send(Method::PATCH, "/instances/one", body).await.body;
+    server.send(Method::POST, "/instances/one/stop", Body::empty()).await;
+    let body = Body::from(r#"{"restart_policy":{"policy":"always","backoff":"1ms"}}"#);
+    let stopped = server.send(Method::PATCH, "/instances/one", body).await.body;
+
+    assert_eq!((&instance["state"], &instance["exit_code"]), (&json!("Stopped"), &json!(0)));
+    let status = &instance["restart_status"];
+    assert_eq!(
+        (&status["attempts"], &status["blocked_reason"]),
+        (&json!(1), &json!("max_attempts_exceeded"))
+    );
+    assert!(status["last_attempt_at"].is_string() && status["next_attempt_at"].is_null());
+    assert_eq!(&later["restart_status"], status, "another server knows it");
+    assert!(pardoned.get("restart_status").is_none(), "{pardoned}");
+    assert_eq!(stopped["restart_status"]["blocked_reason"], "manual_stop");
+}
+
+#[tokio::test]
+async fn an_instance_whose_time_is_over_is_deleted() {
+    let server = stopped_instances(&["one", "two"]).await;
+    let patch = async |path: &str, body: &str| {
+        server.send(Method::PATCH, path, Body::from(body.to_owned())).await
+    };
+
+    let soon = patch("/instances/one", r#"{"ttl":"1ms"}"#).await;
+    let later = patch("/instances/two", r#"{"ttl":"1h"}"#).await;
+    while server.get("/instances/one").await.status == StatusCode::OK {
+        task::yield_now().await;
+    }
+    let dir = server.stop().await;
+    let records = Connection::open(dir.path().join("data/records.db")).unwrap();
+    let past = "UPDATE instances SET json = json_set(json, '$.expires_at', '2026-01-01T00:00:00Z')";
+    records.execute(past, []).unwrap();
+    drop(records);
+    let server = Server::start_in(dir).await;
+    while server.get("/instances/two").await.status == StatusCode::OK {
+        task::yield_now().await;
+    }
+
+    assert_eq!((soon.status, later.status), (StatusCode::OK, StatusCode::OK));
+    assert_eq!(server.instance_folders(), [""; 0]);
 }
 
 #[tokio::test]

@@ -31,7 +31,7 @@ use crate::instances::inside::agent::AgentError;
 use crate::instances::record::ReserveError;
 use crate::instances::{
     BootError, CreateError, DeleteError, EndError, FindError, OrderError, RecordError, StartError,
-    StopError,
+    StopError, UpkeepError,
 };
 use crate::token::{Scope, TokenError};
 
@@ -427,6 +427,17 @@ impl From<StartError> for ApiError {
             | StartError::Disk(_) => Self::internal(&error),
             StartError::Boot(error) => error.into(),
             StartError::Record(error) => error.into(),
+        }
+    }
+}
+
+impl From<UpkeepError> for ApiError {
+    fn from(error: UpkeepError) -> Self {
+        match error {
+            UpkeepError::Order(error) => error.into(),
+            UpkeepError::Expired { .. } => Self::conflict("instance_expired", &error),
+            UpkeepError::NoAgent => Self::bad("invalid_health_check", &error),
+            UpkeepError::Record(error) => error.into(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `/instances`: create, list, read, wait, stop, start, delete.
+//! `/instances`: create, list, read, change, wait, stop, start, delete.
 
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use crate::api::body::{JsonBody, OptionalBody};
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::instances::create::CreateInstance;
 use crate::api::instances::start::StartInstance;
+use crate::api::instances::update::UpdateInstance;
 use crate::api::instances::view::InstanceView;
 use crate::api::query::{Query, QueryError};
 use crate::api::tags::{self, Tags};
@@ -22,7 +23,9 @@ use crate::instances::state::{State as InstanceState, StateNameError};
 
 pub mod create;
 pub(super) mod extras;
+pub mod policies;
 pub mod start;
+pub mod update;
 pub mod view;
 
 /// How long a wait lasts unless told otherwise.
@@ -83,8 +86,9 @@ pub(super) async fn create(
     State(app): State<App>,
     JsonBody(body): JsonBody<CreateInstance>,
 ) -> Result<(StatusCode, Json<InstanceView>), ApiError> {
+    let expiry = body.expiry()?;
     let spec = body.into_spec(&app.limits)?;
-    let instance = app.instances.create(spec).await?;
+    let instance = app.instances.create(spec, expiry).await?;
     Ok((StatusCode::CREATED, Json((&*instance).into())))
 }
 
@@ -99,6 +103,21 @@ pub(super) async fn read(
     Path(key): Path<String>,
 ) -> Result<Json<InstanceView>, ApiError> {
     Ok(Json((&*app.instances.find(&key)?).into()))
+}
+
+/// Changes how an instance is looked after; what is omitted stays as it is.
+#[utoipa::path(
+    patch, path = "/instances/{id}", tag = "instances", request_body = UpdateInstance,
+    params(("id" = String, Path, description = "Id, name, or the beginning of an id")),
+    responses((status = 200, body = InstanceView), (status = "default", body = ErrorBody)),
+)]
+pub(super) async fn update(
+    State(app): State<App>,
+    Path(key): Path<String>,
+    JsonBody(body): JsonBody<UpdateInstance>,
+) -> Result<Json<InstanceView>, ApiError> {
+    let upkeep = body.into_upkeep()?;
+    Ok(Json((&*app.instances.look_after(&key, upkeep).await?).into()))
 }
 
 /// Ends an instance, in whatever state it is, and removes all of it.

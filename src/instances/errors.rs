@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use chrono::{DateTime, Utc};
+
 use crate::disks::DiskError;
 use crate::fleet::SpawnError;
 use crate::images::{ImagesError, ReadyError, RequestError};
@@ -223,6 +225,26 @@ pub enum StartError {
     /// The machine.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The record.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+/// Why an instance is looked after as before.
+#[derive(Debug, thiserror::Error)]
+pub enum UpkeepError {
+    /// It was not asked.
+    #[error(transparent)]
+    Order(#[from] OrderError),
+    /// Its time is over: it is about to be deleted.
+    #[error("Instance expired at {at}")]
+    Expired {
+        /// When.
+        at: DateTime<Utc>,
+    },
+    /// Nobody in the guest can be asked.
+    #[error("A health check by exec needs the guest agent, which this instance goes without")]
+    NoAgent,
     /// The record.
     #[error(transparent)]
     Record(#[from] RecordError),

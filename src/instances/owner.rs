@@ -4,6 +4,7 @@
 //! so that whoever waits for a state or reads a list sees it at once and never half.
 
 use std::future;
+use std::mem;
 use std::sync::Arc;
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -11,15 +12,23 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::control::{Event as WorkerEvent, Happening};
 use crate::fleet::worker::{Happened, Worker};
+use crate::instances::health::Health;
 use crate::instances::history::{Ending, History};
+use crate::instances::owner::checking::Checks;
+use crate::instances::owner::upkeep::ring;
 use crate::instances::record::{End, Phase, Record};
-use crate::instances::spec::Command;
+use crate::instances::restart::RestartStatus;
+use crate::instances::spec::{Command, Upkeep};
 use crate::instances::state::{Event, State};
 use crate::instances::timeline::now_ns;
-use crate::instances::{DeleteError, Instance, RecordError, Shared, StartError, StopError};
+use crate::instances::{
+    DeleteError, Instance, RecordError, Shared, StartError, StopError, UpkeepError,
+};
 
+mod checking;
 mod ending;
 mod starting;
+mod upkeep;
 
 /// Where the outcome of an order goes.
 pub(super) type Done<T, E> = oneshot::Sender<Result<T, E>>;
@@ -39,6 +48,13 @@ pub(super) enum Order {
         /// The instance afterwards.
         done: Done<Arc<Instance>, StartError>,
     },
+    /// Look after it in another way.
+    LookAfter {
+        /// How.
+        upkeep: Upkeep,
+        /// The instance afterwards.
+        done: Done<Arc<Instance>, UpkeepError>,
+    },
     /// End it and remove all of it.
     Delete {
         /// The workload gets a moment to end by itself.
@@ -57,6 +73,12 @@ pub(super) struct Owner {
     history: History,
     started_at: Option<DateTime<Utc>>,
     ending: Ending,
+    /// Of the present boot.
+    checks: Checks,
+    /// The machine is being ended for its bad health.
+    is_unhealthy: bool,
+    /// Nothing is done by itself before: the last time something failed.
+    quiet_until: Option<DateTime<Utc>>,
     worker: Option<Worker>,
     view: watch::Sender<Arc<Instance>>,
 }
@@ -72,10 +94,14 @@ impl Owner {
             digest: record.digest,
             state,
             created_at: record.created_at,
+            expires_at: None,
             started_at: None,
             stopped_at: None,
             ending: Ending::default(),
             phases: Vec::new(),
+            health: Health::default(),
+            restart: RestartStatus::default(),
+            restart_at: None,
         };
         let mut owner = Self {
             shared,
@@ -84,6 +110,9 @@ impl Owner {
             history,
             started_at: None,
             ending: Ending::default(),
+            checks: Checks::default(),
+            is_unhealthy: false,
+            quiet_until: None,
             worker: None,
             view: watch::Sender::new(Arc::new(view)),
         };
@@ -109,7 +138,7 @@ impl Owner {
 
     /// What the record says of the last end, if there was one.
     fn recall_end(&mut self) {
-        if let Some(End { at: _, started_at, how }) = &self.record.end {
+        if let Some(End { started_at, how, .. }) = &self.record.end {
             self.started_at = *started_at;
             self.ending = how.clone();
         }
@@ -143,16 +172,24 @@ impl Owner {
         let closing = self.shared.closing.clone();
         self.finish_stop().await;
         loop {
-            let order = tokio::select! {
+            let alarm = self.alarm();
+            let is_gone = tokio::select! {
                 () = closing.cancelled() => return,
                 happened = next(&mut self.worker) => {
                     self.take(happened);
-                    continue;
+                    false
                 }
-                order = orders.recv() => order,
+                order = orders.recv() => match order {
+                    Some(order) => self.obey(order).await,
+                    None => return,
+                },
+                due = ring(alarm) => self.act(due).await,
+                answer = self.checks.answer() => {
+                    self.take_answer(answer).await;
+                    false
+                }
             };
-            let Some(order) = order else { return };
-            if self.obey(order).await {
+            if is_gone {
                 return;
             }
         }
@@ -167,6 +204,9 @@ impl Owner {
             }
             Order::Start { command, done } => {
                 let _ = done.send(self.start(command).await);
+            }
+            Order::LookAfter { upkeep, done } => {
+                let _ = done.send(self.look_after(upkeep));
             }
             Order::Delete { graceful, done } => {
                 let outcome = self.delete(graceful).await;
@@ -204,6 +244,7 @@ impl Owner {
         let is_ready = self.history.is_ready(self.record.spec.agent);
         if is_ready && self.state == State::Initializing {
             self.change(Event::Ready);
+            self.begin_checks();
         }
     }
 
@@ -211,20 +252,30 @@ impl Owner {
     fn ended(&mut self) {
         self.worker = None;
         self.change(Event::Ended);
+        self.begin_checks();
         self.ending = self.history.ending();
         let at = self.history.stopped_ns().map_or_else(Utc::now, wall_clock);
         self.record.timeline = self.history.timeline.clone();
-        self.record.end = Some(End { at, started_at: self.started_at, how: self.ending.clone() });
+        let (started_at, how) = (self.started_at, self.ending.clone());
+        let unhealthy = mem::take(&mut self.is_unhealthy);
+        self.record.end = Some(End { at, started_at, how, unhealthy });
         if self.record.phase == Phase::Stopping {
             self.record.phase = Phase::Kept;
         }
+        self.reckon();
         // If this fails the events file still has it, and the next server reads that.
-        if let Err(error) = self.update(|_| {}) {
-            tracing::error!(%error, "Failed to write down the end of an instance");
-        }
+        self.save();
         let Ending { exit_code, error, .. } = &self.ending;
         tracing::info!(name = %self.record.spec.name, ?exit_code, error, "Instance stopped");
         self.publish();
+    }
+
+    /// Writes down what has happened already. If that fails the next write has it, too.
+    fn save(&self) {
+        let record = &self.record;
+        if let Err(error) = self.shared.store.transact(|records| record.update(records)) {
+            tracing::error!(id = record.id, %error, "Failed to write down what has happened");
+        }
     }
 
     /// Changes the record, on disk first. If that fails nothing has changed.
@@ -248,6 +299,12 @@ impl Owner {
         }
     }
 
+    /// While it is started again the record still has the previous end.
+    fn stopped_at(&self) -> Option<DateTime<Utc>> {
+        let end = self.record.end.as_ref().filter(|_| self.state == State::Stopped);
+        end.map(|end| end.at)
+    }
+
     fn publish(&self) {
         let instance = Instance {
             id: self.record.id.clone(),
@@ -255,10 +312,14 @@ impl Owner {
             digest: self.record.digest,
             state: self.state,
             created_at: self.record.created_at,
+            expires_at: self.record.expires_at,
             started_at: self.started_at,
-            stopped_at: self.record.end.as_ref().map(|end| end.at),
+            stopped_at: self.stopped_at(),
             ending: self.ending.clone(),
             phases: self.history.timeline.phases(),
+            health: self.checks.health.seen(self.record.spec.health_check.as_ref(), self.state),
+            restart: self.record.restart.clone(),
+            restart_at: self.restart_at(),
         };
         self.view.send_replace(Arc::new(instance));
     }

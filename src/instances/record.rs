@@ -25,6 +25,9 @@ pub struct Record {
     pub digest: Digest,
     /// When it was asked for.
     pub created_at: DateTime<Utc>,
+    /// When it is to be deleted, if ever.
+    #[serde(default)]
+    pub expires_at: Option<DateTime<Utc>>,
     /// Whether an operation is under way.
     pub phase: Phase,
     /// The moments before there was a worker; after the end, all.
@@ -61,6 +64,9 @@ pub struct End {
     pub started_at: Option<DateTime<Utc>>,
     /// How.
     pub how: Ending,
+    /// It was ended for being unhealthy.
+    #[serde(default)]
+    pub unhealthy: bool,
 }
 
 /// Why a record was not written.

@@ -1,10 +1,11 @@
 //! Stop, start, and what survives them.
 
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use ovum_test_host::{BUSYBOX, Server, TestHost, workers};
+use ovum_test_host::{BUSYBOX, Server, TestHost, worker_pids, workers};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::time;
@@ -19,6 +20,11 @@ cases![
     who_waits_for_a_start_is_woken_up,
     what_the_state_forbids_is_refused_at_once,
     orders_queue_behind_each_other,
+    an_instance_that_fails_is_started_again_until_it_is_given_up,
+    an_instance_that_is_stopped_by_hand_stays_so,
+    a_killed_worker_is_replaced_if_the_policy_says_so,
+    an_unhealthy_instance_is_started_again_and_gets_well,
+    an_instance_lives_as_long_as_it_was_given_even_without_a_server,
     a_server_killed_during_stops_leaves_them_finished_or_not_begun,
     a_server_killed_during_starts_leaves_them_done_or_undone,
 ];
@@ -152,6 +158,134 @@ async fn orders_queue_behind_each_other(host: &TestHost) {
         assert_eq!(status, StatusCode::OK, "none of them fails: {answer}");
     }
     host.server.delete("queue").await;
+}
+
+/// Waits until `instance` is as `is_right` says.
+async fn until(server: &Server, name: &str, is_right: impl Fn(&Value) -> bool) -> Value {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    loop {
+        let instance = server.get(&format!("/instances/{name}")).await;
+        if is_right(&instance) {
+            return instance;
+        }
+        assert!(Instant::now() < deadline, "{instance}");
+        time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn an_instance_that_fails_is_started_again_until_it_is_given_up(host: &TestHost) {
+    let policy = json!({ "policy": "on_failure", "backoff": "200ms", "max_attempts": 2 });
+    let script = "echo boot >> /boots; echo number $(wc -l < /boots); exit 1";
+    let body = json!({
+        "name": "fails", "image": BUSYBOX, "size": "128MB", "cmd": ["sh", "-c", script],
+        "restart_policy": policy,
+    });
+    host.server.create(body).await;
+
+    let given_up = until(&host.server, "fails", |instance| {
+        !instance["restart_status"]["blocked_reason"].is_null()
+    })
+    .await;
+
+    assert_eq!(given_up["state"], "Stopped");
+    assert_eq!(given_up["restart_status"]["attempts"], 2);
+    assert_eq!(given_up["restart_status"]["blocked_reason"], "max_attempts_exceeded");
+    let log = host.server.log("fails").await;
+    assert!(log.contains("number 3\n") && !log.contains("number 4\n"), "{log}");
+    host.server.delete("fails").await;
+}
+
+async fn an_instance_that_is_stopped_by_hand_stays_so(host: &TestHost) {
+    let body = json!({
+        "name": "by-hand", "image": BUSYBOX, "size": "128MB", "cmd": ["sleep", "1000"],
+        "restart_policy": { "policy": "always", "backoff": "0s" },
+    });
+    host.server.create(body).await;
+    host.server.wait("by-hand", "Running").await;
+
+    let stopped = post(&host.server, "/instances/by-hand/stop", None).await;
+    let wait = host.server.get("/instances/by-hand/wait?state=Running&timeout=2s").await;
+    let started = post(&host.server, "/instances/by-hand/start", None).await;
+
+    assert_eq!(stopped["restart_status"]["blocked_reason"], "manual_stop");
+    assert_eq!(wait["state"], "Stopped");
+    assert!(started.get("restart_status").is_none(), "{started}");
+    host.server.delete("by-hand").await;
+}
+
+async fn a_killed_worker_is_replaced_if_the_policy_says_so(host: &TestHost) {
+    let body = json!({
+        "name": "replaced", "image": BUSYBOX, "size": "128MB", "cmd": ["sleep", "1000"],
+        "restart_policy": { "policy": "on_failure", "backoff": "1s" },
+    });
+    host.server.create(body).await;
+    host.server.wait("replaced", "Running").await;
+
+    for pid in worker_pids() {
+        let killed = Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap();
+        assert!(killed.success());
+    }
+    let stopped = host.server.wait("replaced", "Stopped").await;
+    let running = until(&host.server, "replaced", |instance| instance["state"] == "Running").await;
+
+    assert!(stopped["state_error"].is_string(), "{stopped}");
+    assert!(stopped["restart_status"]["next_attempt_at"].is_string(), "{stopped}");
+    assert_eq!(running["restart_status"]["attempts"], 1);
+    assert!(running.get("state_error").is_none(), "{running}");
+    host.server.delete("replaced").await;
+}
+
+async fn an_unhealthy_instance_is_started_again_and_gets_well(host: &TestHost) {
+    let script = "echo boot >> /boots; test $(wc -l < /boots) -gt 1 && touch /well; sleep 1000";
+    let body = json!({
+        "name": "sick", "image": BUSYBOX, "size": "128MB", "cmd": ["sh", "-c", script],
+        "restart_policy": { "policy": "on_failure", "backoff": "100ms" },
+        "health_check": {
+            "exec": { "command": ["sh", "-c", "test -e $PWD/well || { echo ill; exit 3; }"] },
+            "interval": "2s", "timeout": "2s", "start_period": "0s", "failure_threshold": 2,
+        },
+    });
+    host.server.create(body).await;
+    let status = |instance: &Value| instance["health_status"]["status"].clone();
+
+    let sick = until(&host.server, "sick", |i| i["health_status"]["last_error"].is_string()).await;
+    let well = until(&host.server, "sick", |i| status(i) == "healthy").await;
+
+    let error = sick["health_status"]["last_error"].as_str().unwrap();
+    assert!(error.contains("ill") && error.contains('3'), "{sick}");
+    assert_eq!(well["restart_status"]["last_reason"], "health_check_failed");
+    assert_eq!(well["restart_status"]["attempts"], 1);
+    assert_eq!(well["state"], "Running");
+    post(&host.server, "/instances/sick/stop", None).await;
+    let stopped = host.server.get("/instances/sick").await;
+    assert_eq!(status(&stopped), "unknown");
+    host.server.delete("sick").await;
+}
+
+async fn an_instance_lives_as_long_as_it_was_given_even_without_a_server(_: &TestHost) {
+    let mut server = Server::start("mortal").await;
+    server.pull(BUSYBOX).await;
+    for (name, ttl) in [("brief", "3s"), ("long", "1h")] {
+        let body = json!({
+            "name": name, "image": BUSYBOX, "size": "128MB", "cmd": ["sleep", "999"], "ttl": ttl,
+        });
+        server.create(body).await;
+    }
+    server.wait("long", "Running").await;
+
+    server.kill();
+    time::sleep(Duration::from_secs(3)).await;
+    let data_dir = server.data_dir.clone();
+    let mut server = Server::start_at(&data_dir).await;
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while server.call(Method::GET, "/instances/brief", None).await.0 == StatusCode::OK {
+        assert!(Instant::now() < deadline, "it outlives its time");
+        time::sleep(Duration::from_millis(50)).await;
+    }
+
+    assert_eq!(server.get("/instances/long").await["state"], "Running");
+    server.delete("long").await;
+    server.kill();
 }
 
 /// Restarts the server after it was killed `delay_ms` after `verb` was asked for.

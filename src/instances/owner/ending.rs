@@ -68,6 +68,14 @@ impl Owner {
         Ok(self.instance())
     }
 
+    /// Ends the machine for its bad health, as gracefully as a stop. The policy says what follows.
+    pub(super) async fn end_unhealthy(&mut self) {
+        self.is_unhealthy = true;
+        if let Err(error) = self.end_worker(Some(STOP)).await {
+            tracing::error!(id = self.record.id, %error, "Failed to end an unhealthy instance");
+        }
+    }
+
     /// Goes on with a stop that an earlier server began.
     pub(super) async fn finish_stop(&mut self) {
         if self.record.phase == Phase::Stopping

@@ -10,12 +10,14 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use chrono::Utc;
+
 use crate::fleet::NewWorker;
 use crate::instances::boot::Boot;
 use crate::instances::history::{Ending, History};
 use crate::instances::owner::Owner;
 use crate::instances::record::{Phase, Record};
-use crate::instances::restart::RestartStatus;
+use crate::instances::restart::{RestartReason, RestartStatus};
 use crate::instances::spec::{Command, InstanceSpec};
 use crate::instances::state::{Event, Request, Verdict};
 use crate::instances::timeline::{Moment, Timeline};
@@ -33,6 +35,22 @@ impl Owner {
         let spec = self.record.spec.clone().with_command(command);
         self.boot(spec, RestartStatus::default()).await?;
         Ok(self.instance())
+    }
+
+    /// Starts it by itself; `reason` is why it had to end, if not by itself.
+    ///
+    /// An attempt that fails counts as well: it is told by its time and number.
+    pub(super) async fn restart(&mut self, reason: Option<RestartReason>) {
+        let restart = self.record.restart.with_attempt(Utc::now(), reason);
+        let name = self.record.spec.name.to_string();
+        tracing::info!(name, attempt = restart.attempts, "Starts an instance again");
+        let Err(error) = self.boot(self.record.spec.clone(), restart.clone()).await else { return };
+        tracing::warn!(name, %error, "Failed to start an instance again");
+        self.record.restart = restart;
+        self.hush();
+        self.reckon();
+        self.save();
+        self.publish();
     }
 
     /// Boots `spec`; if it works, `restart` is how restarting has gone.
@@ -90,9 +108,8 @@ impl Owner {
         self.change(Event::Ended);
         self.recall_end();
         // If this fails the next server undoes it once more.
-        if let Err(error) = self.update(|record| record.phase = Phase::Kept) {
-            tracing::error!(%error, "Failed to write down that a start was undone");
-        }
+        self.record.phase = Phase::Kept;
+        self.save();
         self.publish();
     }
 }
