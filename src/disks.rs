@@ -11,7 +11,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::{SeekFrom, ioctl_ficlone, seek};
+use rustix::fs::{FlockOperation, SeekFrom, flock, ioctl_ficlone, seek};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 use tokio::task::spawn_blocking;
@@ -97,6 +97,20 @@ impl Disks {
         Ok(disk)
     }
 
+    /// Opens the disk at `path` again, for one more machine.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError::InUse`] if a machine still has it: two would destroy it.
+    pub fn reopen(&self, path: &Path) -> Result<File, DiskError> {
+        let open = || {
+            let file = File::options().read(true).write(true).open(path)?;
+            flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            Ok(file)
+        };
+        open().map_err(|source| DiskError::of(path, source))
+    }
+
     /// The template of that size, made if it is the first of its kind.
     fn template(&self, size_bytes: u64) -> Result<File, DiskError> {
         let options = options(size_bytes);
@@ -131,8 +145,11 @@ fn options(size_bytes: u64) -> Vec<String> {
     words.map(str::to_owned).to_vec()
 }
 
+/// The lock belongs to the open file: it lasts as long as a worker that was handed it.
 fn create_new(path: &Path) -> io::Result<File> {
-    File::options().read(true).write(true).create_new(true).mode(MODE).open(path)
+    let file = File::options().read(true).write(true).create_new(true).mode(MODE).open(path)?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(file)
 }
 
 /// Makes `to`, which is empty, equal to `from`, taking only the blocks that `from` takes.
@@ -221,8 +238,14 @@ pub enum DiskError {
         /// Which disk.
         path: PathBuf,
     },
+    /// Another machine has it.
+    #[error("Disk {path} is in use by another machine", path = path.display())]
+    InUse {
+        /// Which disk.
+        path: PathBuf,
+    },
     /// A file or folder.
-    #[error("Failed to make disk {path}", path = path.display())]
+    #[error("Failed to use disk {path}", path = path.display())]
     Io {
         /// Which.
         path: PathBuf,
@@ -240,6 +263,7 @@ impl DiskError {
         let path = path.to_owned();
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::NoSpace { path },
+            io::ErrorKind::WouldBlock => Self::InUse { path },
             _ => Self::Io { path, source },
         }
     }

@@ -41,6 +41,9 @@ const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a worker may take to answer anything else.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// What workers of earlier boots may leave in their log; more of it is thrown away.
+const WORKER_LOG_BYTES_MAX: u64 = 1 << 20;
+
 /// Device number of /dev/kvm (misc device 232, Documentation/admin-guide/devices.txt).
 const KVM_DEVICE: (u32, u32) = (10, 232);
 
@@ -62,7 +65,8 @@ pub struct Fleet {
 /// One machine to be started.
 #[derive(Debug)]
 pub struct WorkerSpec<'a> {
-    /// The instance's folder: exists, has no worker.
+    /// The instance's folder: exists, has no worker. What an earlier one left there goes, but for
+    /// what it and its guest said.
     pub dir: &'a Path,
     /// vCPUs.
     pub vcpus: u8,
@@ -94,7 +98,16 @@ pub struct NewWorker(Option<Worker>);
 impl NewWorker {
     /// The worker stays.
     pub fn keep(mut self) -> Worker {
-        self.0.take().expect("only `keep` and `drop` take the worker, and each is the last")
+        self.0.take().expect("whoever takes the worker is the last to see this")
+    }
+
+    /// The worker goes; returns when it has.
+    pub async fn discard(mut self) {
+        let Some(mut worker) = self.0.take() else { return };
+        match worker.kill() {
+            Ok(()) => worker.gone().await,
+            Err(error) => tracing::error!(pid = worker.pid(), %error, "Failed to kill a worker"),
+        }
     }
 }
 
@@ -134,6 +147,7 @@ impl Fleet {
             let path = dir.join(name);
             move |source| SpawnError::File { path, source }
         };
+        clear(dir)?;
         let kvm = self.open_kvm()?;
         let kernel = File::open(&self.kernel)
             .map_err(|source| SpawnError::File { path: self.kernel.clone(), source })?;
@@ -273,6 +287,25 @@ fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
         vsock_cid: spec.vsock.then_some(VSOCK_CID),
         serial: false,
     }
+}
+
+/// Removes what an earlier worker left in `dir`: whoever finds it would take it for this one's.
+fn clear(dir: &Path) -> Result<(), SpawnError> {
+    for name in [files::IDENTITY, files::CONTROL, files::VSOCK, files::EVENTS] {
+        let path = dir.join(name);
+        match fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(SpawnError::File { path, source });
+            }
+            Ok(()) | Err(_) => {}
+        }
+    }
+    let path = dir.join(files::WORKER_LOG);
+    if fs::metadata(&path).is_ok_and(|log| log.len() > WORKER_LOG_BYTES_MAX) {
+        let emptied = File::options().write(true).truncate(true).open(&path);
+        emptied.map_err(|source| SpawnError::File { path, source })?;
+    }
+    Ok(())
 }
 
 fn append(path: &Path) -> io::Result<File> {

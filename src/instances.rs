@@ -1,4 +1,4 @@
-//! Instances: create, find, wait, read, delete.
+//! Instances: create, find, wait, read, stop, start, delete.
 //!
 //! Each instance has one owner, a task in which all of its changes happen ([`owner`]): events of
 //! its worker and orders of clients arrive there, one after the other. Everyone else looks at the
@@ -14,7 +14,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
@@ -27,30 +27,38 @@ use tokio_util::task::TaskTracker;
 
 use crate::agent::Agents;
 use crate::disks::{Disk, Disks};
-use crate::fleet::{Fleet, NewWorker, WorkerDisk, WorkerSpec};
+use crate::fleet::{Fleet, NewWorker};
 use crate::images::digest::Digest;
 use crate::images::reference::Reference;
 use crate::images::{ImageSpec, ImageStatus, Images, ReadyError, RootDisk};
-use crate::initramfs::Archive;
+use crate::instances::boot::Boot;
+use crate::instances::health::Health;
 use crate::instances::history::Ending;
-use crate::instances::owner::{Order, Owner};
+use crate::instances::owner::{Done, Order, Owner};
 use crate::instances::record::{Phase, Record, ReserveError};
-use crate::instances::spec::InstanceSpec;
+use crate::instances::restart::RestartStatus;
+use crate::instances::spec::{Command, Expiry, InstanceSpec, Upkeep};
 use crate::instances::state::State;
 use crate::instances::timeline::{Moment, Timeline};
 use crate::logs::watch::FileWatch;
 use crate::store::Store;
 
-pub use errors::{CreateError, DeleteError, FindError, OpenError};
+pub use errors::{
+    BootError, CreateError, DeleteError, EndError, FindError, OpenError, OrderError, RecordError,
+    StartError, StopError, UpkeepError,
+};
 
+mod boot;
 mod errors;
 pub mod follow;
 mod guest;
+pub mod health;
 pub mod history;
 pub mod inside;
 mod owner;
 mod reconcile;
 pub mod record;
+pub mod restart;
 pub mod spec;
 pub mod state;
 pub mod timeline;
@@ -126,6 +134,8 @@ pub struct Instance {
     pub state: State,
     /// When it was asked for.
     pub created_at: DateTime<Utc>,
+    /// When it is to be deleted, if ever.
+    pub expires_at: Option<DateTime<Utc>>,
     /// When its vCPUs first ran, if they did.
     pub started_at: Option<DateTime<Utc>>,
     /// When it ended, once it has.
@@ -134,6 +144,12 @@ pub struct Instance {
     pub ending: Ending,
     /// Where the time of its boot went.
     pub phases: Vec<(&'static str, Duration)>,
+    /// Whether the workload is well.
+    pub health: Health,
+    /// How starting it again by itself has gone.
+    pub restart: RestartStatus,
+    /// When it is to be started again by itself.
+    pub restart_at: Option<DateTime<Utc>>,
 }
 
 /// What came of waiting for a state.
@@ -186,33 +202,25 @@ impl Instances {
     /// # Errors
     ///
     /// [`CreateError`]; nothing is left, except that a pull that was begun goes on.
-    pub async fn create(&self, spec: InstanceSpec) -> Result<Arc<Instance>, CreateError> {
+    pub async fn create(
+        &self,
+        spec: InstanceSpec,
+        expiry: Expiry,
+    ) -> Result<Arc<Instance>, CreateError> {
         let mut timeline = Timeline::begin();
         let image = self.root_disk(&spec.image).await?;
         timeline.mark(Moment::ImageReady);
-        let config = guest::config(&spec, &image.config).ok_or(CreateError::NothingToRun)?;
-        let config = rewound(&Archive::config(&config)?.to_file()?)?;
-        let base = self.base_archive()?;
-        let mut reservation = Reservation::make(&self.shared, spec, &image, timeline)?;
+        let digest = image.digest;
+        let boot = Boot::prepare(&self.shared, &spec, image)?;
+        let mut reservation = Reservation::make(&self.shared, spec, digest, timeline)?;
+        let record = &mut reservation.record;
+        record.expires_at = expiry.from(record.created_at);
         let overlay_path = reservation.dir.join(OVERLAY);
         let overlay_bytes = reservation.record.spec.overlay_bytes;
         let overlay = self.shared.disks.create(&overlay_path, overlay_bytes).await?;
         reservation.record.timeline.mark(Moment::DisksReady);
-        let worker = self
-            .shared
-            .fleet
-            .spawn(WorkerSpec {
-                dir: &reservation.dir,
-                vcpus: reservation.record.spec.vcpus,
-                memory_bytes: reservation.record.spec.memory_bytes,
-                initramfs: vec![base, config],
-                disks: vec![
-                    WorkerDisk { id: "root", read_only: true, file: image.file.as_fd() },
-                    WorkerDisk { id: "overlay", read_only: false, file: overlay.file().as_fd() },
-                ],
-                vsock: reservation.record.spec.agent,
-            })
-            .await?;
+        let Reservation { record, dir, .. } = &reservation;
+        let worker = boot.launch(&self.shared, &record.spec, dir, overlay.file().as_fd()).await?;
         self.keep(reservation, overlay, worker)
     }
 
@@ -258,22 +266,6 @@ impl Instances {
             ReadyError::NotReady { name, .. } => CreateError::ImageNotReady { name },
             ReadyError::Host(error) => CreateError::Images(error),
         })
-    }
-
-    /// The initramfs with the agent, the same for every guest of this server. Each worker gets a
-    /// description of its own, so that none moves another's place in the file.
-    fn base_archive(&self) -> Result<File, CreateError> {
-        let base = match self.shared.base.get() {
-            Some(base) => base,
-            None => {
-                let path = &self.shared.agent;
-                let agent = fs::read(path)
-                    .map_err(|source| CreateError::File { path: path.clone(), source })?;
-                let base = Archive::base(&agent)?.to_file()?;
-                self.shared.base.get_or_init(|| base)
-            }
-        };
-        rewound(base)
     }
 
     /// The instance that `key` means: its id, else its name, else the only id that begins so.
@@ -330,6 +322,38 @@ impl Instances {
         Ok(waited(&instance, true))
     }
 
+    /// Ends the instance's machine; its disk stays. Goes on if the caller goes away.
+    ///
+    /// # Errors
+    ///
+    /// [`StopError`].
+    pub async fn stop(&self, key: &str) -> Result<Arc<Instance>, StopError> {
+        self.order(key, |done| Order::Stop { done }).await
+    }
+
+    /// Starts an instance that has stopped, on its disk; what `command` has replaces what it was
+    /// created with. Goes on if the caller goes away.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`]; the instance is as before.
+    pub async fn start(&self, key: &str, command: Command) -> Result<Arc<Instance>, StartError> {
+        self.order(key, |done| Order::Start { command, done }).await
+    }
+
+    /// Changes how the instance is looked after.
+    ///
+    /// # Errors
+    ///
+    /// [`UpkeepError`]; nothing has changed.
+    pub async fn look_after(
+        &self,
+        key: &str,
+        upkeep: Upkeep,
+    ) -> Result<Arc<Instance>, UpkeepError> {
+        self.order(key, |done| Order::LookAfter { upkeep, done }).await
+    }
+
     /// Ends the instance, in whatever state it is, and removes all of it. `graceful` gives the
     /// workload a moment to end by itself. Goes on if the caller goes away.
     ///
@@ -337,17 +361,25 @@ impl Instances {
     ///
     /// [`DeleteError`]; the instance is still there and can be deleted again.
     pub async fn delete(&self, key: &str, graceful: bool) -> Result<(), DeleteError> {
-        let entry = self.entry(key)?;
+        self.order(key, |done| Order::Delete { graceful, done }).await
+    }
+
+    /// Gives an order to the owner of an instance and waits for the outcome.
+    async fn order<T, E: From<OrderError>>(
+        &self,
+        key: &str,
+        order: impl FnOnce(Done<T, E>) -> Order,
+    ) -> Result<T, E> {
+        let entry = self.entry(key).map_err(OrderError::Find)?;
         let (done, outcome) = oneshot::channel();
-        let order = Order::Delete { graceful, done };
         // An owner that takes no orders, or never answers one, has deleted its instance, unless
         // the server closes.
         let gone = || match self.shared.closing.is_cancelled() {
-            false => DeleteError::Find(FindError::Missing),
-            true => DeleteError::Closing,
+            false => OrderError::Find(FindError::Missing),
+            true => OrderError::Closing,
         };
-        entry.orders.send(order).await.map_err(|_| gone())?;
-        outcome.await.unwrap_or_else(|_| Err(gone()))
+        entry.orders.send(order(done)).await.map_err(|_| gone())?;
+        outcome.await.unwrap_or_else(|_| Err(gone().into()))
     }
 
     /// Leaves all instances running and stops to watch them.
@@ -403,12 +435,6 @@ impl Shared {
     }
 }
 
-/// The same file with a position of its own, at the beginning.
-fn rewound(file: &File) -> Result<File, CreateError> {
-    let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
-    File::open(&path).map_err(|source| CreateError::File { path, source })
-}
-
 /// A name taken and a folder made, for an instance that is not there yet: dropped, both are free
 /// again, unless they were kept.
 #[derive(Debug)]
@@ -423,18 +449,20 @@ impl Reservation {
     fn make(
         shared: &Arc<Shared>,
         spec: InstanceSpec,
-        image: &RootDisk,
+        digest: Digest,
         timeline: Timeline,
     ) -> Result<Self, CreateError> {
         let id = cuid2::create_id();
         let record = Record {
             id: id.clone(),
             spec,
-            digest: image.digest,
+            digest,
             created_at: Utc::now(),
+            expires_at: None,
             phase: Phase::Creating,
             timeline,
             end: None,
+            restart: RestartStatus::default(),
         };
         shared.store.transact(|records| record.insert(records)).map_err(|source| {
             CreateError::Reserve(ReserveError::from_sqlite(record.spec.name.as_str(), source))

@@ -19,6 +19,7 @@ use ovum::token::Secret;
 use rusqlite::Connection;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::task;
 use tower::ServiceExt;
 
 const SECRET: &str = "the secret of a test";
@@ -198,7 +199,12 @@ async fn health_and_the_document_need_no_token() {
             "/images/{name}/tag",
             "/instances",
             "/instances/{id}",
+            "/instances/{id}/cp",
+            "/instances/{id}/exec",
             "/instances/{id}/logs",
+            "/instances/{id}/start",
+            "/instances/{id}/stat",
+            "/instances/{id}/stop",
             "/instances/{id}/wait",
         ]
     );
@@ -288,7 +294,8 @@ async fn each_bad_value_has_its_code() {
         ("image", json!("a b"), 400, "invalid_name"),
         ("name", json!("Upper"), 400, "Bad Request"),
         ("tags", json!({ "": "x" }), 400, "invalid_request"),
-        ("ttl", json!("1h"), 501, "not_supported"),
+        ("expires_at", json!("2001-01-01T00:00:00Z"), 400, "invalid_expires_at"),
+        ("health_check", json!({ "tcp": { "port": 1 } }), 501, "not_supported"),
         ("network", json!({ "enabled": true }), 501, "not_supported"),
     ] {
         let mut body = json!({ "name": "web", "image": "nginx" });
@@ -451,8 +458,10 @@ async fn what_a_killed_server_left_half_made_is_gone_after_the_next_start() {
     for (name, phase, end) in [
         ("half-made", "creating", json!(null)),
         ("half-gone", "deleting", json!(null)),
-        ("ended", "kept", ended),
+        ("ended", "kept", ended.clone()),
         ("lost", "kept", json!(null)),
+        ("half-started", "starting", ended),
+        ("half-stopped", "stopping", json!(null)),
     ] {
         records.execute(insert, [name, &record(name, phase, end).to_string()]).unwrap();
         fs::create_dir(data.join("instances").join(name)).unwrap();
@@ -467,9 +476,13 @@ async fn what_a_killed_server_left_half_made_is_gone_after_the_next_start() {
 
     let mut folders = server.instance_folders();
     folders.sort();
-    assert_eq!(folders, ["ended", "lost", "unreadable"]);
+    assert_eq!(folders, ["ended", "half-started", "half-stopped", "lost", "unreadable"]);
     let list = server.get("/instances").await.body;
-    assert_eq!(list.as_array().unwrap().len(), 2);
+    assert_eq!(list.as_array().unwrap().len(), 4);
+    let undone = server.get("/instances/half-started").await.body;
+    assert_eq!((&undone["state"], &undone["exit_code"]), (&json!("Stopped"), &json!(7)));
+    let finished = server.get("/instances/half-stopped").await.body;
+    assert_eq!(finished["state"], "Stopped");
     let ended = server.get("/instances/ended").await.body;
     assert_eq!((&ended["state"], &ended["exit_code"]), (&json!("Stopped"), &json!(7)));
     assert_eq!(ended["stopped_at"], "2026-01-02T03:05:05Z");
@@ -493,6 +506,132 @@ async fn instances_are_found_by_id_name_and_the_beginning_of_an_id() {
     assert_eq!(find("aab").await.body["id"], "aab-second");
     find("aa").await.says(StatusCode::NOT_FOUND, "ambiguous");
     find("b").await.says(StatusCode::NOT_FOUND, "not_found");
+}
+
+/// Up to the start of a worker, for want of KVM.
+#[tokio::test]
+async fn a_start_that_fails_leaves_the_instance_stopped_as_it_was() {
+    let server = Server::with_image().await;
+    let digest = server.get("/images/tiny").await.body["digest"].as_str().unwrap().to_owned();
+    let dir = server.stop().await;
+    keep_stopped(&dir, "one", &digest);
+    keep_stopped(&dir, "imageless", &Digest::of(b"any").to_string());
+    let overlay = dir.path().join("data/instances/one/overlay.ext4");
+    let server = Server::start_in(dir).await;
+    let start = async |body: &str| {
+        server.send(Method::POST, "/instances/one/start", Body::from(body.to_owned())).await
+    };
+
+    let stopped = server.send(Method::POST, "/instances/one/stop", Body::empty()).await;
+    start("").await.says(StatusCode::INTERNAL_SERVER_ERROR, "internal_error");
+    fs::write(overlay, b"").unwrap();
+    let without_kvm = start("{}").await;
+    without_kvm.says(StatusCode::INTERNAL_SERVER_ERROR, "internal_error");
+    start(r#"{"cmd": "sh"}"#).await.says(StatusCode::BAD_REQUEST, "Bad Request");
+    start(r#"{"cmd": ["a\u0000b"]}"#).await.says(StatusCode::BAD_REQUEST, "invalid_request");
+    start("{").await.says(StatusCode::BAD_REQUEST, "Bad Request");
+    let imageless = server.post("/instances/imageless/start", &json!({})).await;
+    imageless.says(StatusCode::NOT_FOUND, "not_found");
+    server.post("/instances/none/start", &json!({})).await.says(StatusCode::NOT_FOUND, "not_found");
+
+    assert_eq!((stopped.status, &stopped.body["state"]), (StatusCode::OK, &json!("Stopped")));
+    assert!(without_kvm.message().contains("kvm"), "{without_kvm:?}");
+    let instance = server.get("/instances/one").await.body;
+    assert_eq!((&instance["state"], &instance["exit_code"]), (&json!("Stopped"), &json!(0)));
+    assert_eq!(instance["stopped_at"], "2026-01-02T03:05:05Z");
+}
+
+#[tokio::test]
+async fn how_an_instance_is_looked_after_can_be_changed() {
+    let server = stopped_instances(&["one"]).await;
+    let patch = async |body: Value| {
+        server.send(Method::PATCH, "/instances/one", Body::from(body.to_string())).await
+    };
+
+    let policy = json!({ "policy": "on_failure", "backoff": "1s", "stable_after": "1m" });
+    let check = json!({ "exec": { "command": ["true"] }, "interval": "1m" });
+    let changed = patch(json!({ "restart_policy": policy, "health_check": check })).await.body;
+    let mortal = patch(json!({ "ttl": "1h" })).await.body;
+    let immortal = patch(json!({ "ttl": "0s" })).await.body;
+    let bare = patch(json!({
+        "health_check": { "type": "none" }, "restart_policy": { "policy": "never" },
+    }))
+    .await;
+
+    let expected = json!({
+        "policy": "on_failure", "backoff": "1s", "max_attempts": 0, "stable_after": "1m0s",
+    });
+    assert_eq!(changed["restart_policy"], expected);
+    assert_eq!(changed["health_check"]["interval"], "1m0s");
+    assert_eq!(changed["health_status"]["status"], "unknown", "it does not run");
+    assert!(changed.get("restart_status").is_none(), "it ended well: {changed}");
+    assert!(mortal["expires_at"].is_string() && immortal["expires_at"].is_null(), "{mortal}");
+    assert!(bare.body.get("restart_policy").is_none(), "{bare:?}");
+    assert_eq!(bare.body["health_status"]["status"], "disabled");
+    patch(json!({})).await.says(StatusCode::BAD_REQUEST, "invalid_request");
+    patch(json!({ "env": { "A": "b" } })).await.says(StatusCode::BAD_REQUEST, "invalid_request");
+    patch(json!({ "ttl": "x" })).await.says(StatusCode::BAD_REQUEST, "invalid_ttl");
+    let nobody = server.send(Method::PATCH, "/instances/two", Body::from(r#"{"ttl":"1h"}"#)).await;
+    nobody.says(StatusCode::NOT_FOUND, "not_found");
+}
+
+/// Its image is not there, so that no attempt works.
+#[tokio::test]
+async fn an_instance_that_ended_badly_is_tried_again_and_then_given_up() {
+    let server = stopped_instances(&["one"]).await;
+    let policy = json!({ "policy": "always", "backoff": "1ms", "max_attempts": 1 });
+    let body = Body::from(json!({ "restart_policy": policy }).to_string());
+
+    let mut instance = server.send(Method::PATCH, "/instances/one", body).await.body;
+    while instance["restart_status"]["blocked_reason"].is_null() {
+        task::yield_now().await;
+        instance = server.get("/instances/one").await.body;
+    }
+    let dir = server.stop().await;
+    let server = Server::start_in(dir).await;
+    let later = server.get("/instances/one").await.body;
+    let body = Body::from(r#"{"restart_policy":{"policy":"never"}}"#);
+    let pardoned = server.send(Method::PATCH, "/instances/one", body).await.body;
+    server.send(Method::POST, "/instances/one/stop", Body::empty()).await;
+    let body = Body::from(r#"{"restart_policy":{"policy":"always","backoff":"1ms"}}"#);
+    let stopped = server.send(Method::PATCH, "/instances/one", body).await.body;
+
+    assert_eq!((&instance["state"], &instance["exit_code"]), (&json!("Stopped"), &json!(0)));
+    let status = &instance["restart_status"];
+    assert_eq!(
+        (&status["attempts"], &status["blocked_reason"]),
+        (&json!(1), &json!("max_attempts_exceeded"))
+    );
+    assert!(status["last_attempt_at"].is_string() && status["next_attempt_at"].is_null());
+    assert_eq!(&later["restart_status"], status, "another server knows it");
+    assert!(pardoned.get("restart_status").is_none(), "{pardoned}");
+    assert_eq!(stopped["restart_status"]["blocked_reason"], "manual_stop");
+}
+
+#[tokio::test]
+async fn an_instance_whose_time_is_over_is_deleted() {
+    let server = stopped_instances(&["one", "two"]).await;
+    let patch = async |path: &str, body: &str| {
+        server.send(Method::PATCH, path, Body::from(body.to_owned())).await
+    };
+
+    let soon = patch("/instances/one", r#"{"ttl":"1ms"}"#).await;
+    let later = patch("/instances/two", r#"{"ttl":"1h"}"#).await;
+    while server.get("/instances/one").await.status == StatusCode::OK {
+        task::yield_now().await;
+    }
+    let dir = server.stop().await;
+    let records = Connection::open(dir.path().join("data/records.db")).unwrap();
+    let past = "UPDATE instances SET json = json_set(json, '$.expires_at', '2026-01-01T00:00:00Z')";
+    records.execute(past, []).unwrap();
+    drop(records);
+    let server = Server::start_in(dir).await;
+    while server.get("/instances/two").await.status == StatusCode::OK {
+        task::yield_now().await;
+    }
+
+    assert_eq!((soon.status, later.status), (StatusCode::OK, StatusCode::OK));
+    assert_eq!(server.instance_folders(), [""; 0]);
 }
 
 #[tokio::test]
@@ -520,27 +659,31 @@ async fn logs_come_as_events_from_the_end() {
 /// A server that finds these instances, stopped, when it starts.
 async fn stopped_instances(ids: &[&str]) -> Server {
     let dir = Server::start().await.stop().await;
+    for id in ids {
+        keep_stopped(&dir, id, &Digest::of(b"any").to_string());
+    }
+    Server::start_in(dir).await
+}
+
+/// Writes down an instance that has stopped, into the folder of a server that does not run.
+fn keep_stopped(dir: &TempDir, id: &str, digest: &str) {
     let data = dir.path().join("data");
     let records = Connection::open(data.join("records.db")).unwrap();
-    for id in ids {
-        let name = format!("name-of-{id}");
-        let record = json!({
-            "id": id, "digest": Digest::of(b"any").to_string(),
-            "created_at": "2026-01-02T03:04:05Z", "phase": "kept", "timeline": {},
-            "end": {
-                "at": "2026-01-02T03:05:05Z", "started_at": null,
-                "how": { "exit_code": 0, "exit_message": "success", "error": null },
-            },
-            "spec": {
-                "name": name, "image": IMAGE, "memory_bytes": 1 << 30, "overlay_bytes": 1 << 30,
-                "vcpus": 1, "env": {}, "tags": {}, "hypervisor": "native", "agent": true,
-                "entrypoint": [], "cmd": [],
-            },
-        });
-        let insert = "INSERT INTO instances (id, name, json) VALUES (?1, ?2, ?3)";
-        records.execute(insert, (id, &name, &record.to_string())).unwrap();
-        fs::create_dir(data.join("instances").join(id)).unwrap();
-    }
-    drop(records);
-    Server::start_in(dir).await
+    let name = format!("name-of-{id}");
+    let record = json!({
+        "id": id, "digest": digest, "created_at": "2026-01-02T03:04:05Z", "phase": "kept",
+        "timeline": {},
+        "end": {
+            "at": "2026-01-02T03:05:05Z", "started_at": null,
+            "how": { "exit_code": 0, "exit_message": "success", "error": null },
+        },
+        "spec": {
+            "name": name, "image": IMAGE, "memory_bytes": 1 << 30, "overlay_bytes": 1 << 30,
+            "vcpus": 1, "env": {}, "tags": {}, "hypervisor": "native", "agent": true,
+            "entrypoint": [], "cmd": [],
+        },
+    });
+    let insert = "INSERT INTO instances (id, name, json) VALUES (?1, ?2, ?3)";
+    records.execute(insert, (id, &name, &record.to_string())).unwrap();
+    fs::create_dir(data.join("instances").join(id)).unwrap();
 }

@@ -100,8 +100,8 @@ impl Exec {
 }
 
 impl Agents {
-    /// Runs a command in the guest behind `socket` to its end, at most `timeout`, and keeps the
-    /// first `output_bytes_max` of what it writes.
+    /// Runs the command of `spec` in the guest behind `socket` to its end, at most `timeout`, and
+    /// keeps the first `output_bytes_max` of what it writes.
     ///
     /// # Errors
     ///
@@ -109,12 +109,12 @@ impl Agents {
     pub async fn run(
         &self,
         socket: &Path,
-        argv: &[String],
+        spec: ExecSpec,
         timeout: Duration,
         output_bytes_max: usize,
     ) -> Result<Ran, AgentError> {
         let timeout_ms = u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).max(1);
-        let spec = ExecSpec { argv: argv.to_vec(), timeout_ms, ..ExecSpec::default() };
+        let spec = ExecSpec { timeout_ms, ..spec };
         let running = time::timeout(timeout.saturating_add(TIMEOUT_MARGIN), async {
             let exec = self.exec(socket, spec).await?;
             exec.end_input().await?;

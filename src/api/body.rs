@@ -22,10 +22,30 @@ impl<T: DeserializeOwned> FromRequest<App> for JsonBody<T> {
 
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
         let bytes = collect(request.into_body(), app.limits.body_bytes_max).await?;
-        let Json(value) = Json::from_bytes(&bytes)
-            .map_err(|rejection| BodyError::Shape { why: rejection.body_text() })?;
-        Ok(Self(value))
+        parsed(&bytes).map(Self)
     }
+}
+
+/// A JSON body that may be missing: then it is as if it were `{}`.
+#[derive(Debug)]
+pub(super) struct OptionalBody<T>(pub(super) T);
+
+impl<T: DeserializeOwned + Default> FromRequest<App> for OptionalBody<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
+        let bytes = collect(request.into_body(), app.limits.body_bytes_max).await?;
+        if bytes.trim_ascii().is_empty() {
+            return Ok(Self(T::default()));
+        }
+        parsed::<Option<T>>(&bytes).map(|value| Self(value.unwrap_or_default()))
+    }
+}
+
+fn parsed<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
+    let Json(value) = Json::from_bytes(bytes)
+        .map_err(|rejection| BodyError::Shape { why: rejection.body_text() })?;
+    Ok(value)
 }
 
 async fn collect(body: Body, bytes_max: usize) -> Result<Vec<u8>, BodyError> {

@@ -24,12 +24,15 @@ use crate::images::manifest::ManifestError;
 use crate::images::reference::ReferenceError;
 use crate::images::registry::RegistryError;
 use crate::images::room::RoomError;
-use crate::images::{DeleteError as ImageDeleteError, RequestError, TagError};
+use crate::images::{DeleteError as ImageDeleteError, ReadyError, RequestError, TagError};
 use crate::instances::follow::LogError;
 use crate::instances::inside::InsideError;
 use crate::instances::inside::agent::AgentError;
 use crate::instances::record::ReserveError;
-use crate::instances::{CreateError, DeleteError, FindError};
+use crate::instances::{
+    BootError, CreateError, DeleteError, EndError, FindError, OrderError, RecordError, StartError,
+    StopError, UpkeepError,
+};
 use crate::token::{Scope, TokenError};
 
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
@@ -350,9 +353,7 @@ impl From<CreateError> for ApiError {
             CreateError::ImageNotReady { .. } | CreateError::ImageFailed { .. } => {
                 Self::bad("image_not_ready", &error)
             }
-            CreateError::NothingToRun | CreateError::TooMuchText(_) => {
-                Self::bad("invalid_request", &error)
-            }
+            CreateError::Boot(error) => error.into(),
             CreateError::Reserve(ReserveError::NameTaken { .. }) => {
                 Self::conflict("name_conflict", &error)
             }
@@ -361,25 +362,93 @@ impl From<CreateError> for ApiError {
             CreateError::Reserve(ReserveError::Store { .. })
             | CreateError::Images(_)
             | CreateError::File { .. }
-            | CreateError::Initramfs(_)
-            | CreateError::Disk(_)
-            | CreateError::Worker(_) => Self::internal(&error),
+            | CreateError::Disk(_) => Self::internal(&error),
+        }
+    }
+}
+
+impl From<BootError> for ApiError {
+    fn from(error: BootError) -> Self {
+        match &error {
+            BootError::NothingToRun | BootError::TooMuchText(_) => {
+                Self::bad("invalid_request", &error)
+            }
+            BootError::File { .. } | BootError::Initramfs(_) | BootError::Worker(_) => {
+                Self::internal(&error)
+            }
+        }
+    }
+}
+
+impl From<OrderError> for ApiError {
+    fn from(error: OrderError) -> Self {
+        match &error {
+            OrderError::Find(error) => (*error).into(),
+            OrderError::Closing => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "internal_error", chain(&error))
+                    .may_pass()
+            }
+        }
+    }
+}
+
+impl From<RecordError> for ApiError {
+    fn from(error: RecordError) -> Self {
+        Self::internal(&error).may_pass()
+    }
+}
+
+impl From<EndError> for ApiError {
+    fn from(error: EndError) -> Self {
+        match &error {
+            EndError::Stuck { .. } | EndError::Worker { .. } => Self::internal(&error).may_pass(),
+        }
+    }
+}
+
+impl From<StopError> for ApiError {
+    fn from(error: StopError) -> Self {
+        match error {
+            StopError::Order(error) => error.into(),
+            StopError::Refused { .. } => Self::conflict("invalid_state", &error),
+            StopError::Record(error) => error.into(),
+            StopError::End(error) => error.into(),
+        }
+    }
+}
+
+impl From<StartError> for ApiError {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Order(error) => error.into(),
+            StartError::Refused { .. } => Self::conflict("invalid_state", &error),
+            StartError::Image(ReadyError::Missing { .. }) => Self::missing("not_found", &error),
+            StartError::Image(ReadyError::NotReady { .. } | ReadyError::Host(_))
+            | StartError::Disk(_) => Self::internal(&error),
+            StartError::Boot(error) => error.into(),
+            StartError::Record(error) => error.into(),
+        }
+    }
+}
+
+impl From<UpkeepError> for ApiError {
+    fn from(error: UpkeepError) -> Self {
+        match error {
+            UpkeepError::Order(error) => error.into(),
+            UpkeepError::Expired { .. } => Self::conflict("instance_expired", &error),
+            UpkeepError::NoAgent => Self::bad("invalid_health_check", &error),
+            UpkeepError::Record(error) => error.into(),
         }
     }
 }
 
 impl From<DeleteError> for ApiError {
     fn from(error: DeleteError) -> Self {
-        match &error {
-            DeleteError::Find(error) => (*error).into(),
-            DeleteError::Closing => {
-                Self::new(StatusCode::SERVICE_UNAVAILABLE, "internal_error", chain(&error))
-                    .may_pass()
-            }
-            DeleteError::Stuck { .. }
-            | DeleteError::Worker { .. }
-            | DeleteError::Record { .. }
-            | DeleteError::Folder { .. } => Self::internal(&error).may_pass(),
+        match error {
+            DeleteError::Order(error) => error.into(),
+            DeleteError::Record(error) => error.into(),
+            DeleteError::End(error) => error.into(),
+            DeleteError::Folder { .. } => Self::internal(&error).may_pass(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `/instances`: create, list, read, wait, delete.
+//! `/instances`: create, list, read, change, wait, stop, start, delete.
 
 use std::time::Duration;
 
@@ -8,9 +8,11 @@ use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::api::body::JsonBody;
+use crate::api::body::{JsonBody, OptionalBody};
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::instances::create::CreateInstance;
+use crate::api::instances::start::StartInstance;
+use crate::api::instances::update::UpdateInstance;
 use crate::api::instances::view::InstanceView;
 use crate::api::query::{Query, QueryError};
 use crate::api::tags::{self, Tags};
@@ -21,6 +23,9 @@ use crate::instances::state::{State as InstanceState, StateNameError};
 
 pub mod create;
 pub(super) mod extras;
+pub mod policies;
+pub mod start;
+pub mod update;
 pub mod view;
 
 /// How long a wait lasts unless told otherwise.
@@ -81,8 +86,9 @@ pub(super) async fn create(
     State(app): State<App>,
     JsonBody(body): JsonBody<CreateInstance>,
 ) -> Result<(StatusCode, Json<InstanceView>), ApiError> {
+    let expiry = body.expiry()?;
     let spec = body.into_spec(&app.limits)?;
-    let instance = app.instances.create(spec).await?;
+    let instance = app.instances.create(spec, expiry).await?;
     Ok((StatusCode::CREATED, Json((&*instance).into())))
 }
 
@@ -97,6 +103,21 @@ pub(super) async fn read(
     Path(key): Path<String>,
 ) -> Result<Json<InstanceView>, ApiError> {
     Ok(Json((&*app.instances.find(&key)?).into()))
+}
+
+/// Changes how an instance is looked after; what is omitted stays as it is.
+#[utoipa::path(
+    patch, path = "/instances/{id}", tag = "instances", request_body = UpdateInstance,
+    params(("id" = String, Path, description = "Id, name, or the beginning of an id")),
+    responses((status = 200, body = InstanceView), (status = "default", body = ErrorBody)),
+)]
+pub(super) async fn update(
+    State(app): State<App>,
+    Path(key): Path<String>,
+    JsonBody(body): JsonBody<UpdateInstance>,
+) -> Result<Json<InstanceView>, ApiError> {
+    let upkeep = body.into_upkeep()?;
+    Ok(Json((&*app.instances.look_after(&key, upkeep).await?).into()))
 }
 
 /// Ends an instance, in whatever state it is, and removes all of it.
@@ -116,6 +137,35 @@ pub(super) async fn delete(
     let graceful = query.flag("graceful_shutdown")?.unwrap_or(true);
     app.instances.delete(&key, graceful).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// Stops an instance; its disk stays. It is not started again until somebody does.
+#[utoipa::path(
+    post, path = "/instances/{id}/stop", tag = "instances",
+    params(("id" = String, Path, description = "Id, name, or the beginning of an id")),
+    responses((status = 200, body = InstanceView), (status = "default", body = ErrorBody)),
+)]
+pub(super) async fn stop(
+    State(app): State<App>,
+    Path(key): Path<String>,
+) -> Result<Json<InstanceView>, ApiError> {
+    Ok(Json((&*app.instances.stop(&key).await?).into()))
+}
+
+/// Starts a stopped instance on the same disk, without waiting for the guest.
+#[utoipa::path(
+    post, path = "/instances/{id}/start", tag = "instances",
+    params(("id" = String, Path, description = "Id, name, or the beginning of an id")),
+    request_body = Option<StartInstance>,
+    responses((status = 200, body = InstanceView), (status = "default", body = ErrorBody)),
+)]
+pub(super) async fn start(
+    State(app): State<App>,
+    Path(key): Path<String>,
+    OptionalBody(body): OptionalBody<StartInstance>,
+) -> Result<Json<InstanceView>, ApiError> {
+    let command = body.into_command()?;
+    Ok(Json((&*app.instances.start(&key, command).await?).into()))
 }
 
 /// Waits for a state. Comes back early if the instance can no longer get there by itself.

@@ -151,3 +151,21 @@ async fn a_full_disk_is_told_and_nothing_is_left() {
     assert!(matches!(error, DiskError::NoSpace { .. }), "{error:?}");
     assert_eq!(left, [""; 0]);
 }
+
+/// Two machines on one disk would destroy it.
+#[tokio::test]
+async fn a_disk_is_opened_again_once_nobody_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let disks = Disks::open(&dir.path().join("templates")).unwrap();
+    let path = dir.path().join("disk");
+    let disk = disks.create(&path, SIZE_BYTES_MIN).await.unwrap();
+    let of_worker = disk.file().try_clone().unwrap();
+    disk.keep();
+
+    assert!(matches!(disks.reopen(&path), Err(DiskError::InUse { .. })));
+    drop(of_worker);
+    let first = disks.reopen(&path).unwrap();
+    assert!(matches!(disks.reopen(&path), Err(DiskError::InUse { .. })));
+    drop(first);
+    assert!(disks.reopen(&path).is_ok());
+}

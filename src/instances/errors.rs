@@ -3,11 +3,14 @@
 use std::io;
 use std::path::PathBuf;
 
+use chrono::{DateTime, Utc};
+
 use crate::disks::DiskError;
 use crate::fleet::SpawnError;
-use crate::images::{ImagesError, RequestError};
+use crate::images::{ImagesError, ReadyError, RequestError};
 use crate::initramfs::ArchiveError;
 use crate::instances::record::ReserveError;
+use crate::instances::state::State;
 
 /// Why instances cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -66,16 +69,13 @@ pub enum CreateError {
     /// The images of this host cannot be used.
     #[error(transparent)]
     Images(ImagesError),
-    /// Neither image nor request say what to run.
-    #[error("The image has neither entrypoint nor cmd: give one")]
-    NothingToRun,
-    /// Environment and arguments are more than a guest takes.
-    #[error("The environment, entrypoint and cmd are too large")]
-    TooMuchText(#[source] ArchiveError),
+    /// The machine.
+    #[error(transparent)]
+    Boot(#[from] BootError),
     /// The record.
     #[error(transparent)]
     Reserve(ReserveError),
-    /// A file or folder of the instance, or the agent's program.
+    /// The instance's folder.
     #[error("Failed to use {path}", path = path.display())]
     File {
         /// Which.
@@ -84,9 +84,6 @@ pub enum CreateError {
         #[source]
         source: io::Error,
     },
-    /// The initramfs.
-    #[error(transparent)]
-    Initramfs(ArchiveError),
     /// A writable layer cannot have the size asked for.
     #[error("Value of overlay_size cannot be had")]
     OverlaySize(#[source] DiskError),
@@ -96,20 +93,6 @@ pub enum CreateError {
     /// The writable layer.
     #[error(transparent)]
     Disk(DiskError),
-    /// The worker.
-    #[error(transparent)]
-    Worker(#[from] SpawnError),
-}
-
-impl From<ArchiveError> for CreateError {
-    fn from(error: ArchiveError) -> Self {
-        match error {
-            ArchiveError::ConfigLength { .. } => Self::TooMuchText(error),
-            ArchiveError::FileLength { .. }
-            | ArchiveError::ConfigEncode(_)
-            | ArchiveError::Memory { .. } => Self::Initramfs(error),
-        }
-    }
 }
 
 impl From<DiskError> for CreateError {
@@ -122,15 +105,68 @@ impl From<DiskError> for CreateError {
     }
 }
 
-/// Why an instance was not deleted.
+/// Why a machine was not started.
 #[derive(Debug, thiserror::Error)]
-pub enum DeleteError {
+pub enum BootError {
+    /// Neither image nor request say what to run.
+    #[error("The image has neither entrypoint nor cmd: give one")]
+    NothingToRun,
+    /// Environment and arguments are more than a guest takes.
+    #[error("The environment, entrypoint and cmd are too large")]
+    TooMuchText(#[source] ArchiveError),
+    /// The agent's program.
+    #[error("Failed to use {path}", path = path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The initramfs.
+    #[error(transparent)]
+    Initramfs(ArchiveError),
+    /// The worker.
+    #[error(transparent)]
+    Worker(#[from] SpawnError),
+}
+
+impl From<ArchiveError> for BootError {
+    fn from(error: ArchiveError) -> Self {
+        match error {
+            ArchiveError::ConfigLength { .. } => Self::TooMuchText(error),
+            ArchiveError::FileLength { .. }
+            | ArchiveError::ConfigEncode(_)
+            | ArchiveError::Memory { .. } => Self::Initramfs(error),
+        }
+    }
+}
+
+/// Why the owner of an instance did not take an order.
+#[derive(Debug, thiserror::Error)]
+pub enum OrderError {
     /// Which one?
     #[error(transparent)]
     Find(#[from] FindError),
     /// The server closes: the next one can be asked.
     #[error("The server is closing")]
     Closing,
+}
+
+/// What a record could not be changed for.
+#[derive(Debug, thiserror::Error)]
+#[error("Failed to change the record of instance {id}")]
+pub struct RecordError {
+    /// Which instance.
+    pub id: String,
+    /// Why.
+    #[source]
+    pub source: rusqlite::Error,
+}
+
+/// Why a machine was not ended.
+#[derive(Debug, thiserror::Error)]
+pub enum EndError {
     /// The worker outlived its kill.
     #[error("Worker process {pid} could not be killed")]
     Stuck {
@@ -146,15 +182,86 @@ pub enum DeleteError {
         #[source]
         source: io::Error,
     },
-    /// The record.
-    #[error("Failed to change the record of instance {id}")]
-    Record {
-        /// Which instance.
-        id: String,
-        /// Why.
-        #[source]
-        source: rusqlite::Error,
+}
+
+/// Why an instance was not stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// It was not asked.
+    #[error(transparent)]
+    Order(#[from] OrderError),
+    /// Not in this state.
+    #[error("Instance is {state}: only Running and Initializing ones can be stopped")]
+    Refused {
+        /// The state.
+        state: State,
     },
+    /// The record.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The machine.
+    #[error(transparent)]
+    End(#[from] EndError),
+}
+
+/// Why an instance was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// It was not asked.
+    #[error(transparent)]
+    Order(#[from] OrderError),
+    /// Not in this state.
+    #[error("Instance is {state}: only Stopped ones can be started")]
+    Refused {
+        /// The state.
+        state: State,
+    },
+    /// Its root disk.
+    #[error("The image of the instance cannot be had")]
+    Image(#[source] ReadyError),
+    /// Its writable layer.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The machine.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The record.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+/// Why an instance is looked after as before.
+#[derive(Debug, thiserror::Error)]
+pub enum UpkeepError {
+    /// It was not asked.
+    #[error(transparent)]
+    Order(#[from] OrderError),
+    /// Its time is over: it is about to be deleted.
+    #[error("Instance expired at {at}")]
+    Expired {
+        /// When.
+        at: DateTime<Utc>,
+    },
+    /// Nobody in the guest can be asked.
+    #[error("A health check by exec needs the guest agent, which this instance goes without")]
+    NoAgent,
+    /// The record.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+/// Why an instance was not deleted.
+#[derive(Debug, thiserror::Error)]
+pub enum DeleteError {
+    /// It was not asked.
+    #[error(transparent)]
+    Order(#[from] OrderError),
+    /// The record.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The machine.
+    #[error(transparent)]
+    End(#[from] EndError),
     /// The files.
     #[error("Failed to remove {path}", path = path.display())]
     Folder {

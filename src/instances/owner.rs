@@ -4,44 +4,63 @@
 //! so that whoever waits for a state or reads a list sees it at once and never half.
 
 use std::future;
+use std::mem;
 use std::sync::Arc;
-use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time;
 
-use crate::agent;
-use crate::control::{Event as WorkerEvent, Happening, Order as WorkerOrder};
-use crate::fleet::files;
+use crate::control::{Event as WorkerEvent, Happening};
 use crate::fleet::worker::{Happened, Worker};
+use crate::instances::health::Health;
 use crate::instances::history::{Ending, History};
+use crate::instances::owner::checking::Checks;
+use crate::instances::owner::upkeep::ring;
 use crate::instances::record::{End, Phase, Record};
+use crate::instances::restart::RestartStatus;
+use crate::instances::spec::{Command, Upkeep};
 use crate::instances::state::{Event, State};
 use crate::instances::timeline::now_ns;
-use crate::instances::{DeleteError, Instance, Shared, remove_folder};
+use crate::instances::{
+    DeleteError, Instance, RecordError, Shared, StartError, StopError, UpkeepError,
+};
 
-/// How long a workload that is asked to end has before it is killed in the guest.
-const GRACE: Duration = Duration::from_millis(1500);
+mod checking;
+mod ending;
+mod starting;
+mod upkeep;
 
-/// How long a graceful end may take in all; then the machine's power is cut.
-const GRACEFUL_TIMEOUT: Duration = Duration::from_secs(2);
+/// Where the outcome of an order goes.
+pub(super) type Done<T, E> = oneshot::Sender<Result<T, E>>;
 
-/// How long a machine may take to end once its power is cut; then the process is killed.
-const STOP_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// How long the kernel may take to end a killed process: it frees the guest's memory.
-const KILL_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// What a client orders.
+/// What a client orders. Orders queue behind each other; a client that goes away leaves its own.
 #[derive(Debug)]
 pub(super) enum Order {
+    /// End it; its disk stays.
+    Stop {
+        /// The instance afterwards.
+        done: Done<Arc<Instance>, StopError>,
+    },
+    /// Start it again.
+    Start {
+        /// What to run from now on.
+        command: Command,
+        /// The instance afterwards.
+        done: Done<Arc<Instance>, StartError>,
+    },
+    /// Look after it in another way.
+    LookAfter {
+        /// How.
+        upkeep: Upkeep,
+        /// The instance afterwards.
+        done: Done<Arc<Instance>, UpkeepError>,
+    },
     /// End it and remove all of it.
     Delete {
         /// The workload gets a moment to end by itself.
         graceful: bool,
         /// What came of it.
-        done: oneshot::Sender<Result<(), DeleteError>>,
+        done: Done<(), DeleteError>,
     },
 }
 
@@ -54,6 +73,12 @@ pub(super) struct Owner {
     history: History,
     started_at: Option<DateTime<Utc>>,
     ending: Ending,
+    /// Of the present boot.
+    checks: Checks,
+    /// The machine is being ended for its bad health.
+    is_unhealthy: bool,
+    /// Nothing is done by itself before: the last time something failed.
+    quiet_until: Option<DateTime<Utc>>,
     worker: Option<Worker>,
     view: watch::Sender<Arc<Instance>>,
 }
@@ -63,36 +88,60 @@ impl Owner {
     pub(super) fn new(shared: Arc<Shared>, record: Record) -> Self {
         let state = if record.end.is_some() { State::Stopped } else { State::Created };
         let history = History::new(record.timeline.clone());
-        let (started_at, ending) = record
-            .end
-            .as_ref()
-            .map_or((None, Ending::default()), |end| (end.started_at, end.how.clone()));
         let view = Instance {
             id: record.id.clone(),
             spec: record.spec.clone(),
             digest: record.digest,
             state,
             created_at: record.created_at,
-            started_at,
+            expires_at: None,
+            started_at: None,
             stopped_at: None,
-            ending: ending.clone(),
+            ending: Ending::default(),
             phases: Vec::new(),
+            health: Health::default(),
+            restart: RestartStatus::default(),
+            restart_at: None,
         };
-        let view = watch::Sender::new(Arc::new(view));
-        let owner = Self { shared, record, state, history, started_at, ending, worker: None, view };
+        let mut owner = Self {
+            shared,
+            record,
+            state,
+            history,
+            started_at: None,
+            ending: Ending::default(),
+            checks: Checks::default(),
+            is_unhealthy: false,
+            quiet_until: None,
+            worker: None,
+            view: watch::Sender::new(Arc::new(view)),
+        };
+        owner.recall_end();
         owner.publish();
         owner
     }
 
     /// The machine runs in `worker`; what it has already said is taken.
-    pub(super) fn with_worker(mut self, mut worker: Worker) -> Self {
+    pub(super) fn with_worker(mut self, worker: Worker) -> Self {
+        self.attach(worker);
+        self
+    }
+
+    fn attach(&mut self, mut worker: Worker) {
         self.change(Event::Launched);
         while let Some(event) = worker.queued() {
             self.follow(&event);
         }
         self.worker = Some(worker);
         self.publish();
-        self
+    }
+
+    /// What the record says of the last end, if there was one.
+    fn recall_end(&mut self) {
+        if let Some(End { started_at, how, .. }) = &self.record.end {
+            self.started_at = *started_at;
+            self.ending = how.clone();
+        }
     }
 
     /// There is no worker any more; these are its last words.
@@ -121,27 +170,55 @@ impl Owner {
     /// Serves the instance until it is deleted or the server closes.
     pub(super) async fn run(mut self, mut orders: mpsc::Receiver<Order>) {
         let closing = self.shared.closing.clone();
+        self.finish_stop().await;
         loop {
-            tokio::select! {
+            let alarm = self.alarm();
+            let is_gone = tokio::select! {
                 () = closing.cancelled() => return,
-                happened = next(&mut self.worker) => self.take(happened),
+                happened = next(&mut self.worker) => {
+                    self.take(happened);
+                    false
+                }
                 order = orders.recv() => match order {
-                    Some(Order::Delete { graceful, done }) => {
-                        let outcome = self.delete(graceful).await;
-                        let is_gone = outcome.is_ok();
-                        if let Err(error) = &outcome {
-                            tracing::error!(id = self.record.id, %error, "Failed to delete");
-                        }
-                        // Nobody may be listening any more.
-                        let _ = done.send(outcome);
-                        if is_gone {
-                            return;
-                        }
-                    }
+                    Some(order) => self.obey(order).await,
                     None => return,
                 },
+                due = ring(alarm) => self.act(due).await,
+                answer = self.checks.answer() => {
+                    self.take_answer(answer).await;
+                    false
+                }
+            };
+            if is_gone {
+                return;
             }
         }
+    }
+
+    /// Follows an order; true if there is nothing left to own. Whoever gave it may be gone, which
+    /// changes nothing.
+    async fn obey(&mut self, order: Order) -> bool {
+        match order {
+            Order::Stop { done } => {
+                let _ = done.send(self.stop().await);
+            }
+            Order::Start { command, done } => {
+                let _ = done.send(self.start(command).await);
+            }
+            Order::LookAfter { upkeep, done } => {
+                let _ = done.send(self.look_after(upkeep));
+            }
+            Order::Delete { graceful, done } => {
+                let outcome = self.delete(graceful).await;
+                let is_gone = outcome.is_ok();
+                if let Err(error) = &outcome {
+                    tracing::error!(id = self.record.id, %error, "Failed to delete");
+                }
+                let _ = done.send(outcome);
+                return is_gone;
+            }
+        }
+        false
     }
 
     fn take(&mut self, happened: Happened) {
@@ -167,6 +244,7 @@ impl Owner {
         let is_ready = self.history.is_ready(self.record.spec.agent);
         if is_ready && self.state == State::Initializing {
             self.change(Event::Ready);
+            self.begin_checks();
         }
     }
 
@@ -174,18 +252,44 @@ impl Owner {
     fn ended(&mut self) {
         self.worker = None;
         self.change(Event::Ended);
+        self.begin_checks();
         self.ending = self.history.ending();
         let at = self.history.stopped_ns().map_or_else(Utc::now, wall_clock);
         self.record.timeline = self.history.timeline.clone();
-        self.record.end = Some(End { at, started_at: self.started_at, how: self.ending.clone() });
-        let record = &self.record;
-        // If this fails the events file still has it, and the next server reads that.
-        if let Err(error) = self.shared.store.transact(|records| record.update(records)) {
-            tracing::error!(id = record.id, %error, "Failed to write down the end of an instance");
+        let (started_at, how) = (self.started_at, self.ending.clone());
+        let unhealthy = mem::take(&mut self.is_unhealthy);
+        self.record.end = Some(End { at, started_at, how, unhealthy });
+        if self.record.phase == Phase::Stopping {
+            self.record.phase = Phase::Kept;
         }
+        self.reckon();
+        // If this fails the events file still has it, and the next server reads that.
+        self.save();
         let Ending { exit_code, error, .. } = &self.ending;
-        tracing::info!(name = %record.spec.name, ?exit_code, error, "Instance stopped");
+        tracing::info!(name = %self.record.spec.name, ?exit_code, error, "Instance stopped");
         self.publish();
+    }
+
+    /// Writes down what has happened already. If that fails the next write has it, too.
+    fn save(&self) {
+        let record = &self.record;
+        if let Err(error) = self.shared.store.transact(|records| record.update(records)) {
+            tracing::error!(id = record.id, %error, "Failed to write down what has happened");
+        }
+    }
+
+    /// Changes the record, on disk first. If that fails nothing has changed.
+    fn update(&mut self, change: impl FnOnce(&mut Record)) -> Result<(), RecordError> {
+        let mut record = self.record.clone();
+        change(&mut record);
+        let written = self.shared.store.transact(|records| record.update(records));
+        written.map_err(|source| RecordError { id: record.id.clone(), source })?;
+        self.record = record;
+        Ok(())
+    }
+
+    fn instance(&self) -> Arc<Instance> {
+        Arc::clone(&self.view.borrow())
     }
 
     fn change(&mut self, event: Event) {
@@ -195,6 +299,12 @@ impl Owner {
         }
     }
 
+    /// While it is started again the record still has the previous end.
+    fn stopped_at(&self) -> Option<DateTime<Utc>> {
+        let end = self.record.end.as_ref().filter(|_| self.state == State::Stopped);
+        end.map(|end| end.at)
+    }
+
     fn publish(&self) {
         let instance = Instance {
             id: self.record.id.clone(),
@@ -202,81 +312,16 @@ impl Owner {
             digest: self.record.digest,
             state: self.state,
             created_at: self.record.created_at,
+            expires_at: self.record.expires_at,
             started_at: self.started_at,
-            stopped_at: self.record.end.as_ref().map(|end| end.at),
+            stopped_at: self.stopped_at(),
             ending: self.ending.clone(),
             phases: self.history.timeline.phases(),
+            health: self.checks.health.seen(self.record.spec.health_check.as_ref(), self.state),
+            restart: self.record.restart.clone(),
+            restart_at: self.restart_at(),
         };
         self.view.send_replace(Arc::new(instance));
-    }
-
-    /// Ends the machine and removes all there is. The record goes last: a server killed in
-    /// between leaves it behind in phase `Deleting`, and the next one comes here again.
-    async fn delete(&mut self, graceful: bool) -> Result<(), DeleteError> {
-        let id = self.record.id.clone();
-        let failed = |source| DeleteError::Record { id: id.clone(), source };
-        self.record.phase = Phase::Deleting;
-        let record = &self.record;
-        self.shared.store.transact(|records| record.update(records)).map_err(failed)?;
-        self.end_worker(graceful).await?;
-        let dir = self.shared.dir_of(&id);
-        remove_folder(&dir).map_err(|source| DeleteError::Folder { path: dir, source })?;
-        self.shared.store.transact(|records| Record::remove(&id, records)).map_err(failed)?;
-        self.shared.write().remove(&id);
-        Ok(())
-    }
-
-    async fn end_worker(&mut self, graceful: bool) -> Result<(), DeleteError> {
-        if self.state == State::Unknown && self.worker.is_none() {
-            let dir = self.shared.dir_of(&self.record.id);
-            let found = self.shared.fleet.adopt(&dir).await;
-            self.worker = found.map_err(|error| DeleteError::Worker {
-                id: self.record.id.clone(),
-                source: error.source,
-            })?;
-        }
-        let Some(pid) = self.worker.as_ref().map(Worker::pid) else { return Ok(()) };
-        let asks_first = graceful && self.record.spec.agent && self.history.agent_ready();
-        if self.state != State::Shutdown {
-            self.change(Event::Stop);
-            self.publish();
-        }
-        if asks_first {
-            let _late = time::timeout(GRACEFUL_TIMEOUT, self.end_gracefully()).await;
-        }
-        if self.worker.is_some() {
-            let _late = time::timeout(STOP_TIMEOUT, self.cut_power()).await;
-        }
-        if let Some(worker) = &self.worker {
-            let failed = |source| DeleteError::Worker { id: self.record.id.clone(), source };
-            worker.kill().map_err(failed)?;
-            let killed = time::timeout(KILL_TIMEOUT, self.wait_for_end()).await;
-            killed.map_err(|_| DeleteError::Stuck { pid })?;
-        }
-        Ok(())
-    }
-
-    async fn end_gracefully(&mut self) {
-        let socket = self.shared.dir_of(&self.record.id).join(files::VSOCK);
-        match agent::shutdown(&socket, GRACE).await {
-            Ok(()) => self.wait_for_end().await,
-            Err(error) => tracing::warn!(id = self.record.id, %error, "Agent was not asked to end"),
-        }
-    }
-
-    async fn cut_power(&mut self) {
-        let Some(worker) = self.worker.as_mut() else { return };
-        match worker.order(&WorkerOrder::Stop).await {
-            Ok(_) => self.wait_for_end().await,
-            Err(error) => tracing::warn!(id = self.record.id, %error, "Worker was not stopped"),
-        }
-    }
-
-    async fn wait_for_end(&mut self) {
-        while self.worker.is_some() {
-            let happened = next(&mut self.worker).await;
-            self.take(happened);
-        }
     }
 }
 

@@ -4,9 +4,11 @@
 //! |---|---|---|
 //! | `Creating` | any | gone: nobody was told of it |
 //! | `Deleting` | any | gone: somebody may have been told so |
+//! | `Starting` | any | stopped, as before: nobody was told of the start |
+//! | `Stopping` | a worker | watched again, and told to end once more |
 //! | `Kept`, ended | any | stopped, as before |
 //! | `Kept` | a worker | as its events say, and watched again |
-//! | `Kept` | no worker | stopped, as its events say |
+//! | `Kept`, `Stopping` | no worker | stopped, as its events say |
 //! | none | any | gone |
 //!
 //! A record that cannot be read keeps its folder: somebody may be able to repair it.
@@ -55,10 +57,31 @@ fn strays(dir: &Path, records: &BTreeMap<String, Option<Record>>) -> io::Result<
 async fn settle(shared: &Arc<Shared>, record: Record) {
     match record.phase {
         Phase::Creating | Phase::Deleting => clear(shared, &record.id).await,
-        Phase::Kept => {
+        Phase::Kept | Phase::Stopping => {
             let owner = revive(shared, record).await;
             Shared::add(shared, owner);
         }
+        Phase::Starting => {
+            let owner = undo_start(shared, record).await;
+            Shared::add(shared, owner);
+        }
+    }
+}
+
+/// Ends the machine that nobody was told of. What its disk has of it stays, as after a fall.
+async fn undo_start(shared: &Arc<Shared>, mut record: Record) -> Owner {
+    let dir = shared.dir_of(&record.id);
+    let undone = async {
+        end_worker(shared, &dir).await?;
+        record.phase = Phase::Kept;
+        let written = shared.store.transact(|records| record.update(records));
+        written.map_err(io::Error::other)
+    };
+    let outcome = undone.await;
+    let owner = Owner::new(Arc::clone(shared), record);
+    match outcome {
+        Ok(()) => owner,
+        Err(error) => owner.unknown(format!("Failed to undo a start: {error}")),
     }
 }
 
@@ -86,10 +109,7 @@ async fn revive(shared: &Arc<Shared>, record: Record) -> Owner {
 async fn clear(shared: &Shared, id: &str) {
     let dir = shared.dir_of(id);
     let result = async {
-        if let Some(mut worker) = shared.fleet.find(&dir).map_err(io::Error::other)? {
-            worker.kill()?;
-            worker.gone().await;
-        }
+        end_worker(shared, &dir).await?;
         remove_folder(&dir)?;
         let removed = shared.store.transact(|records| Record::remove(id, records));
         removed.map_err(io::Error::other)
@@ -98,4 +118,12 @@ async fn clear(shared: &Shared, id: &str) {
         Ok(()) => tracing::info!(id, "Removed an instance that was half made or half deleted"),
         Err(error) => tracing::error!(id, %error, "Failed to remove a half-made instance"),
     }
+}
+
+async fn end_worker(shared: &Shared, dir: &Path) -> io::Result<()> {
+    if let Some(mut worker) = shared.fleet.find(dir).map_err(io::Error::other)? {
+        worker.kill()?;
+        worker.gone().await;
+    }
+    Ok(())
 }

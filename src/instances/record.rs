@@ -1,7 +1,7 @@
 //! The record of an instance: all that must survive the server, and how it is kept.
 //!
-//! A record in phase `Creating` or `Deleting` belongs to an operation under way; after a restart
-//! that operation is undone or finished by `reconcile.rs`. What a guest does is not written here
+//! A record in another phase than `Kept` belongs to an operation under way; after a restart that
+//! operation is undone or finished by `reconcile.rs`. What a guest does is not written here
 //! as it happens: the events file in the instance's folder has it.
 
 use chrono::{DateTime, Utc};
@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::images::digest::Digest;
 use crate::instances::history::Ending;
+use crate::instances::restart::RestartStatus;
 use crate::instances::spec::InstanceSpec;
 use crate::instances::timeline::Timeline;
 
@@ -24,12 +25,18 @@ pub struct Record {
     pub digest: Digest,
     /// When it was asked for.
     pub created_at: DateTime<Utc>,
+    /// When it is to be deleted, if ever.
+    #[serde(default)]
+    pub expires_at: Option<DateTime<Utc>>,
     /// Whether an operation is under way.
     pub phase: Phase,
     /// The moments before there was a worker; after the end, all.
     pub timeline: Timeline,
-    /// How and when it ended, once it has.
+    /// How and when it ended, once it has; while it is started again, how it had ended.
     pub end: Option<End>,
+    /// How starting it again by itself has gone.
+    #[serde(default)]
+    pub restart: RestartStatus,
 }
 
 /// Whether an operation on a record is under way.
@@ -40,6 +47,10 @@ pub enum Phase {
     Creating,
     /// There.
     Kept,
+    /// Being stopped: told to be so, and to stay so.
+    Stopping,
+    /// Being started again: not acknowledged.
+    Starting,
     /// Being deleted: nobody may rely on it any more.
     Deleting,
 }
@@ -53,6 +64,9 @@ pub struct End {
     pub started_at: Option<DateTime<Utc>>,
     /// How.
     pub how: Ending,
+    /// It was ended for being unhealthy.
+    #[serde(default)]
+    pub unhealthy: bool,
 }
 
 /// Why a record was not written.

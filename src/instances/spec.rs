@@ -6,10 +6,14 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
+use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
 use crate::images::reference::Reference;
+use crate::instances::health::HealthCheck;
+use crate::instances::restart::{RestartPolicy, later};
 
 pub use crate::control::MEMORY_BYTES_MIN;
 
@@ -42,6 +46,76 @@ pub struct InstanceSpec {
     pub entrypoint: Vec<String>,
     /// Instead of the image's arguments; empty: the image's.
     pub cmd: Vec<String>,
+    /// How it is found out whether the workload is well, if it is.
+    #[serde(default)]
+    pub health_check: Option<HealthCheck>,
+    /// When it is started again, if ever.
+    #[serde(default)]
+    pub restart_policy: Option<RestartPolicy>,
+}
+
+/// When an instance is to be deleted by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Expiry {
+    /// Never.
+    Never,
+    /// Then.
+    At(DateTime<Utc>),
+    /// So long after this takes effect.
+    In(Duration),
+}
+
+impl Expiry {
+    /// The time that is, if this takes effect at `now`.
+    pub fn from(self, now: DateTime<Utc>) -> Option<DateTime<Utc>> {
+        match self {
+            Self::Never => None,
+            Self::At(at) => Some(at),
+            Self::In(after) => Some(later(now, after)),
+        }
+    }
+}
+
+/// How an instance is looked after from now on; what is `None` stays as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Upkeep {
+    /// How it is found out whether the workload is well; `Some(None)`: not at all.
+    pub health_check: Option<Option<HealthCheck>>,
+    /// When it is started again; `Some(None)`: never.
+    pub restart_policy: Option<Option<RestartPolicy>>,
+    /// When it is deleted.
+    pub expiry: Option<Expiry>,
+}
+
+/// What to run instead of what was run before; what is empty stays as it was.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Command {
+    /// Instead of the entrypoint.
+    pub entrypoint: Vec<String>,
+    /// Instead of the arguments.
+    pub cmd: Vec<String>,
+}
+
+impl Command {
+    /// Whether nothing changes.
+    pub fn is_empty(&self) -> bool {
+        self.entrypoint.is_empty() && self.cmd.is_empty()
+    }
+}
+
+impl InstanceSpec {
+    /// The same with another command.
+    #[must_use]
+    pub fn with_command(mut self, command: Command) -> Self {
+        let Command { entrypoint, cmd } = command;
+        if !entrypoint.is_empty() {
+            self.entrypoint = entrypoint;
+        }
+        if !cmd.is_empty() {
+            self.cmd = cmd;
+        }
+        self
+    }
 }
 
 /// The name of an instance: lower-case letters, digits and inner dashes, 1 to 63 of them.
@@ -135,6 +209,8 @@ impl InstanceSpec {
             agent: true,
             entrypoint: Vec::new(),
             cmd: Vec::new(),
+            health_check: None,
+            restart_policy: None,
         }
     }
 }

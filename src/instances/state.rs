@@ -3,14 +3,15 @@
 //! ```text
 //!            Launched               Ready
 //!  Created ───────────> Initializing ────> Running
-//!                            │  Stop          │ Stop
-//!                            └───> Shutdown <─┘
-//!                                     │ Ended            Ended from any of these
-//!                                     └──────> Stopped <──────────────────────
+//!     ^                      │  Stop          │ Stop
+//!     │ Start                └───> Shutdown <─┘
+//!     │                               │ Ended            Ended from any of these
+//!     └─────────── Stopped <──────────┴──────────────────────────────────────
 //! ```
 //!
-//! The owner of an instance asks here first and acts second. States that no event of this version
-//! leads to are part of the wire: clients may ask for them, and wait in vain.
+//! The owner of an instance asks here first and acts second. What a client may ask for in which
+//! state is the second table, [`State::verdict`]. States that no event of this version leads to are
+//! part of the wire: clients may ask for them, and wait in vain.
 
 use std::fmt;
 use std::str::FromStr;
@@ -41,14 +42,38 @@ pub enum State {
 /// What happens to an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
+    /// A machine is about to be started for it, once more.
+    Start,
     /// The worker says that the vCPUs run.
     Launched,
     /// The workload runs, and the agent answers if there is one.
     Ready,
     /// It was told to end.
     Stop,
-    /// The machine ended, in whatever way.
+    /// The machine ended, in whatever way, or did not come to be.
     Ended,
+}
+
+/// What a client may ask of an instance, if its state allows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Request {
+    /// End it; its disk stays.
+    Stop,
+    /// Start it again.
+    Start,
+    /// Start it again with another command.
+    StartChanged,
+}
+
+/// What a request comes to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is to be done.
+    Act,
+    /// It is done already.
+    Done,
+    /// Not in this state.
+    Refuse,
 }
 
 /// An event that this state has no place for.
@@ -80,8 +105,9 @@ impl State {
     ///
     /// [`Refused`] if the event does not follow on this state; nothing happens then.
     pub fn after(self, event: Event) -> Result<Self, Refused> {
-        use Event::{Ended, Launched, Ready, Stop};
+        use Event::{Ended, Launched, Ready, Start, Stop};
         match (self, event) {
+            (Self::Stopped, Start) => Ok(Self::Created),
             (Self::Created, Launched) => Ok(Self::Initializing),
             (Self::Initializing, Ready) => Ok(Self::Running),
             (Self::Initializing | Self::Running | Self::Paused | Self::Unknown, Stop) => {
@@ -97,6 +123,22 @@ impl State {
                 Ended,
             ) => Ok(Self::Stopped),
             (state, event) => Err(Refused { state, event }),
+        }
+    }
+
+    /// What `request` comes to in this state, the second table.
+    pub fn verdict(self, request: Request) -> Verdict {
+        use Request::{Start, StartChanged, Stop};
+        match (self, request) {
+            (Self::Initializing | Self::Running, Stop) | (Self::Stopped, Start | StartChanged) => {
+                Verdict::Act
+            }
+            (Self::Stopped, Stop) | (Self::Initializing | Self::Running, Start) => Verdict::Done,
+            (
+                Self::Created | Self::Paused | Self::Shutdown | Self::Standby | Self::Unknown,
+                Stop | Start | StartChanged,
+            )
+            | (Self::Initializing | Self::Running, StartChanged) => Verdict::Refuse,
         }
     }
 
@@ -150,7 +192,9 @@ impl FromStr for State {
 mod tests {
     use super::*;
 
-    const EVENTS: [Event; 4] = [Event::Launched, Event::Ready, Event::Stop, Event::Ended];
+    const EVENTS: [Event; 5] =
+        [Event::Start, Event::Launched, Event::Ready, Event::Stop, Event::Ended];
+    const REQUESTS: [Request; 3] = [Request::Stop, Request::Start, Request::StartChanged];
 
     fn squeezed(line: &str) -> String {
         line.split_whitespace().collect::<Vec<_>>().join(" ")
@@ -170,15 +214,36 @@ mod tests {
         assert_eq!(
             State::ALL.map(row),
             [
-                // Launched    Ready   Stop     Ended
-                "Initializing  -       -        Stopped", // Created
-                "-             Running Shutdown Stopped", // Initializing
-                "-             -       Shutdown Stopped", // Running
-                "-             -       Shutdown Stopped", // Paused
-                "-             -       -        Stopped", // Shutdown
-                "-             -       -        -",       // Stopped
-                "-             -       -        -",       // Standby
-                "-             -       Shutdown Stopped", // Unknown
+                // Start   Launched     Ready   Stop     Ended
+                "-       Initializing -       -        Stopped", // Created
+                "-       -            Running Shutdown Stopped", // Initializing
+                "-       -            -       Shutdown Stopped", // Running
+                "-       -            -       Shutdown Stopped", // Paused
+                "-       -            -       -        Stopped", // Shutdown
+                "Created -            -       -        -",       // Stopped
+                "-       -            -       -        -",       // Standby
+                "-       -            -       Shutdown Stopped", // Unknown
+            ]
+            .map(squeezed)
+        );
+    }
+
+    #[test]
+    fn what_clients_may_ask_for_is_this_table() {
+        let row = |state: State| REQUESTS.map(|r| format!("{:?}", state.verdict(r))).join(" ");
+
+        assert_eq!(
+            State::ALL.map(row),
+            [
+                // Stop  Start  StartChanged
+                "Refuse Refuse Refuse", // Created
+                "Act    Done   Refuse", // Initializing
+                "Act    Done   Refuse", // Running
+                "Refuse Refuse Refuse", // Paused
+                "Refuse Refuse Refuse", // Shutdown
+                "Done   Act    Act",    // Stopped
+                "Refuse Refuse Refuse", // Standby
+                "Refuse Refuse Refuse", // Unknown
             ]
             .map(squeezed)
         );

@@ -15,6 +15,7 @@ mod copy;
 mod crash;
 mod exec;
 mod images;
+mod lifecycle;
 mod refusals;
 mod sdk;
 
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
     let suites = [
         boot::CASES,
         api::CASES,
+        lifecycle::CASES,
         exec::CASES,
         copy::CASES,
         sdk::CASES,

@@ -47,8 +47,9 @@ use crate::virtio::vsock::Vsock;
 const CMDLINE: &str = "quiet panic=-1 pci=off tsc=reliable no_timer_check random.trust_cpu=on";
 /// Without a 16550 there is none to look for, and the console is virtio.
 const CMDLINE_NO_SERIAL: &str = "console=hvc0 8250.nr_uarts=0";
-/// With one the kernel speaks from its first line, and there only: both go to the same file.
-const CMDLINE_SERIAL: &str = "console=ttyS0 earlyprintk=ttyS0 ignore_loglevel";
+/// With one the kernel speaks from its first line, and there only: both go to the same file. What
+/// it said before it knew of the port is said again then, if by then nothing is kept quiet.
+const CMDLINE_SERIAL: &str = "ignore_loglevel console=ttyS0 earlyprintk=ttyS0";
 
 /// One machine.
 #[derive(Debug)]

@@ -13,13 +13,14 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::api::instances::extras::{
-    AutoStandby, Credential, Gpu, HealthCheck, Network, RestartPolicy, SnapshotPolicy, VolumeMount,
+    AutoStandby, Credential, Gpu, Network, SnapshotPolicy, VolumeMount,
 };
+use crate::api::instances::policies::{self, HealthCheck, RestartPolicy};
 use crate::api::instances::view::PLATFORM;
 use crate::api::tags::{self, Tags, TagsError};
 use crate::config::Limits;
 use crate::images::reference::{Reference, ReferenceError};
-use crate::instances::spec::{InstanceSpec, MEMORY_BYTES_MIN};
+use crate::instances::spec::{Expiry, InstanceSpec, MEMORY_BYTES_MIN};
 use crate::size::ByteSize;
 
 /// vCPUs unless told otherwise.
@@ -68,10 +69,10 @@ pub struct CreateInstance {
     /// The caller's labels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tags: Option<Tags>,
-    /// Time to live; `0s` is for ever. Not there yet.
+    /// Time to live; `0s` is for ever.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ttl: Option<String>,
-    /// When it shall be deleted. Not there yet.
+    /// When it shall be deleted; not together with `ttl`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expires_at: Option<DateTime<Utc>>,
     /// Network; none if omitted. Not there yet.
@@ -95,10 +96,10 @@ pub struct CreateInstance {
     /// When to go to standby. Not there yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auto_standby: Option<AutoStandby>,
-    /// Whether the workload is well. Not there yet.
+    /// Whether the workload is well.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub health_check: Option<HealthCheck>,
-    /// When to start it again. Not there yet.
+    /// When to start it again; never if omitted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub restart_policy: Option<RestartPolicy>,
     /// No kernel headers in the guest. There are none yet, so that only `false` asks for something.
@@ -134,6 +135,16 @@ pub enum Hypervisor {
 }
 
 impl CreateInstance {
+    /// When it shall be deleted by itself.
+    ///
+    /// # Errors
+    ///
+    /// [`SpecError`], which names the field.
+    pub fn expiry(&self) -> Result<Expiry, SpecError> {
+        let expiry = policies::expiry(self.ttl.as_deref(), self.expires_at)?;
+        Ok(expiry.unwrap_or(Expiry::Never))
+    }
+
     /// Checks everything.
     ///
     /// # Errors
@@ -157,6 +168,12 @@ impl CreateInstance {
         let entrypoint = checked_words("entrypoint", self.entrypoint)?;
         let cmd = checked_words("cmd", self.cmd)?;
         let hypervisor = runtime_name(self.hypervisor)?.to_owned();
+        let restart_policy = self.restart_policy.map_or(Ok(None), RestartPolicy::parsed)?;
+        let health_check = self.health_check.map_or(Ok(None), HealthCheck::parsed)?;
+        let agent = !self.skip_guest_agent.unwrap_or_default();
+        if !agent && health_check.is_some() {
+            return Err(SpecError::invalid("health_check", "it needs the guest agent"));
+        }
         if let Some(field) = unsupported {
             return Err(SpecError::NotSupported { field });
         }
@@ -169,9 +186,11 @@ impl CreateInstance {
             env,
             tags,
             hypervisor,
-            agent: !self.skip_guest_agent.unwrap_or_default(),
+            agent,
             entrypoint,
             cmd,
+            health_check,
+            restart_policy,
         })
     }
 }
@@ -214,7 +233,7 @@ fn check_env(env: &BTreeMap<String, String>) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn checked_words(
+pub(super) fn checked_words(
     field: &'static str,
     words: Option<Vec<String>>,
 ) -> Result<Vec<String>, SpecError> {

@@ -4,7 +4,6 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use chrono::Utc;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -160,116 +159,12 @@ pub struct AutoStandby {
     pub ignore_destination_ports: Option<Vec<i64>>,
 }
 
-/// Whether a workload is well.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub struct HealthCheck {
-    /// How it is asked; what the only one of the others says if omitted.
-    #[serde(rename = "type")]
-    pub kind: Option<HealthCheckKind>,
-    /// By HTTP.
-    pub http: Option<HttpCheck>,
-    /// By connecting.
-    pub tcp: Option<TcpCheck>,
-    /// By a program.
-    pub exec: Option<ExecCheck>,
-    /// How often.
-    pub interval: Option<String>,
-    /// How long one may take.
-    pub timeout: Option<String>,
-    /// How long failures do not count.
-    pub start_period: Option<String>,
-    /// Failures that make it unhealthy.
-    pub failure_threshold: Option<i64>,
-    /// Successes that make it healthy.
-    pub success_threshold: Option<i64>,
-}
-
-/// How a workload is asked whether it is well.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum HealthCheckKind {
-    /// It is not.
-    None,
-    /// By HTTP.
-    Http,
-    /// By connecting.
-    Tcp,
-    /// By a program.
-    Exec,
-}
-
-/// A health check by HTTP.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub struct HttpCheck {
-    /// Port.
-    pub port: i64,
-    /// Path; `/` if omitted.
-    pub path: Option<String>,
-    /// `http` if omitted.
-    pub scheme: Option<HttpScheme>,
-    /// 200 if omitted.
-    pub expected_status: Option<i64>,
-}
-
-/// Scheme of a health check.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum HttpScheme {
-    /// Plain.
-    Http,
-    /// Encrypted.
-    Https,
-}
-
-/// A health check by connecting.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub struct TcpCheck {
-    /// Port.
-    pub port: i64,
-}
-
-/// A health check by a program.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub struct ExecCheck {
-    /// Program and arguments.
-    pub command: Vec<String>,
-    /// Where it runs.
-    pub working_dir: Option<String>,
-}
-
-/// When an instance is started again.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub struct RestartPolicy {
-    /// When; never if omitted.
-    pub policy: Option<RestartWhen>,
-    /// After how long.
-    pub backoff: Option<String>,
-    /// How often; 0 is without end.
-    pub max_attempts: Option<i64>,
-    /// After how long attempts are forgotten.
-    pub stable_after: Option<String>,
-}
-
-/// When an instance is started again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum RestartWhen {
-    /// Never.
-    Never,
-    /// Whenever it ended.
-    Always,
-    /// If it ended badly.
-    OnFailure,
-}
-
 impl CreateInstance {
     /// Checks the fields of this file; returns the first that asks for something.
     pub(super) fn check_extras(&self) -> Result<Option<&'static str>, SpecError> {
         let asks = [
             ("hotplug_size", size_asks("hotplug_size", self.hotplug_size.as_deref())?),
             ("disk_io_bps", rate_asks("disk_io_bps", self.disk_io_bps.as_deref())?),
-            ("ttl", self.lifetime_asks()?),
-            ("expires_at", self.expires_at.is_some()),
             ("network", self.network.as_ref().map_or(Ok(false), Network::asks)?),
             ("credentials", self.credentials_ask()?),
             ("devices", self.devices.as_ref().is_some_and(|devices| !devices.is_empty())),
@@ -280,24 +175,9 @@ impl CreateInstance {
                 self.snapshot_policy.as_ref().map_or(Ok(false), SnapshotPolicy::asks)?,
             ),
             ("auto_standby", self.auto_standby.as_ref().map_or(Ok(false), AutoStandby::asks)?),
-            ("health_check", self.health_check.as_ref().map_or(Ok(false), HealthCheck::asks)?),
-            (
-                "restart_policy",
-                self.restart_policy.as_ref().map_or(Ok(false), RestartPolicy::asks)?,
-            ),
             ("skip_kernel_headers", self.skip_kernel_headers == Some(false)),
         ];
         Ok(asks.into_iter().find_map(|(field, asks)| asks.then_some(field)))
-    }
-
-    fn lifetime_asks(&self) -> Result<bool, SpecError> {
-        if self.ttl.is_some() && self.expires_at.is_some() {
-            return Err(SpecError::invalid("ttl", "not together with expires_at"));
-        }
-        if self.expires_at.is_some_and(|at| at <= Utc::now()) {
-            return Err(SpecError::invalid("expires_at", "it is in the past"));
-        }
-        duration_asks("ttl", self.ttl.as_deref())
     }
 
     fn credentials_ask(&self) -> Result<bool, SpecError> {
@@ -418,7 +298,8 @@ impl SnapshotPolicy {
 }
 
 impl AutoStandby {
-    fn asks(&self) -> Result<bool, SpecError> {
+    /// Checks it; whether it asks for anything.
+    pub(super) fn asks(&self) -> Result<bool, SpecError> {
         let timeout = duration_asks("auto_standby.idle_timeout", self.idle_timeout.as_deref())?;
         let enabled = self.enabled.unwrap_or_default();
         if enabled && !timeout {
@@ -435,90 +316,6 @@ impl AutoStandby {
     }
 }
 
-impl HealthCheck {
-    fn asks(&self) -> Result<bool, SpecError> {
-        let (http, tcp, exec) = (self.http.as_ref(), self.tcp.as_ref(), self.exec.as_ref());
-        let given = [http.is_some(), tcp.is_some(), exec.is_some()];
-        let kind = match (self.kind, given) {
-            (Some(kind), _) => kind,
-            (None, [false, false, false]) => HealthCheckKind::None,
-            (None, [true, false, false]) => HealthCheckKind::Http,
-            (None, [false, true, false]) => HealthCheckKind::Tcp,
-            (None, [false, false, true]) => HealthCheckKind::Exec,
-            (None, _) => return Err(SpecError::invalid("health_check.type", "which of them?")),
-        };
-        self.check_times()?;
-        let missing = || Err(SpecError::invalid("health_check", "what its type needs is missing"));
-        match (kind, http, tcp, exec) {
-            (HealthCheckKind::None, ..) => return Ok(false),
-            (HealthCheckKind::Http, Some(http), ..) => http.check()?,
-            (HealthCheckKind::Tcp, _, Some(tcp), _) => {
-                check_port("health_check.tcp.port", tcp.port)?;
-            }
-            (HealthCheckKind::Exec, .., Some(exec)) => {
-                if exec.command.is_empty() {
-                    return Err(SpecError::invalid("health_check.exec.command", "it is empty"));
-                }
-            }
-            (HealthCheckKind::Http | HealthCheckKind::Tcp | HealthCheckKind::Exec, ..) => {
-                return missing();
-            }
-        }
-        Ok(true)
-    }
-
-    fn check_times(&self) -> Result<(), SpecError> {
-        let interval = self.interval.as_deref().unwrap_or("10s");
-        let timeout = self.timeout.as_deref().unwrap_or("2s");
-        duration_asks("health_check.start_period", self.start_period.as_deref())?;
-        let [interval, timeout] =
-            [("health_check.interval", interval), ("health_check.timeout", timeout)].map(
-                |(field, text)| {
-                    let duration = parsed_duration(field, text)?;
-                    duration
-                        .positive()
-                        .ok_or_else(|| SpecError::invalid(field, "more than 0 expected"))
-                },
-            );
-        if timeout? > interval? {
-            return Err(SpecError::invalid("health_check.timeout", "it is longer than interval"));
-        }
-        for (field, threshold) in [
-            ("health_check.failure_threshold", self.failure_threshold),
-            ("health_check.success_threshold", self.success_threshold),
-        ] {
-            if threshold.is_some_and(|threshold| threshold < 1) {
-                return Err(SpecError::invalid(field, "at least 1 expected"));
-            }
-        }
-        Ok(())
-    }
-}
-
-impl HttpCheck {
-    fn check(&self) -> Result<(), SpecError> {
-        check_port("health_check.http.port", self.port)?;
-        if self.path.as_ref().is_some_and(|path| !path.starts_with('/')) {
-            return Err(SpecError::invalid("health_check.http.path", "it must begin with /"));
-        }
-        if self.expected_status.is_some_and(|status| !(100..=599).contains(&status)) {
-            return Err(SpecError::invalid("health_check.http.expected_status", "no status"));
-        }
-        Ok(())
-    }
-}
-
-impl RestartPolicy {
-    fn asks(&self) -> Result<bool, SpecError> {
-        duration_asks("restart_policy.backoff", self.backoff.as_deref())?;
-        duration_asks("restart_policy.stable_after", self.stable_after.as_deref())?;
-        if self.max_attempts.is_some_and(|attempts| attempts < 0) {
-            return Err(SpecError::invalid("restart_policy.max_attempts", "not negative expected"));
-        }
-        Ok(!matches!(self.policy, None | Some(RestartWhen::Never)))
-    }
-}
-
 fn size_asks(field: &'static str, text: Option<&str>) -> Result<bool, SpecError> {
     let Some(text) = text else { return Ok(false) };
     let size: ByteSize = text.parse().map_err(|error| SpecError::invalid(field, error))?;
@@ -532,7 +329,7 @@ fn rate_asks(field: &'static str, text: Option<&str>) -> Result<bool, SpecError>
 }
 
 /// Whether a duration is longer than nothing. A negative one is invalid.
-fn duration_asks(field: &'static str, text: Option<&str>) -> Result<bool, SpecError> {
+pub(super) fn duration_asks(field: &'static str, text: Option<&str>) -> Result<bool, SpecError> {
     let Some(text) = text else { return Ok(false) };
     let duration = parsed_duration(field, text)?;
     match duration.positive() {
@@ -542,11 +339,11 @@ fn duration_asks(field: &'static str, text: Option<&str>) -> Result<bool, SpecEr
     }
 }
 
-fn parsed_duration(field: &'static str, text: &str) -> Result<GoDuration, SpecError> {
+pub(super) fn parsed_duration(field: &'static str, text: &str) -> Result<GoDuration, SpecError> {
     text.parse().map_err(|error| SpecError::invalid(field, error))
 }
 
-fn check_port(field: &'static str, port: i64) -> Result<(), SpecError> {
+pub(super) fn check_port(field: &'static str, port: i64) -> Result<(), SpecError> {
     if (1..=65_535).contains(&port) {
         Ok(())
     } else {

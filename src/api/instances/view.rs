@@ -7,8 +7,11 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::api::instances::policies::{HealthCheck, RestartPolicy};
 use crate::api::tags::Tags;
 use crate::instances::Instance;
+use crate::instances::health::Health;
+use crate::instances::restart::RestartStatus;
 use crate::size::ByteSize;
 
 /// The only platform there is.
@@ -71,6 +74,15 @@ pub struct InstanceView {
     pub phase_durations_ms: BTreeMap<String, u64>,
     /// Health checks.
     pub health_status: HealthStatusView,
+    /// How it is found out whether the workload is well.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub health_check: Option<HealthCheck>,
+    /// When it is started again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restart_policy: Option<RestartPolicy>,
+    /// How that has gone; missing as long as there is nothing to say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restart_status: Option<RestartStatusView>,
 }
 
 /// The network of an instance.
@@ -89,12 +101,79 @@ pub struct HealthStatusView {
     pub consecutive_failures: u32,
     /// Successes since the last failure.
     pub consecutive_successes: u32,
+    /// When the last check ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_checked_at: Option<DateTime<Utc>>,
+    /// When the last good one did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_success_at: Option<DateTime<Utc>>,
+    /// When the last bad one did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_failure_at: Option<DateTime<Utc>>,
+    /// What it said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+}
+
+/// How starting an instance again by itself has gone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RestartStatusView {
+    /// Attempts since it last ran stably.
+    pub attempts: u32,
+    /// When the next one begins.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next_attempt_at: Option<DateTime<Utc>>,
+    /// When the last one began.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_attempt_at: Option<DateTime<Utc>>,
+    /// `health_check_failed`, if that was why.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_reason: Option<String>,
+    /// `manual_stop` or `max_attempts_exceeded`: there are no more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blocked_reason: Option<String>,
+}
+
+impl From<&Health> for HealthStatusView {
+    fn from(health: &Health) -> Self {
+        Self {
+            status: health.state.name().to_owned(),
+            consecutive_failures: health.failures,
+            consecutive_successes: health.successes,
+            last_checked_at: health.last_checked_at,
+            last_success_at: health.last_success_at,
+            last_failure_at: health.last_failure_at,
+            last_error: health.last_error.clone(),
+        }
+    }
+}
+
+fn restart_status(instance: &Instance) -> Option<RestartStatusView> {
+    let status = &instance.restart;
+    let says_something = *status != RestartStatus::default() || instance.restart_at.is_some();
+    says_something.then_some(RestartStatusView {
+        attempts: status.attempts,
+        next_attempt_at: instance.restart_at,
+        last_attempt_at: status.last_attempt_at,
+        last_reason: status.last_reason.map(|reason| reason.name().to_owned()),
+        blocked_reason: status.blocked.map(|blocked| blocked.name().to_owned()),
+    })
 }
 
 impl From<&Instance> for InstanceView {
     fn from(instance: &Instance) -> Self {
         let Instance {
-            id, spec, state, created_at, started_at, stopped_at, ending, phases, ..
+            id,
+            spec,
+            state,
+            created_at,
+            expires_at,
+            started_at,
+            stopped_at,
+            ending,
+            phases,
+            health,
+            ..
         } = instance;
         let in_ms = |(name, took): &(&str, Duration)| {
             let rounded = (took.as_micros() + 500) / 1000;
@@ -106,7 +185,7 @@ impl From<&Instance> for InstanceView {
             image: spec.image.to_string(),
             state: state.to_string(),
             created_at: *created_at,
-            expires_at: None,
+            expires_at: *expires_at,
             size: ByteSize(spec.memory_bytes).to_string(),
             hotplug_size: ByteSize(0).to_string(),
             overlay_size: ByteSize(spec.overlay_bytes).to_string(),
@@ -123,11 +202,10 @@ impl From<&Instance> for InstanceView {
             exit_code: ending.exit_code,
             exit_message: ending.exit_message.clone(),
             phase_durations_ms: phases.iter().map(in_ms).collect(),
-            health_status: HealthStatusView {
-                status: "disabled".to_owned(),
-                consecutive_failures: 0,
-                consecutive_successes: 0,
-            },
+            health_status: health.into(),
+            health_check: spec.health_check.as_ref().map(HealthCheck::from),
+            restart_policy: spec.restart_policy.as_ref().map(RestartPolicy::from),
+            restart_status: restart_status(instance),
         }
     }
 }

@@ -63,14 +63,21 @@ impl TestHost {
         let instances = self.server.data_dir.join("instances");
         let files: Vec<_> = fs::read_dir(instances).into_iter().flatten().flatten().collect();
         assert!(files.is_empty(), "files are left: {files:?}");
+        let mounts = fs::read_to_string("/proc/mounts").expect("/proc is mounted");
+        let ours = format!(" {}/", self.server.data_dir.display());
+        assert!(!mounts.contains(&ours), "mounts are left: {mounts}");
     }
 
-    /// After a failed case: makes room for the next.
+    /// After a failed case: makes room for the next. What servers of its own left running ends, too.
     pub async fn clear(&self) {
         let list = self.server.get("/instances").await;
         for instance in list.as_array().into_iter().flatten() {
             let id = instance["id"].as_str().unwrap_or_default();
             self.server.call(Method::DELETE, &format!("/instances/{id}"), None).await;
+        }
+        for pid in worker_pids() {
+            // One that ends meanwhile is as good as killed.
+            let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
         }
     }
 
@@ -92,6 +99,14 @@ pub struct Server {
     child: Child,
     client: Client,
     token: String,
+}
+
+impl Drop for Server {
+    /// A case that fails does not get to end its servers.
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 impl Server {

@@ -1,5 +1,7 @@
 //! Bodies of `POST /instances`: what they become, and what is said about bad ones.
 
+use std::time::Duration;
+
 use serde_json::{Value, json};
 
 use super::*;
@@ -91,7 +93,7 @@ fn what_is_not_there_yet_is_refused_by_name() {
 
 #[test]
 fn what_is_malformed_goes_before_what_is_not_there_yet() {
-    assert_eq!(refused(&json!({ "ttl": "1h", "size": "1.5GB" })), "size");
+    assert_eq!(refused(&json!({ "gpu": { "profile": "x" }, "size": "1.5GB" })), "size");
 }
 
 #[test]
@@ -116,9 +118,6 @@ fn values_out_of_range_are_refused_by_name() {
         ("hypervisor", json!("vz")),
         ("hotplug_size", json!("much")),
         ("disk_io_bps", json!("fast")),
-        ("ttl", json!("1")),
-        ("ttl", json!("-1s")),
-        ("expires_at", json!("2001-01-01T00:00:00Z")),
     ] {
         assert_eq!(refused(&json!({ (field): value })), field);
     }
@@ -132,7 +131,6 @@ fn values_inside_of_what_is_not_there_yet_are_checked_too() {
     }
     assert_eq!(refused(&mount("/etc/app")), "volumes");
     for (fields, field) in [
-        (json!({ "ttl": "1h", "expires_at": "2999-01-01T00:00:00Z" }), "ttl"),
         (json!({ "network": { "bandwidth_upload": "1.5" } }), "network.bandwidth_upload"),
         (
             json!({ "network": { "enabled": false, "egress": { "enabled": true } } }),
@@ -197,16 +195,84 @@ fn asking() -> BTreeMap<&'static str, Value> {
     BTreeMap::from([
         ("hotplug_size", json!("3GB")),
         ("disk_io_bps", json!("10MB/s")),
-        ("ttl", json!("1h")),
-        ("expires_at", json!("2999-01-01T00:00:00Z")),
         ("network", json!({ "enabled": true })),
         ("devices", json!(["gpu"])),
         ("gpu", json!({ "profile": "L40S-1Q" })),
         ("volumes", json!([{ "volume_id": "v", "mount_path": "/mnt/v" }])),
         ("snapshot_policy", json!({ "compression": { "enabled": true } })),
         ("auto_standby", json!({ "enabled": true, "idle_timeout": "5m" })),
-        ("health_check", json!({ "http": { "port": 80 } })),
-        ("restart_policy", json!({ "policy": "always" })),
         ("skip_kernel_headers", json!(false)),
     ])
+}
+
+#[test]
+fn how_an_instance_is_looked_after_is_taken_and_read_back() {
+    let spec = spec(&json!({
+        "health_check": { "exec": { "command": ["true"], "working_dir": "/srv" }, "timeout": "1s" },
+        "restart_policy": { "policy": "on_failure", "backoff": "1m30s", "max_attempts": 3 },
+    }))
+    .unwrap();
+
+    let check = HealthCheck::from(spec.health_check.as_ref().unwrap());
+    let policy = RestartPolicy::from(spec.restart_policy.as_ref().unwrap());
+    assert_eq!(
+        serde_json::to_value(check).unwrap(),
+        json!({
+            "type": "exec", "exec": { "command": ["true"], "working_dir": "/srv" },
+            "interval": "10s", "timeout": "1s", "start_period": "30s",
+            "failure_threshold": 3, "success_threshold": 1,
+        })
+    );
+    assert_eq!(
+        serde_json::to_value(policy).unwrap(),
+        json!({
+            "policy": "on_failure", "backoff": "1m30s", "max_attempts": 3, "stable_after": "10m0s",
+        })
+    );
+}
+
+#[test]
+fn a_check_that_needs_what_is_not_there_is_refused_by_name() {
+    let health_check = |check: Value| refused(&json!({ "health_check": check }));
+
+    assert_eq!(health_check(json!({ "http": { "port": 80 } })), "health_check.http");
+    assert_eq!(health_check(json!({ "tcp": { "port": 80 } })), "health_check.tcp");
+    for (exec, field) in [
+        (json!({ "command": [] }), "health_check.exec.command"),
+        (json!({ "command": [""] }), "health_check.exec.command"),
+        (json!({ "command": ["a\0"] }), "health_check.exec.command"),
+        (json!({ "command": ["a"], "working_dir": "b" }), "health_check.exec.working_dir"),
+    ] {
+        assert_eq!(health_check(json!({ "exec": exec })), field);
+    }
+    let many = json!({ "exec": { "command": ["a"] }, "failure_threshold": 5_000_000_000_i64 });
+    assert_eq!(health_check(many), "health_check.failure_threshold");
+    let agentless = json!({
+        "health_check": { "exec": { "command": ["true"] } }, "skip_guest_agent": true,
+    });
+    assert_eq!(refused(&agentless), "health_check");
+}
+
+#[test]
+fn a_lifetime_is_a_duration_or_a_time() {
+    let expiry = |fields: Value| {
+        let mut body = json!({ "name": "web", "image": "nginx" });
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        serde_json::from_value::<CreateInstance>(body).unwrap().expiry()
+    };
+
+    assert_eq!(expiry(json!({})), Ok(Expiry::Never));
+    assert_eq!(expiry(json!({ "ttl": "0s" })), Ok(Expiry::Never));
+    assert_eq!(expiry(json!({ "ttl": "90s" })), Ok(Expiry::In(Duration::from_secs(90))));
+    let at = "2999-01-01T00:00:00Z";
+    assert_eq!(expiry(json!({ "expires_at": at })), Ok(Expiry::At(at.parse().unwrap())));
+    for fields in [
+        json!({ "ttl": "1" }),
+        json!({ "ttl": "-1s" }),
+        json!({ "ttl": "99999999999999h" }),
+        json!({ "ttl": "1h", "expires_at": at }),
+        json!({ "expires_at": "2001-01-01T00:00:00Z" }),
+    ] {
+        assert!(matches!(expiry(fields.clone()), Err(SpecError::Invalid { .. })), "{fields}");
+    }
 }

@@ -1,0 +1,109 @@
+//! The body of `PATCH /instances/{id}`.
+
+use std::collections::BTreeMap;
+
+use chrono::{DateTime, Utc};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::api::instances::create::SpecError;
+use crate::api::instances::extras::AutoStandby;
+use crate::api::instances::policies::{HealthCheck, RestartPolicy, expiry};
+use crate::instances::spec::Upkeep;
+
+/// What is to change; at least one thing.
+#[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
+pub struct UpdateInstance {
+    /// New values of variables that are the source of a credential; there are no credentials yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub env: Option<BTreeMap<String, String>>,
+    /// When to go to standby. Not there yet.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub auto_standby: Option<AutoStandby>,
+    /// Whether the workload is well; type `none` for no check.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub health_check: Option<HealthCheck>,
+    /// When to start it again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restart_policy: Option<RestartPolicy>,
+    /// Time to live from now on; `0s` is for ever.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<String>,
+    /// When it shall be deleted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expires_at: Option<DateTime<Utc>>,
+}
+
+impl UpdateInstance {
+    /// Checks everything.
+    ///
+    /// # Errors
+    ///
+    /// [`SpecError`], which names the field.
+    pub fn into_upkeep(self) -> Result<Upkeep, SpecError> {
+        let Self { env, auto_standby, health_check, restart_policy, ttl, expires_at } = self;
+        if let Some(env) = &env {
+            let why = match env.keys().next() {
+                Some(name) => format!("{name:?} is not the source of a credential"),
+                None => "at least one variable expected".to_owned(),
+            };
+            return Err(SpecError::invalid("env", why));
+        }
+        let changes_standby = auto_standby.is_some();
+        let asks_standby = auto_standby.as_ref().map_or(Ok(false), AutoStandby::asks)?;
+        let upkeep = Upkeep {
+            expiry: expiry(ttl.as_deref(), expires_at)?,
+            restart_policy: restart_policy.map(RestartPolicy::parsed).transpose()?,
+            health_check: health_check.map(HealthCheck::parsed).transpose()?,
+        };
+        if asks_standby {
+            return Err(SpecError::NotSupported { field: "auto_standby" });
+        }
+        if upkeep == Upkeep::default() && !changes_standby {
+            let why = "one of auto_standby, health_check, restart_policy, ttl, expires_at expected";
+            return Err(SpecError::invalid("body", why));
+        }
+        Ok(upkeep)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::instances::spec::Expiry;
+
+    fn upkeep(body: Value) -> Result<Upkeep, SpecError> {
+        serde_json::from_value::<UpdateInstance>(body).unwrap().into_upkeep()
+    }
+
+    #[test]
+    fn what_is_omitted_stays_and_what_is_none_goes() {
+        let upkeep = upkeep(json!({ "health_check": { "type": "none" }, "ttl": "0s" })).unwrap();
+
+        let health_check = Some(None);
+        let expiry = Some(Expiry::Never);
+        assert_eq!(upkeep, Upkeep { health_check, restart_policy: None, expiry });
+    }
+
+    #[test]
+    fn a_body_that_changes_nothing_or_what_cannot_change_is_refused() {
+        for (body, word) in [
+            (json!({}), "body"),
+            (json!({ "name": "other" }), "body"),
+            (json!({ "env": {} }), "env"),
+            (json!({ "env": { "KEY": "x" } }), "\"KEY\""),
+            (json!({ "ttl": "1h", "expires_at": "2999-01-01T00:00:00Z" }), "ttl"),
+            (json!({ "expires_at": "2001-01-01T00:00:00Z" }), "expires_at"),
+            (json!({ "restart_policy": { "backoff": "-1s" } }), "restart_policy.backoff"),
+            (json!({ "auto_standby": { "enabled": true } }), "auto_standby.idle_timeout"),
+        ] {
+            let error = upkeep(body.clone()).unwrap_err().to_string();
+            assert!(error.contains(word), "{body}: {error}");
+        }
+        let standby = json!({ "auto_standby": { "enabled": true, "idle_timeout": "1m" } });
+        assert_eq!(upkeep(standby), Err(SpecError::NotSupported { field: "auto_standby" }));
+        assert!(upkeep(json!({ "auto_standby": { "enabled": false } })).is_ok());
+    }
+}
