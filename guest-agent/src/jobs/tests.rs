@@ -325,7 +325,8 @@ fn what_is_typed_on_a_terminal_is_echoed_and_a_key_can_interrupt() {
     let mut guest = Guest::new();
     let spec = ExecSpec {
         terminal: Some(WindowSize { rows: 24, cols: 80 }),
-        ..sh("read line; echo got $line; sleep 1000")
+        // Not a program: an interrupt that comes as the shell becomes it is lost.
+        ..sh("read line; echo got $line; read more")
     };
     guest.say(1, ToAgent::Exec(spec));
     guest.say(1, ToAgent::Data(b"hi\n".to_vec()));
