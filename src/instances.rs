@@ -234,7 +234,7 @@ impl Instances {
         reservation.record.phase = Phase::Kept;
         let record = reservation.record.clone();
         self.shared.store.transact(|records| record.update(records)).map_err(|source| {
-            CreateError::Reserve(ReserveError::Store { name: record.spec.name.to_string(), source })
+            CreateError::Reserve(ReserveError::from_sqlite(record.spec.name.as_str(), source))
         })?;
         overlay.keep();
         reservation.keep();

@@ -358,7 +358,9 @@ impl From<CreateError> for ApiError {
                 Self::conflict("name_conflict", &error)
             }
             CreateError::OverlaySize(_) => Self::bad("invalid_overlay_size", &error),
-            CreateError::NoSpace(_) => Self::conflict("insufficient_resources", &error),
+            CreateError::NoSpace(_) | CreateError::Reserve(ReserveError::NoSpace { .. }) => {
+                Self::conflict("insufficient_resources", &error)
+            }
             CreateError::Reserve(ReserveError::Store { .. })
             | CreateError::Images(_)
             | CreateError::File { .. }

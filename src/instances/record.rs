@@ -78,6 +78,15 @@ pub enum ReserveError {
         /// Which.
         name: String,
     },
+    /// The records' file system is full.
+    #[error(
+        "No space is left in the data folder for the record of instance {name:?}: free some, for \
+         example with `ovum image rm`"
+    )]
+    NoSpace {
+        /// Which.
+        name: String,
+    },
     /// SQLite.
     #[error("Failed to keep the record of instance {name:?}")]
     Store {
@@ -153,6 +162,7 @@ impl ReserveError {
         let name = name.to_owned();
         match source.sqlite_error_code() {
             Some(ErrorCode::ConstraintViolation) => Self::NameTaken { name },
+            Some(ErrorCode::DiskFull) => Self::NoSpace { name },
             _ => Self::Store { name, source },
         }
     }

@@ -201,9 +201,8 @@ async fn an_overlay_without_room_says_so(_: &TestHost) {
     let body = json!({ "name": "no-room", "image": BUSYBOX, "size": "128MB" });
     let (status, answer) = server.call(Method::POST, "/instances", Some(body)).await;
 
-    assert!(!status.is_success(), "{answer}");
-    let message = answer["message"].as_str().unwrap_or_default();
-    assert!(["space", "room", "free"].iter().any(|word| message.contains(word)), "{answer}");
+    assert_eq!(status, StatusCode::CONFLICT, "{answer}");
+    assert_eq!(answer["code"], "insufficient_resources", "{answer}");
     assert_eq!(server.get("/instances").await, json!([]));
     let left = fs::read_dir(data_dir.join("instances")).unwrap().count();
     assert_eq!(left, 0, "a folder is left");
