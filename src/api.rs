@@ -4,14 +4,15 @@
 //! call it is said here, beside its name. The document at `/spec.json` is made of the same table.
 
 use std::any::Any;
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::Bytes;
 use axum::extract::Request;
-use axum::http::{Method, StatusCode, Uri};
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderValue, Method, StatusCode, Uri};
 use axum::middleware::{self, Next};
-use axum::response::{IntoResponse, Response};
+use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use tokio::time;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -27,6 +28,7 @@ use crate::token::{Scope, Secret};
 
 mod auth;
 mod body;
+mod capabilities;
 mod cp;
 mod document;
 pub mod error;
@@ -59,10 +61,14 @@ pub struct App {
 /// Everything the server answers.
 pub fn router(app: App) -> Router {
     let (router, document) = table(&app).split_for_parts();
-    let document = Arc::new(document::finished(document));
-    let spec = move || async move { axum::Json(Arc::unwrap_or_clone(document)) };
+    let document = serde_json::to_value(document::finished(document)).unwrap_or_default();
+    let json: Bytes = document.to_string().into();
+    let yaml: Bytes = document::yaml(&document).into();
+    let typed = |media, text: Bytes| ([(CONTENT_TYPE, HeaderValue::from_static(media))], text);
     router
-        .route("/spec.json", get(spec))
+        .route("/spec.json", get(async move || typed("application/json", json)))
+        .route("/spec.yaml", get(async move || typed("application/vnd.oai.openapi", yaml)))
+        .route("/swagger", get(async || Html(document::PAGE)))
         .fallback(no_such_route)
         .method_not_allowed_fallback(no_such_method)
         .layer(CatchPanicLayer::custom(panicked))
@@ -76,6 +82,7 @@ fn table(app: &App) -> OpenApiRouter<App> {
     let to_stream = |scope, route| auth::allow(app, scope, route);
     OpenApiRouter::with_openapi(document::head())
         .routes(bounded(routes!(health::health)))
+        .routes(to(Scope::RESOURCE_READ, routes!(capabilities::read)))
         .routes(to(Scope::IMAGE_READ, routes!(images::list)))
         .routes(to(Scope::IMAGE_WRITE, routes!(images::create)))
         .routes(to_stream(Scope::IMAGE_WRITE, routes!(images::load)))
@@ -88,6 +95,7 @@ fn table(app: &App) -> OpenApiRouter<App> {
         .routes(to(Scope::INSTANCE_WRITE, routes!(instances::update)))
         .routes(to(Scope::INSTANCE_DELETE, routes!(instances::delete)))
         .routes(to(Scope::INSTANCE_READ, routes!(instances::wait)))
+        .routes(to(Scope::INSTANCE_READ, routes!(instances::stats::read)))
         .routes(to(Scope::INSTANCE_WRITE, routes!(instances::stop)))
         .routes(to(Scope::INSTANCE_WRITE, routes!(instances::start)))
         .routes(to_stream(Scope::INSTANCE_READ, routes!(logs::read)))

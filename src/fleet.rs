@@ -9,6 +9,7 @@
 //! control.sock   where it takes connections
 //! events         what happened, one line each: the truth, whoever was connected
 //! worker.log     what the process itself says
+//! server.log     what the server says of the instance
 //! ```
 //!
 //! Invariant: nothing here knows what runs in the guest. That is `agent`'s business.
@@ -30,6 +31,8 @@ use crate::control::{
 use crate::fleet::worker::Worker;
 use crate::os::packets::{self, PacketListener, PacketSocket};
 use crate::os::spawn::{self, Identity};
+
+pub use crate::os::usage::Usage;
 
 pub mod journal;
 pub mod worker;
@@ -129,6 +132,8 @@ pub mod files {
     pub const EVENTS: &str = "events";
     /// What the worker process says.
     pub const WORKER_LOG: &str = "worker.log";
+    /// What the server says about the instance.
+    pub const SERVER_LOG: &str = "server.log";
     /// Where host processes reach the guest's vsock ports.
     pub const VSOCK: &str = "vsock.sock";
     pub(super) const CONTROL: &str = "control.sock";
@@ -246,6 +251,26 @@ impl Fleet {
         let Ok(identity) = serde_json::from_slice::<Identity>(&identity) else { return Ok(None) };
         let Some(process) = identity.find().map_err(failed)? else { return Ok(None) };
         Worker::found(identity, process, dir).map(Some).map_err(failed)
+    }
+
+    /// Whether machines can be started here, as far as can be told without starting one.
+    pub fn is_able(&self) -> bool {
+        self.open_kvm().is_ok()
+    }
+
+    /// What the worker in the folder `dir` costs the host; `None` if there is none.
+    ///
+    /// # Errors
+    ///
+    /// What the folder or /proc say.
+    pub fn usage(&self, dir: &Path) -> io::Result<Option<Usage>> {
+        let identity = match fs::read(dir.join(files::IDENTITY)) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let Ok(identity) = serde_json::from_slice(&identity) else { return Ok(None) };
+        Usage::of(&identity)
     }
 
     fn open_kvm(&self) -> Result<File, SpawnError> {

@@ -20,7 +20,7 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWrite
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -32,6 +32,7 @@ use crate::images::digest::Digest;
 use crate::images::reference::Reference;
 use crate::images::{ImageSpec, ImageStatus, Images, ReadyError, RootDisk};
 use crate::instances::boot::Boot;
+use crate::instances::follow::FOLLOWERS_MAX;
 use crate::instances::health::Health;
 use crate::instances::history::Ending;
 use crate::instances::owner::{Done, Order, Owner};
@@ -49,6 +50,7 @@ pub use errors::{
 };
 
 mod boot;
+mod diary;
 mod errors;
 pub mod follow;
 mod guest;
@@ -61,6 +63,7 @@ pub mod record;
 pub mod restart;
 pub mod spec;
 pub mod state;
+pub mod stats;
 pub mod timeline;
 
 /// How long a creation waits for an image that is not there yet.
@@ -110,6 +113,8 @@ struct Shared {
     /// By id. Held for moments, never across an await.
     entries: RwLock<BTreeMap<String, Entry>>,
     log_watch: FileWatch,
+    /// One for each log that may be followed.
+    followers: Arc<Semaphore>,
     owners: TaskTracker,
     closing: CancellationToken,
 }
@@ -142,6 +147,8 @@ pub struct Instance {
     pub stopped_at: Option<DateTime<Utc>>,
     /// How it ended; empty before.
     pub ending: Ending,
+    /// What it is at, and since when.
+    pub phase: (&'static str, Option<DateTime<Utc>>),
     /// Where the time of its boot went.
     pub phases: Vec<(&'static str, Duration)>,
     /// Whether the workload is well.
@@ -186,6 +193,7 @@ impl Instances {
             base: OnceLock::new(),
             entries: RwLock::default(),
             log_watch,
+            followers: Arc::new(Semaphore::new(FOLLOWERS_MAX)),
             owners: TaskTracker::new(),
             closing: CancellationToken::new(),
         });

@@ -5,3 +5,4 @@ pub mod process;
 pub mod readable;
 pub mod spawn;
 pub mod tool;
+pub mod usage;

@@ -60,6 +60,8 @@ impl Scope {
     pub const IMAGE_WRITE: Self = Self("image:write");
     /// Delete images.
     pub const IMAGE_DELETE: Self = Self("image:delete");
+    /// Read what the server and its host have and can do.
+    pub const RESOURCE_READ: Self = Self("resource:read");
 
     /// Every scope a token can carry, those of later parts of the API included.
     pub const NAMES: [&str; 24] = [

@@ -192,6 +192,7 @@ async fn health_and_the_document_need_no_token() {
     assert_eq!(
         paths,
         [
+            "/capabilities",
             "/health",
             "/images",
             "/images/from-archive",
@@ -204,6 +205,7 @@ async fn health_and_the_document_need_no_token() {
             "/instances/{id}/logs",
             "/instances/{id}/start",
             "/instances/{id}/stat",
+            "/instances/{id}/stats",
             "/instances/{id}/stop",
             "/instances/{id}/wait",
         ]
@@ -235,6 +237,58 @@ async fn who_may_do_what_is_said_by_the_token() {
     let message = "missing required scope: instance:read";
     let forbidden = (403, json!({ "code": "Forbidden", "message": message }));
     assert_eq!(get(Some(&bearer(Some("image:read")))).await, forbidden);
+}
+
+#[tokio::test]
+async fn what_the_server_can_do_is_told_to_those_who_may_know() {
+    let server = Server::start().await;
+    let as_one_with = async |scope: &str| {
+        let token = Secret::new(SECRET).mint("test", HOUR, Some(vec![scope.to_owned()]));
+        let bearer = format!("Bearer {token}");
+        server.send_as(Some(&bearer), Method::GET, "/capabilities", Body::empty()).await
+    };
+
+    let told = as_one_with("resource:read").await.body;
+    let refused = as_one_with("instance:read").await;
+
+    let runtime = json!([{ "name": "native", "available": false, "features": ["vsock"] }]);
+    assert_eq!(told["runtimes"], runtime, "there is no KVM");
+    assert_eq!(told["features"], json!(["exec", "images", "instances", "logs"]));
+    assert_eq!(told["host"], json!({ "os": "linux", "arch": "amd64" }));
+    assert_eq!(
+        (refused.status, &refused.body["code"]),
+        (StatusCode::FORBIDDEN, &json!("Forbidden"))
+    );
+}
+
+#[tokio::test]
+async fn the_document_can_be_read_by_people_too() {
+    let server = Server::start().await;
+    let get = async |path: &str| server.send_as(None, Method::GET, path, Body::empty()).await;
+
+    let page = get("/swagger").await;
+    let yaml = get("/spec.yaml").await;
+
+    assert!(page.body.as_str().unwrap().contains("/spec.json"), "{page:?}");
+    assert_eq!(yaml.headers["content-type"], "application/vnd.oai.openapi");
+    assert!(yaml.body.as_str().unwrap().contains("\n  \"/instances\":\n"), "{yaml:?}");
+}
+
+#[tokio::test]
+async fn a_stopped_instance_costs_nothing() {
+    let server = stopped_instances(&["one"]).await;
+
+    let stats = server.get("/instances/one/stats").await;
+
+    assert_eq!(
+        stats.body,
+        json!({
+            "instance_id": "one", "instance_name": "name-of-one", "cpu_seconds": 0.0,
+            "memory_rss_bytes": 0, "memory_vms_bytes": 0, "network_rx_bytes": 0,
+            "network_tx_bytes": 0, "allocated_vcpus": 1, "allocated_memory_bytes": 1 << 30,
+        })
+    );
+    server.get("/instances/two/stats").await.says(StatusCode::NOT_FOUND, "not_found");
 }
 
 #[tokio::test]

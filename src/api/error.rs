@@ -29,6 +29,7 @@ use crate::instances::follow::LogError;
 use crate::instances::inside::InsideError;
 use crate::instances::inside::agent::AgentError;
 use crate::instances::record::ReserveError;
+use crate::instances::stats::StatsError;
 use crate::instances::{
     BootError, CreateError, DeleteError, EndError, FindError, OrderError, RecordError, StartError,
     StopError, UpkeepError,
@@ -470,10 +471,22 @@ impl From<AgentError> for ApiError {
     }
 }
 
+impl From<StatsError> for ApiError {
+    fn from(error: StatsError) -> Self {
+        match &error {
+            StatsError::Find(error) => (*error).into(),
+            StatsError::Worker { .. } => Self::internal(&error),
+        }
+    }
+}
+
 impl From<LogError> for ApiError {
     fn from(error: LogError) -> Self {
         match &error {
             LogError::Find(error) => (*error).into(),
+            LogError::TooMany => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", chain(&error)).may_pass()
+            }
             LogError::NoLog => Self::missing("log_not_found", &error),
             LogError::Io { .. } => Self::internal(&error),
         }

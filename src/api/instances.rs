@@ -25,6 +25,7 @@ pub mod create;
 pub(super) mod extras;
 pub mod policies;
 pub mod start;
+pub mod stats;
 pub mod update;
 pub mod view;
 

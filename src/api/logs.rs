@@ -15,7 +15,7 @@ use futures_util::StreamExt;
 use crate::api::App;
 use crate::api::error::{ApiError, ErrorBody};
 use crate::api::query::{Query, QueryError};
-use crate::instances::follow::{LogEnd, LogError, LogQuery, LogSource};
+use crate::instances::follow::{LogEnd, LogQuery, LogSource};
 
 /// Lines unless told otherwise.
 const TAIL: usize = 100;
@@ -30,7 +30,10 @@ const ACCEL_BUFFERING: &str = "x-accel-buffering";
         ("id" = String, Path, description = "Id, name, or the beginning of an id"),
         ("tail" = Option<usize>, Query, description = "Lines from the end; 100 if omitted"),
         ("follow" = Option<bool>, Query, description = "Go on until the client goes away"),
-        ("source" = Option<String>, Query, description = "app (console), vmm or hypeman"),
+        (
+            "source" = Option<String>, Query,
+            description = "app (console), vmm (its machine) or hypeman (the server about it)"
+        ),
         (
             "until" = Option<String>, Query,
             description = "Stopped: a followed log ends with the instance. Not in the original"
@@ -47,9 +50,9 @@ pub(super) async fn read(
     query: Query,
 ) -> Result<Response, ApiError> {
     let source = match query.value("source").unwrap_or("app") {
-        "app" => Some(LogSource::App),
-        "vmm" => Some(LogSource::Vmm),
-        "hypeman" => None,
+        "app" => LogSource::App,
+        "vmm" => LogSource::Vmm,
+        "hypeman" => LogSource::Server,
         _ => {
             let expected = "app, vmm or hypeman";
             return Err(QueryError::Malformed { name: "source", expected }.into());
@@ -64,11 +67,6 @@ pub(super) async fn read(
         }
     };
     let tail = query.count("tail")?.unwrap_or(TAIL);
-    let Some(source) = source else {
-        // The server says nothing about a single instance yet.
-        app.instances.find(&key)?;
-        return Err(LogError::NoLog.into());
-    };
     let lines = app.instances.logs(&key, LogQuery { source, tail, until }).await?;
     let events = lines.map(|lines| Ok::<_, Infallible>(events(&lines)));
     let headers = [

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures_util::Stream;
 use futures_util::stream;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::task;
 use tokio_util::sync::CancellationToken;
 
@@ -15,6 +15,9 @@ use crate::instances::{FindError, Instance, Instances};
 use crate::logs::LogFile;
 use crate::logs::watch::Growth;
 
+/// Most logs that are followed at a time; each costs two open files and a connection.
+pub const FOLLOWERS_MAX: usize = 1024;
+
 /// Which log of an instance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogSource {
@@ -22,6 +25,8 @@ pub enum LogSource {
     App,
     /// The worker process.
     Vmm,
+    /// The server, about this instance.
+    Server,
 }
 
 /// What is read of a log.
@@ -52,6 +57,9 @@ pub enum LogError {
     /// Which one?
     #[error(transparent)]
     Find(#[from] FindError),
+    /// Too many are followed already.
+    #[error("{FOLLOWERS_MAX} logs are followed already: try again when one of them has ended")]
+    TooMany,
     /// The log does not exist yet.
     #[error("There is no such log yet")]
     NoLog,
@@ -74,6 +82,7 @@ struct Follower {
     view: watch::Receiver<Arc<Instance>>,
     until: LogEnd,
     closing: CancellationToken,
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Instances {
@@ -89,9 +98,17 @@ impl Instances {
     ) -> Result<impl Stream<Item = Vec<String>> + Send + use<>, LogError> {
         let view = self.entry(key)?.view;
         let id = view.borrow().id.clone();
+        let permit = match query.until {
+            LogEnd::Now => None,
+            LogEnd::Stopped | LogEnd::Never => {
+                let permit = Arc::clone(&self.shared.followers).try_acquire_owned();
+                Some(permit.map_err(|_| LogError::TooMany)?)
+            }
+        };
         let path = self.shared.dir_of(&id).join(match query.source {
             LogSource::App => files::CONSOLE,
             LogSource::Vmm => files::WORKER_LOG,
+            LogSource::Server => files::SERVER_LOG,
         });
         let failed = |source: io::Error| match source.kind() {
             io::ErrorKind::NotFound => LogError::NoLog,
@@ -103,7 +120,8 @@ impl Instances {
         let log = task::spawn_blocking(open).await.map_err(io::Error::other).flatten();
         let log = log.map_err(failed)?;
         let closing = self.shared.closing.clone();
-        let follower = Follower { log, growth, view, until: query.until, closing };
+        let until = query.until;
+        let follower = Follower { log, growth, view, until, closing, _permit: permit };
         Ok(stream::unfold(Some(follower), |follower| async { follower?.next().await }))
     }
 }

@@ -11,7 +11,9 @@ use chrono::{DateTime, TimeDelta, Utc};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::control::{Event as WorkerEvent, Happening};
+use crate::fleet::files;
 use crate::fleet::worker::{Happened, Worker};
+use crate::instances::diary::Diary;
 use crate::instances::health::Health;
 use crate::instances::history::{Ending, History};
 use crate::instances::owner::checking::Checks;
@@ -80,6 +82,8 @@ pub(super) struct Owner {
     /// Nothing is done by itself before: the last time something failed.
     quiet_until: Option<DateTime<Utc>>,
     worker: Option<Worker>,
+    state_since: DateTime<Utc>,
+    diary: Diary,
     view: watch::Sender<Arc<Instance>>,
 }
 
@@ -88,6 +92,7 @@ impl Owner {
     pub(super) fn new(shared: Arc<Shared>, record: Record) -> Self {
         let state = if record.end.is_some() { State::Stopped } else { State::Created };
         let history = History::new(record.timeline.clone());
+        let diary = Diary::new(shared.dir_of(&record.id).join(files::SERVER_LOG));
         let view = Instance {
             id: record.id.clone(),
             spec: record.spec.clone(),
@@ -98,6 +103,7 @@ impl Owner {
             started_at: None,
             stopped_at: None,
             ending: Ending::default(),
+            phase: ("created", None),
             phases: Vec::new(),
             health: Health::default(),
             restart: RestartStatus::default(),
@@ -114,6 +120,8 @@ impl Owner {
             is_unhealthy: false,
             quiet_until: None,
             worker: None,
+            state_since: Utc::now(),
+            diary,
             view: watch::Sender::new(Arc::new(view)),
         };
         owner.recall_end();
@@ -265,7 +273,9 @@ impl Owner {
         self.reckon();
         // If this fails the events file still has it, and the next server reads that.
         self.save();
-        let Ending { exit_code, error, .. } = &self.ending;
+        let Ending { exit_code, exit_message, error } = &self.ending;
+        let how = exit_message.as_ref().or(error.as_ref()).map_or("told to", String::as_str);
+        self.diary.note(&format!("ended: {how}"));
         tracing::info!(name = %self.record.spec.name, ?exit_code, error, "Instance stopped");
         self.publish();
     }
@@ -294,7 +304,11 @@ impl Owner {
 
     fn change(&mut self, event: Event) {
         match self.state.after(event) {
-            Ok(state) => self.state = state,
+            Ok(state) => {
+                self.diary.note(&format!("{} -> {state}", self.state));
+                self.state = state;
+                self.state_since = Utc::now();
+            }
             Err(refused) => tracing::warn!(id = self.record.id, %refused, "Event out of order"),
         }
     }
@@ -303,6 +317,15 @@ impl Owner {
     fn stopped_at(&self) -> Option<DateTime<Utc>> {
         let end = self.record.end.as_ref().filter(|_| self.state == State::Stopped);
         end.map(|end| end.at)
+    }
+
+    /// What it is at, and since when: a phase of its boot, or the state it is in.
+    fn phase(&self) -> (&'static str, Option<DateTime<Utc>>) {
+        let boots = matches!(self.state, State::Created | State::Initializing);
+        match self.history.timeline.open_phase().filter(|_| boots) {
+            Some((name, since_ns)) => (name, Some(wall_clock(since_ns))),
+            None => (self.state.phase(), self.stopped_at().or(Some(self.state_since))),
+        }
     }
 
     fn publish(&self) {
@@ -316,6 +339,7 @@ impl Owner {
             started_at: self.started_at,
             stopped_at: self.stopped_at(),
             ending: self.ending.clone(),
+            phase: self.phase(),
             phases: self.history.timeline.phases(),
             health: self.checks.health.seen(self.record.spec.health_check.as_ref(), self.state),
             restart: self.record.restart.clone(),

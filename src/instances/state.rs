@@ -151,6 +151,20 @@ impl State {
         }
     }
 
+    /// As a phase of a life, beside those of a boot.
+    pub fn phase(self) -> &'static str {
+        match self {
+            Self::Created => "created",
+            Self::Initializing => "initializing",
+            Self::Running => "running",
+            Self::Paused => "paused",
+            Self::Shutdown => "shutdown",
+            Self::Stopped => "stopped",
+            Self::Standby => "standby",
+            Self::Unknown => "unknown",
+        }
+    }
+
     /// As on the wire.
     pub fn name(self) -> &'static str {
         match self {

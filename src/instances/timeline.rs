@@ -106,6 +106,17 @@ impl Timeline {
         self.0.get(&moment).copied()
     }
 
+    /// The phase that has begun and not ended, with its beginning in nanoseconds.
+    pub fn open_phase(&self) -> Option<(&'static str, u64)> {
+        let mut since_ns = self.at_ns(Moment::Asked)?;
+        let ended = |ends: &[Moment]| ends.iter().filter_map(|&end| self.at_ns(end)).max();
+        let last = PHASES.iter().rposition(|(_, ends)| ended(ends).is_some());
+        for (_, ends) in &PHASES[..last.map_or(0, |last| last + 1)] {
+            since_ns = ended(ends).map_or(since_ns, |end_ns| end_ns.max(since_ns));
+        }
+        PHASES.get(last.map_or(0, |last| last + 1)).map(|(name, _)| (*name, since_ns))
+    }
+
     /// From the request to the last moment there is.
     pub fn total(&self) -> Duration {
         let ends = [self.0.values().min(), self.0.values().max()];
@@ -177,6 +188,18 @@ mod tests {
                 ("workload", 1_000),
             ]
         );
+    }
+
+    #[test]
+    fn the_open_phase_follows_on_the_last_that_has_ended() {
+        let mut timeline = Timeline::default();
+        assert_eq!(timeline.open_phase(), None);
+        timeline.0.insert(Moment::Asked, 7);
+        assert_eq!(timeline.open_phase(), Some(("image", 7)));
+        timeline.0.insert(Moment::Booted, 9);
+        assert_eq!(timeline.open_phase(), Some(("kernel", 9)));
+        timeline.0.insert(Moment::FirstOutput, 11);
+        assert_eq!(timeline.open_phase(), None);
     }
 
     /// A guest can write any report at any time; all it can spoil is what is said about itself.

@@ -33,7 +33,7 @@ const SIZE: ByteSize = ByteSize(1 << 30);
 const OVERLAY_SIZE: ByteSize = ByteSize(10 << 30);
 
 /// Name of the only runtime.
-const RUNTIME: &str = "native";
+pub(in crate::api) const RUNTIME: &str = "native";
 
 /// An instance to be created.
 #[derive(Debug, Default, Serialize, Deserialize, ToSchema)]

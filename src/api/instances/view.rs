@@ -15,7 +15,7 @@ use crate::instances::restart::RestartStatus;
 use crate::size::ByteSize;
 
 /// The only platform there is.
-pub(super) const PLATFORM: &str = "linux/amd64";
+pub(in crate::api) const PLATFORM: &str = "linux/amd64";
 
 /// An instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -72,6 +72,12 @@ pub struct InstanceView {
     /// `workload`, `first_output`, one after the other, in milliseconds.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub phase_durations_ms: BTreeMap<String, u64>,
+    /// What it is at: one of those while it boots, then its state in lower case.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub current_phase: Option<String>,
+    /// Since when.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub current_phase_since: Option<DateTime<Utc>>,
     /// Health checks.
     pub health_status: HealthStatusView,
     /// How it is found out whether the workload is well.
@@ -171,6 +177,7 @@ impl From<&Instance> for InstanceView {
             started_at,
             stopped_at,
             ending,
+            phase,
             phases,
             health,
             ..
@@ -202,6 +209,8 @@ impl From<&Instance> for InstanceView {
             exit_code: ending.exit_code,
             exit_message: ending.exit_message.clone(),
             phase_durations_ms: phases.iter().map(in_ms).collect(),
+            current_phase: Some(phase.0.to_owned()),
+            current_phase_since: phase.1,
             health_status: health.into(),
             health_check: spec.health_check.as_ref().map(HealthCheck::from),
             restart_policy: spec.restart_policy.as_ref().map(RestartPolicy::from),

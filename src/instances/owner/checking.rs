@@ -78,6 +78,7 @@ impl Owner {
         if *state != before {
             let name = &self.record.spec.name;
             tracing::info!(%name, health = state.name(), error = last_error, "Health changed");
+            self.diary.note(&format!("health: {}", state.name()));
         }
         if *state == HealthState::Unhealthy && self.record.spec.restart_policy.is_some() {
             self.end_unhealthy().await;

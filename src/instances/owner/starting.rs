@@ -46,6 +46,7 @@ impl Owner {
         tracing::info!(name, attempt = restart.attempts, "Starts an instance again");
         let Err(error) = self.boot(self.record.spec.clone(), restart.clone()).await else { return };
         tracing::warn!(name, %error, "Failed to start an instance again");
+        self.diary.note(&format!("attempt {} to start it again: {error}", restart.attempts));
         self.record.restart = restart;
         self.hush();
         self.reckon();

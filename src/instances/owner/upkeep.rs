@@ -82,6 +82,7 @@ impl Owner {
         match due {
             Due::Expiry => {
                 tracing::info!(name = %self.record.spec.name, "Instance has expired");
+                self.diary.note("expired");
                 match self.delete(true).await {
                     Ok(()) => return true,
                     Err(error) => {
