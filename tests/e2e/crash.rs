@@ -1,16 +1,18 @@
 //! kill -9 at bad moments: nothing acknowledged is lost, nothing half-made stays.
 
+use std::collections::BTreeMap;
+use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use reqwest::Method;
-use serde_json::json;
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
 use tokio::time;
 
 use crate::cases;
-use ovum_test_host::{BUSYBOX, DEBIAN, Server, TestHost, workers};
+use ovum_test_host::{BUSYBOX, DEBIAN, Server, TestHost, worker_pids, workers};
 
 cases![
     guests_outlive_the_server_and_are_found_again,
@@ -18,7 +20,14 @@ cases![
     a_killed_worker_is_seen_at_once,
     a_server_killed_during_a_pull_leaves_an_image_that_can_be_pulled,
     a_server_killed_during_creations_keeps_all_or_nothing,
+    kills_at_any_time_lose_nothing_acknowledged_and_leave_nothing,
 ];
+
+/// Orders of the chaos, each followed by a kill, or by none.
+const ROUNDS: u32 = 40;
+
+/// Names that its orders are about.
+const NAMES: u64 = 3;
 
 fn data_dir(name: &str) -> PathBuf {
     Path::new("/var/lib/ovum").join(name)
@@ -122,5 +131,97 @@ async fn a_server_killed_during_creations_keeps_all_or_nothing(_: &TestHost) {
         assert_eq!(folders, 0, "round {round} left a folder");
         assert_eq!(workers(), Vec::<String>::new(), "round {round} left a worker");
     }
+    server.kill();
+}
+
+/// Numbers that look random and are the same for the same seed (xorshift64*).
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) % bound
+    }
+}
+
+/// Sends `order` about `name` and waits at most `patience`; says whether the instance is there, if
+/// that is certain now.
+async fn order(server: &Server, order: u64, name: &str, patience: Duration) -> Option<bool> {
+    let path = format!("/instances/{name}");
+    let (method, path, body) = match order {
+        0 | 1 => {
+            let body =
+                json!({ "name": name, "image": BUSYBOX, "size": "128MB", "cmd": ["sleep", "999"] });
+            (Method::POST, "/instances".to_owned(), Some(body))
+        }
+        2 => (Method::POST, format!("{path}/stop"), None),
+        3 => (Method::POST, format!("{path}/start"), None),
+        _ => (Method::DELETE, path, None),
+    };
+    match time::timeout(patience, server.call(method, &path, body)).await {
+        Ok((StatusCode::CREATED | StatusCode::OK | StatusCode::CONFLICT, _)) => Some(true),
+        Ok((StatusCode::NO_CONTENT | StatusCode::NOT_FOUND, _)) => Some(false),
+        Ok((status, answer)) => panic!("{path}: {status} {answer}"),
+        Err(_elapsed) => None,
+    }
+}
+
+/// Waits until there is a worker for each instance that is not stopped, and a folder for each.
+async fn settle(server: &Server) -> Vec<Value> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let list = server.get("/instances").await.as_array().unwrap().clone();
+        let alive = list.iter().filter(|instance| instance["state"] != "Stopped").count();
+        let folders = fs::read_dir(server.data_dir.join("instances")).unwrap().count();
+        if (worker_pids().len(), folders) == (alive, list.len()) {
+            return list;
+        }
+        let seen = (worker_pids(), folders);
+        assert!(Instant::now() < deadline, "workers and folders {seen:?} of {list:?}");
+        time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+async fn kills_at_any_time_lose_nothing_acknowledged_and_leave_nothing(_: &TestHost) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let seed = env::var("OVUM_CHAOS_SEED").map_or(now, |seed| seed.parse().unwrap());
+    println!("chaos: OVUM_CHAOS_SEED={seed} does the same again");
+    let mut dice = Dice(seed | 1);
+    let mut server = Server::start("chaos").await;
+    server.pull(BUSYBOX).await;
+    let mut certain = BTreeMap::new();
+    for round in 0..ROUNDS {
+        let name = format!("chaos-{}", dice.below(NAMES));
+        let patience = Duration::from_millis(dice.below(600));
+        match order(&server, dice.below(5), &name, patience).await {
+            Some(there) => certain.insert(name, there),
+            None => certain.remove(&name),
+        };
+        match dice.below(3) {
+            0 => {
+                server.kill();
+                server = Server::start_at(&data_dir("chaos")).await;
+            }
+            1 => {
+                if let Some(pid) = worker_pids().first() {
+                    let _gone_by_itself =
+                        Command::new("kill").args(["-9", &pid.to_string()]).status();
+                }
+            }
+            _ => {}
+        }
+        let list = settle(&server).await;
+        for (name, &there) in &certain {
+            let found = list.iter().any(|instance| instance["name"] == **name);
+            assert_eq!(found, there, "round {round}, {name}: {list:?}");
+        }
+    }
+    for instance in settle(&server).await {
+        server.delete(instance["id"].as_str().unwrap()).await;
+    }
+    assert_eq!(settle(&server).await, Vec::<Value>::new());
+    assert_eq!(workers(), Vec::<String>::new());
     server.kill();
 }
