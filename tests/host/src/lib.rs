@@ -68,7 +68,7 @@ impl TestHost {
         assert!(!mounts.contains(&ours), "mounts are left: {mounts}");
     }
 
-    /// After a failed case: makes room for the next. What servers of its own left running ends, too.
+    /// After a failed case: makes room for the next. What its own servers left running ends, too.
     pub async fn clear(&self) {
         let list = self.server.get("/instances").await;
         for instance in list.as_array().into_iter().flatten() {
