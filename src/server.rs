@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use axum::Router;
-use axum::serve::Listener;
+use axum::serve::{Listener, ListenerExt};
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -147,6 +147,13 @@ impl Running {
             if let Ok(address) = listener.local_addr() {
                 tracing::info!(%address, "Listening");
             }
+            // Small messages follow each other: none of them shall wait for the client to
+            // acknowledge the one before, which it does after 40 ms.
+            let listener = listener.tap_io(|stream| {
+                if let Err(error) = stream.set_nodelay(true) {
+                    tracing::warn!(%error, "A client will be answered slowly");
+                }
+            });
             serving.spawn(serve_at(listener, router.clone(), closing.clone()));
         }
         Ok(Self { opened, serving, closing })

@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 use tokio::time;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::{Error, Message};
-use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async};
+use tokio_tungstenite::{MaybeTlsStream, WebSocketStream, connect_async_with_config};
 
 /// How long the server may be silent.
 const PATIENCE: Duration = Duration::from_secs(100);
@@ -45,7 +45,8 @@ impl Socket {
         let mut request = url.into_client_request().expect("the address is one");
         let bearer = format!("Bearer {token}").parse().expect("a token is a header");
         request.headers_mut().insert("authorization", bearer);
-        match connect_async(request).await {
+        // Without Nagle's algorithm, as the SDKs do it.
+        match connect_async_with_config(request, None, true).await {
             Ok((stream, _)) => Ok(Self { stream }),
             Err(Error::Http(response)) => {
                 let status = response.status().as_u16();
