@@ -138,6 +138,8 @@ pub(super) async fn serve(inside: Inside, mut sink: Sink, mut source: Source) {
 }
 
 /// Takes one entry of the client into the guest.
+///
+/// A client that is refused is told at once, but some listen only once they have said all.
 async fn take(
     inside: &Inside,
     spec: PutSpec,
@@ -146,32 +148,59 @@ async fn take(
 ) -> Result<(), Gone> {
     let stored = match inside.put(spec).await {
         Ok(put) => store(put, source).await?,
-        Err(error) => Err(chain(&error)),
+        Err(error) => Err(Refused::early(chain(&error))),
     };
-    let (success, error, bytes_written) = match stored {
-        Ok(bytes) => (true, None, bytes),
-        Err(error) => (false, Some(error), 0),
-    };
-    socket::send_json(sink, &View::Result { success, error, bytes_written }).await
+    match stored {
+        Ok(bytes_written) => {
+            let result = View::Result { success: true, error: None, bytes_written };
+            socket::send_json(sink, &result).await
+        }
+        Err(Refused { why, heard_all }) => {
+            let result = View::Result { success: false, error: Some(why), bytes_written: 0 };
+            socket::send_json(sink, &result).await?;
+            if !heard_all {
+                source.skip_bytes().await;
+            }
+            Ok(())
+        }
+    }
+}
+
+/// An entry that was not stored.
+#[derive(Debug)]
+struct Refused {
+    /// For people.
+    why: String,
+    /// The client has sent all of it.
+    heard_all: bool,
+}
+
+impl Refused {
+    fn early(why: String) -> Self {
+        Self { why, heard_all: false }
+    }
 }
 
 /// Passes the bytes of a file on; returns how many there are, or what went wrong.
-async fn store(put: Put, source: &mut Source) -> Result<Result<u64, String>, Gone> {
+async fn store(put: Put, source: &mut Source) -> Result<Result<u64, Refused>, Gone> {
     loop {
         match source.next().await? {
             Input::Binary(bytes) => tokio::select! {
                 biased;
-                error = put.refused() => return Ok(Err(chain(&error))),
+                error = put.refused() => return Ok(Err(Refused::early(chain(&error)))),
                 sent = put.send(&bytes) => {
                     if let Err(error) = sent {
-                        return Ok(Err(chain(&error)));
+                        return Ok(Err(Refused::early(chain(&error))));
                     }
                 }
             },
-            Input::Text(text) => match serde_json::from_str(&text) {
-                Ok(Control::End) => return Ok(put.finish().await.map_err(|e| chain(&e))),
-                Err(error) => return Ok(Err(format!("invalid message: {error}"))),
-            },
+            Input::Text(text) => {
+                let stored = match serde_json::from_str(&text) {
+                    Ok(Control::End) => put.finish().await.map_err(|error| chain(&error)),
+                    Err(error) => Err(format!("invalid message: {error}")),
+                };
+                return Ok(stored.map_err(|why| Refused { why, heard_all: true }));
+            }
         }
     }
 }

@@ -30,6 +30,9 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 /// How long a client may take to hear that it is over.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a client that was refused may go on sending.
+const SKIP_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// What goes to the client.
 pub(super) type Sink = SplitSink<WebSocket, Message>;
 
@@ -116,6 +119,12 @@ impl Source {
             }
         }
         future::pending().await
+    }
+
+    /// Throws bytes away until the client says a word, goes away, or has had its time.
+    pub(super) async fn skip_bytes(&mut self) {
+        let skipping = async { while let Ok(Input::Binary(_)) = self.next().await {} };
+        let _late = time::timeout(SKIP_TIMEOUT, skipping).await;
     }
 
     /// Says goodbye and waits until the client has heard it: what it still sends is thrown away,
