@@ -75,8 +75,8 @@ async fn what_is_not_there_yet_is_refused_by_name(host: &TestHost) {
         ("volumes", json!([{ "volume_id": "v", "mount_path": "/mnt/v" }])),
         ("devices", json!(["gpu"])),
         ("gpu", json!({ "profile": "L40S-1Q" })),
-        ("ttl", json!("1h")),
-        ("restart_policy", json!({ "policy": "always" })),
+        ("auto_standby", json!({ "enabled": true, "idle_timeout": "5m" })),
+        ("health_check", json!({ "http": { "port": 80 } })),
     ] {
         let (status, body) = refusal(host, json!({ (field): value })).await;
 
