@@ -39,7 +39,7 @@ server: deps ## server, worker and command line in one binary
 
 bench: build ## boot latency beside QEMU microvm, in one interleaved run
 	$(cargo) build --release --bench boot
-	images=$$(dev/test-images) && OVUM_TEST_IMAGES=$$images dev/in-host --memory 6144 -- $$(ls -t target/release/deps/boot-* | grep -v "\.d$$" | head -1)
+	images=$$(dev/test-images) && OVUM_TEST_IMAGES=$$images dev/in-host --cpus 1 --memory 6144 -- $$(ls -t target/release/deps/boot-* | grep -v "\.d$$" | head -1)
 
 deps: ## what is missing of Debian's packages
 	dev/deps

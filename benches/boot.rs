@@ -12,13 +12,14 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ovum_agent_proto::report::{Phase, REPORT_PORT, Report};
 use ovum_test_host::{BUSYBOX, TestHost, root, workers};
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 use tokio::runtime::Builder;
+use tokio::time;
 
 /// Boots of each subject.
 const ROUNDS: usize = 15;
@@ -26,6 +27,9 @@ const ROUNDS: usize = 15;
 const MEMORY_MIB: u32 = 128;
 
 const GUEST_BYTES: u64 = 128 << 20;
+
+/// How long a report may take after the output that it reports.
+const REPORT_PATIENCE: Duration = Duration::from_secs(10);
 
 fn main() {
     let runtime = Builder::new_current_thread().enable_all().build();
@@ -76,8 +80,8 @@ async fn boot_ours(host: &TestHost, round: usize) -> Boot {
     let instance = host.server.create(body).await;
     host.server.follow_until(&name, "first").await;
     let id = instance["id"].as_str().expect("an instance has an id");
-    let events = fs::read_to_string(host.server.data_dir.join("instances").join(id).join("events"))
-        .expect("an instance has an events file");
+    let events = host.server.data_dir.join("instances").join(id).join("events");
+    let events = events_until(&events, Phase::FirstOutput).await;
     let memory_kib = worker_memory_kib();
     host.server.delete(&name).await;
     let worker_ns = instant_of(&events, |what| what["what"] == "launched");
@@ -147,18 +151,38 @@ fn bytes(range: &str) -> u64 {
     end - start
 }
 
+/// The events of an instance once `phase` is among them: the agent passes output on, then reports.
+async fn events_until(path: &Path, phase: Phase) -> String {
+    let deadline = Instant::now() + REPORT_PATIENCE;
+    loop {
+        let events = fs::read_to_string(path).expect("an instance has an events file");
+        let is_whole = events.ends_with('\n');
+        if is_whole && find(&events, |what| is_report(what, phase)).is_some() {
+            return events;
+        }
+        assert!(Instant::now() < deadline, "{phase:?} was never reported: {events}");
+        time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
 fn reported(events: &str, phase: Phase) -> u64 {
-    let word = Report::Phase(phase).encode();
-    instant_of(events, |what| what["what"] == "reported" && what["word"] == word)
+    instant_of(events, |what| is_report(what, phase))
+}
+
+fn is_report(what: &Value, phase: Phase) -> bool {
+    what["what"] == "reported" && what["word"] == Report::Phase(phase).encode()
 }
 
 fn instant_of(events: &str, is_it: impl Fn(&Value) -> bool) -> u64 {
+    find(events, is_it).expect("the event is there")
+}
+
+fn find(events: &str, is_it: impl Fn(&Value) -> bool) -> Option<u64> {
     events
         .lines()
         .map(|line| serde_json::from_str::<Value>(line).expect("a line of JSON"))
         .find(|event| is_it(&event["what"]))
         .and_then(|event| event["at_ns"].as_u64())
-        .expect("the event is there")
 }
 
 fn monotonic_ns() -> u64 {

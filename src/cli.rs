@@ -14,6 +14,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::client::{self, Client};
 use crate::config::{ConfigArgs, Home, HomeArgs};
+use crate::control::WORKER_COMMAND;
 use crate::server;
 use crate::token::Secret;
 use crate::worker;
@@ -74,9 +75,6 @@ enum Command {
     /// Write the initramfs with the guest agent to a file
     #[command(hide = true)]
     Initramfs(host::InitramfsArgs),
-    /// Be the process of one machine; started by the server
-    #[command(hide = true)]
-    Worker,
 }
 
 /// Which server, and the right to use it.
@@ -137,6 +135,13 @@ fn from_environment(names: [&str; 2]) -> Option<String> {
 
 /// Does what was typed.
 pub fn main() -> ExitCode {
+    // Before the commands are even listed: what a worker touches, every instance pays for.
+    if env::args_os().nth(1).is_some_and(|word| word == WORKER_COMMAND) {
+        return match be_worker() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_logged) => ExitCode::FAILURE,
+        };
+    }
     let outcome = match Cli::parse().command {
         Command::Serve(args) => serve(args).map(|()| ExitCode::SUCCESS),
         Command::Run(args) => run(args),
@@ -155,7 +160,6 @@ pub fn main() -> ExitCode {
             host::completions(&args, &Cli::command()).map(|()| ExitCode::SUCCESS)
         }
         Command::Initramfs(args) => host::initramfs(&args).map(|()| ExitCode::SUCCESS),
-        Command::Worker => be_worker().map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| {
         // Whoever reads our output through `head` has seen enough.

@@ -12,6 +12,9 @@
 pub use ovum_vmm::spec::{DiskSpec, MEMORY_BYTES_MIN, MEMORY_BYTES_STEP, MachineSpec};
 use serde::{Deserialize, Serialize};
 
+/// The only argument of a worker. Not for people.
+pub const WORKER_COMMAND: &str = "worker";
+
 /// Where a worker finds its launch socket.
 pub const LAUNCH_FD: i32 = 3;
 

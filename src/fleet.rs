@@ -26,7 +26,7 @@ use rustix::fs::{major, minor};
 use tokio::time;
 
 use crate::control::{
-    DiskSpec, FileRole, LAUNCH_FD, Launch, MEMORY_BYTES_STEP, MachineSpec, Reply,
+    DiskSpec, FileRole, LAUNCH_FD, Launch, MEMORY_BYTES_STEP, MachineSpec, Reply, WORKER_COMMAND,
 };
 use crate::fleet::worker::Worker;
 use crate::os::packets::{self, PacketListener, PacketSocket};
@@ -190,7 +190,7 @@ impl Fleet {
     ) -> Result<NewWorker, SpawnError> {
         let (ours, theirs) = packets::pair().map_err(SpawnError::Start)?;
         let theirs = OwnedFd::from(theirs);
-        let child = spawn::start(&self.program, "worker", (&theirs, LAUNCH_FD), log)
+        let child = spawn::start(&self.program, WORKER_COMMAND, (&theirs, LAUNCH_FD), log)
             .map_err(SpawnError::Start)?;
         drop(theirs);
         let pid = child.id().ok_or(SpawnError::Died)?;

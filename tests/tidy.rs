@@ -12,6 +12,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "api",
             "client",
             "config",
+            "control",
             "doctor",
             "duration",
             "initramfs",
