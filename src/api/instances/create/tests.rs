@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::api::instances::policies::{HealthCheck, RestartPolicy};
 
 const LIMITS: Limits = Limits {
     vcpus_max: 16,
@@ -16,7 +17,7 @@ const LIMITS: Limits = Limits {
 fn spec(fields: &Value) -> Result<InstanceSpec, SpecError> {
     let mut body = json!({ "name": "web", "image": "nginx" });
     body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-    serde_json::from_value::<CreateInstance>(body).unwrap().into_spec(&LIMITS)
+    Ok(serde_json::from_value::<CreateInstance>(body).unwrap().into_spec(&LIMITS)?.0)
 }
 
 /// The field a body is refused for.
@@ -258,7 +259,7 @@ fn a_lifetime_is_a_duration_or_a_time() {
     let expiry = |fields: Value| {
         let mut body = json!({ "name": "web", "image": "nginx" });
         body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-        serde_json::from_value::<CreateInstance>(body).unwrap().expiry()
+        Ok(serde_json::from_value::<CreateInstance>(body).unwrap().into_spec(&LIMITS)?.1)
     };
 
     assert_eq!(expiry(json!({})), Ok(Expiry::Never));
