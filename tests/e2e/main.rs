@@ -66,6 +66,8 @@ fn main() -> ExitCode {
         refusals::CASES,
         crash::CASES,
         cli::CASES,
+        cli::inside::CASES,
+        cli::orders::CASES,
     ];
     let chosen: Vec<&Case> = suites
         .into_iter()
