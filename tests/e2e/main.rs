@@ -18,6 +18,7 @@ mod images;
 mod lifecycle;
 mod refusals;
 mod sdk;
+mod systemd;
 
 use std::env;
 use std::panic::AssertUnwindSafe;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         lifecycle::CASES,
         exec::CASES,
         copy::CASES,
+        systemd::CASES,
         sdk::CASES,
         images::CASES,
         refusals::CASES,

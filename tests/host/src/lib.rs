@@ -30,6 +30,9 @@ pub const BUSYBOX: &str = "127.0.0.1:5000/busybox:latest";
 /// Debian as debootstrap makes it.
 pub const DEBIAN: &str = "127.0.0.1:5000/debian:bookworm";
 
+/// Debian with systemd, which is its command.
+pub const DEBIAN_SYSTEMD: &str = "127.0.0.1:5000/debian-systemd:bookworm";
+
 /// What servers here sign tokens with.
 pub const SECRET: &str = "the secret of a test";
 
