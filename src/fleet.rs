@@ -44,9 +44,6 @@ const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a worker may take to answer anything else.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// What workers of earlier boots may leave in their log; more of it is thrown away.
-const WORKER_LOG_BYTES_MAX: u64 = 1 << 20;
-
 /// Device number of /dev/kvm (misc device 232, Documentation/admin-guide/devices.txt).
 const KVM_DEVICE: (u32, u32) = (10, 232);
 
@@ -324,11 +321,6 @@ fn clear(dir: &Path) -> Result<(), SpawnError> {
             }
             Ok(()) | Err(_) => {}
         }
-    }
-    let path = dir.join(files::WORKER_LOG);
-    if fs::metadata(&path).is_ok_and(|log| log.len() > WORKER_LOG_BYTES_MAX) {
-        let emptied = File::options().write(true).truncate(true).open(&path);
-        emptied.map_err(|source| SpawnError::File { path, source })?;
     }
     Ok(())
 }

@@ -10,6 +10,7 @@
 mod files;
 pub mod foreground;
 mod journal;
+mod log;
 
 use std::io;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -26,6 +27,8 @@ use crate::control::{Event, Happening, LAUNCH_FD, Launch, Order, Reply, StopCaus
 use crate::os::packets::{Packet, PacketListener, PacketSocket};
 use files::Files;
 use journal::{Journal, now_ns};
+
+pub use log::WorkerLog;
 
 /// Most control connections at a time; one more is turned away.
 const CONNECTIONS_MAX: usize = 8;
