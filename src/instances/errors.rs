@@ -224,6 +224,9 @@ pub enum StartError {
     Disk(#[from] DiskError),
     /// The machine.
     #[error(transparent)]
+    /// Part of it may be gone.
+    #[error("Instance is half deleted: delete it once more")]
+    HalfDeleted,
     Boot(#[from] BootError),
     /// The record.
     #[error(transparent)]

@@ -86,11 +86,17 @@ impl Owner {
     }
 
     /// Ends the machine and removes all there is. The record goes last: a server killed in
-    /// between leaves it behind in phase `Deleting`, and the next one comes here again.
+    /// between leaves it behind in phase `Deleting`, and the next one comes here again. A machine
+    /// that cannot be ended leaves all as it was.
     pub(super) async fn delete(&mut self, graceful: bool) -> Result<(), DeleteError> {
         let id = self.record.id.clone();
+        let before = self.record.phase;
         self.update(|record| record.phase = Phase::Deleting)?;
-        self.end_worker(graceful.then_some(DELETE)).await?;
+        if let Err(error) = self.end_worker(graceful.then_some(DELETE)).await {
+            self.record.phase = before;
+            self.save();
+            return Err(error.into());
+        }
         let dir = self.shared.dir_of(&id);
         remove_folder(&dir).map_err(|source| DeleteError::Folder { path: dir, source })?;
         let removed = self.shared.store.transact(|records| Record::remove(&id, records));
