@@ -15,6 +15,7 @@ mod copy;
 mod crash;
 mod exec;
 mod images;
+mod killed;
 mod lifecycle;
 mod refusals;
 mod sdk;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         images::CASES,
         refusals::CASES,
         crash::CASES,
+        killed::CASES,
         cli::CASES,
     ];
     let chosen: Vec<&Case> = suites
