@@ -60,6 +60,10 @@ async fn systemd_boots_runs_commands_stops_and_starts_again(host: &TestHost) {
     let again = sh(server, "unit", "cat /var/ended /etc/machine-id").await;
     assert!(again.starts_with("in order\n"), "the disk was not kept: {again}");
     assert_eq!(again.lines().last().map(str::len), Some(32), "{again}");
+    is_stopped_though_its_agent_is_silent(server).await;
+
+    post(server, "/instances/unit/start").await;
+    server.wait("unit", "Running").await;
     sh(server, "unit", "systemctl poweroff --no-block").await;
     let ended = server.wait("unit", "Stopped").await;
     assert_eq!((&ended["exit_code"], &ended["state_error"]), (&json!(0), &Value::Null), "{ended}");
@@ -132,6 +136,23 @@ async fn ends_in_order(server: &Server) {
     println!("systemd: stopped after {:?}", began.elapsed());
     assert_eq!((&stopped["state"], &stopped["exit_code"]), (&json!("Stopped"), &json!(0)));
     assert_eq!(stopped["state_error"], Value::Null);
+}
+
+/// An agent that takes connections and says nothing costs whoever asks a bounded time.
+async fn is_stopped_though_its_agent_is_silent(server: &Server) {
+    let agent = "$(systemctl show -P MainPID ovum-agent)";
+    sh(server, "unit", &format!("(sleep 1; kill -STOP {agent}) > /dev/null 2>&1 &")).await;
+    sh(server, "unit", "sleep 0.1").await;
+    let began = Instant::now();
+    // Until it is stopped, and then once more.
+    while server.sh("unit", "true").await.code == 0 {}
+    println!("systemd: a silent agent was given up after {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+
+    let began = Instant::now();
+    let stopped = post(server, "/instances/unit/stop").await;
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+    assert_eq!((&stopped["state"], &stopped["exit_code"]), (&json!("Stopped"), &Value::Null));
 }
 
 async fn a_systemd_that_does_not_end_is_ended(host: &TestHost) {
