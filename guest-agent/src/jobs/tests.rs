@@ -16,6 +16,7 @@ use crate::workload;
 
 mod commands;
 mod copies;
+mod hostility;
 
 /// How long something may take that should take no time.
 const PATIENCE: Duration = Duration::from_secs(20);
