@@ -11,13 +11,14 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
 
 use crate::client::{self, Client};
 use crate::config::{ConfigArgs, Home, HomeArgs};
 use crate::control::WORKER_COMMAND;
 use crate::server;
 use crate::token::Secret;
-use crate::worker;
+use crate::worker::{self, WorkerLog};
 
 mod boot;
 mod cp;
@@ -215,7 +216,7 @@ fn run(args: run::RunArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn be_worker() -> anyhow::Result<()> {
-    log_to_stderr("info");
+    log_to("info", || WorkerLog);
     let ended = worker::main();
     if let Err(error) = &ended {
         tracing::error!("{error:#}");
@@ -224,10 +225,17 @@ fn be_worker() -> anyhow::Result<()> {
 }
 
 fn log_to_stderr(default: &str) {
+    log_to(default, io::stderr);
+}
+
+fn log_to<W>(default: &str, log: W)
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr)
+        .with_writer(log)
         .with_ansi(io::stderr().is_terminal())
         .init();
 }

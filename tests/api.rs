@@ -692,6 +692,26 @@ async fn an_instance_whose_time_is_over_is_deleted() {
     assert_eq!(server.instance_folders(), [""; 0]);
 }
 
+/// What was begun is finished, now or by the next server, and nobody is told that it runs again.
+#[tokio::test]
+async fn a_half_deleted_instance_can_only_be_deleted() {
+    let server = stopped_instances(&["one"]).await;
+    let folder = server.dir.path().join("data/instances/one");
+    fs::remove_dir(&folder).unwrap();
+    fs::write(&folder, "no folder").unwrap();
+
+    let failed = server.delete("/instances/one").await;
+    let started = server.post("/instances/one/start", &json!({})).await;
+    fs::remove_file(&folder).unwrap();
+    let again = server.delete("/instances/one").await;
+
+    assert_eq!(failed.status, StatusCode::INTERNAL_SERVER_ERROR, "{failed:?}");
+    started.says(StatusCode::CONFLICT, "invalid_state");
+    assert!(started.message().contains("delete it once more"), "{started:?}");
+    assert_eq!(again.status, StatusCode::NO_CONTENT, "{again:?}");
+    server.get("/instances/one").await.says(StatusCode::NOT_FOUND, "not_found");
+}
+
 #[tokio::test]
 async fn logs_come_as_events_from_the_end() {
     let server = stopped_instances(&["one"]).await;

@@ -424,7 +424,9 @@ impl From<StartError> for ApiError {
     fn from(error: StartError) -> Self {
         match error {
             StartError::Order(error) => error.into(),
-            StartError::Refused { .. } => Self::conflict("invalid_state", &error),
+            StartError::Refused { .. } | StartError::HalfDeleted => {
+                Self::conflict("invalid_state", &error)
+            }
             StartError::Image(ReadyError::Missing { .. }) => Self::missing("not_found", &error),
             StartError::Image(ReadyError::NotReady { .. } | ReadyError::Host(_))
             | StartError::Disk(_) => Self::internal(&error),

@@ -85,7 +85,9 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         server.close().await;
         bail!("--detach needs a server that stays: `ovum serve` starts one");
     }
-    let body = request(args);
+    // A guest that nobody could ever end would outlive a command that is killed.
+    let ends_with_server = server.is_embedded().then_some(true);
+    let body = CreateInstance { ends_with_server, ..request(args) };
     let created = OnceLock::new();
     let (outcome, is_cut_off) = tokio::select! {
         code = work(&mut server, &body, &created, (detach, timeline)) => (code, false),

@@ -60,6 +60,7 @@ impl Boot {
                 WorkerDisk { id: "overlay", read_only: false, file: overlay },
             ],
             vsock: spec.agent,
+            ends_with_us: spec.ends_with_server,
         };
         Ok(shared.fleet.spawn(worker).await?)
     }

@@ -52,6 +52,9 @@ pub struct InstanceSpec {
     /// When it is started again, if ever.
     #[serde(default)]
     pub restart_policy: Option<RestartPolicy>,
+    /// Nobody wants it any more once this server has ended.
+    #[serde(default)]
+    pub ends_with_server: bool,
 }
 
 /// When an instance is to be deleted by itself.
@@ -211,6 +214,7 @@ impl InstanceSpec {
             cmd: Vec::new(),
             health_check: None,
             restart_policy: None,
+            ends_with_server: false,
         }
     }
 }

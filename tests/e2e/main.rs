@@ -15,10 +15,12 @@ mod copy;
 mod crash;
 mod exec;
 mod images;
+mod killed;
 mod kvm;
 mod lifecycle;
 mod refusals;
 mod sdk;
+mod systemd;
 
 use std::env;
 use std::panic::AssertUnwindSafe;
@@ -61,10 +63,12 @@ fn main() -> ExitCode {
         lifecycle::CASES,
         exec::CASES,
         copy::CASES,
+        systemd::CASES,
         sdk::CASES,
         images::CASES,
         refusals::CASES,
         crash::CASES,
+        killed::CASES,
         cli::CASES,
         cli::inside::CASES,
         cli::orders::CASES,

@@ -30,6 +30,9 @@ impl Owner {
         match self.state.verdict(request) {
             Verdict::Refuse => return Err(StartError::Refused { state: self.state }),
             Verdict::Done => return Ok(self.instance()),
+            Verdict::Act if self.record.phase == Phase::Deleting => {
+                return Err(StartError::HalfDeleted);
+            }
             Verdict::Act => {}
         }
         let spec = self.record.spec.clone().with_command(command);
