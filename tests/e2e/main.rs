@@ -13,9 +13,11 @@ mod boot;
 mod cli;
 mod copy;
 mod crash;
+mod disk;
 mod exec;
 mod images;
 mod lifecycle;
+mod memory;
 mod refusals;
 mod sdk;
 
@@ -58,6 +60,8 @@ fn main() -> ExitCode {
         lifecycle::CASES,
         exec::CASES,
         copy::CASES,
+        memory::CASES,
+        disk::CASES,
         sdk::CASES,
         images::CASES,
         refusals::CASES,
