@@ -39,6 +39,7 @@ pub mod instances;
 mod key;
 mod logs;
 mod query;
+mod reclaim;
 mod socket;
 pub mod stat;
 pub mod stats;
@@ -101,6 +102,7 @@ fn table(app: &App) -> OpenApiRouter<App> {
     OpenApiRouter::with_openapi(document::head())
         .routes(bounded(routes!(health::health)))
         .routes(to(Scope::RESOURCE_READ, routes!(capabilities::read)))
+        .routes(to(Scope::INSTANCE_WRITE, routes!(reclaim::reclaim)))
         .routes(to(Scope::IMAGE_READ, routes!(images::list)))
         .routes(to(Scope::IMAGE_WRITE, routes!(images::create)))
         .routes(to_stream(Scope::IMAGE_WRITE, routes!(images::load)))

@@ -16,6 +16,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
@@ -27,14 +28,15 @@ use rustix::fs::{major, minor};
 use tokio::time;
 
 use crate::control::{
-    DiskSpec, FileRole, LAUNCH_FD, Launch, MEMORY_BYTES_STEP, MachineSpec, Reply, WORKER_COMMAND,
+    DiskSpec, FileRole, LAUNCH_FD, Launch, MEMORY_BYTES_STEP, MachineSpec, RateLimitSpec, RateSpec,
+    Reply, WORKER_COMMAND,
 };
 use crate::fleet::worker::Worker;
 use crate::os::packets::{self, PacketListener, PacketSocket};
 use crate::os::process::Process;
 use crate::os::spawn::{self, Identity};
 
-pub use crate::os::usage::Usage;
+pub use crate::os::usage::{HostMemory, Usage};
 
 pub mod journal;
 pub mod worker;
@@ -74,10 +76,14 @@ pub struct WorkerSpec<'a> {
     pub vcpus: u8,
     /// Guest memory, in bytes; rounded up to whole huge pages.
     pub memory_bytes: u64,
+    /// Memory added after the boot, in bytes; rounded up likewise.
+    pub hotplug_bytes: u64,
     /// Initramfs archives, in order.
     pub initramfs: Vec<File>,
     /// Disks, in the order in which the guest names them.
     pub disks: Vec<WorkerDisk<'a>>,
+    /// Bytes per second to and from all disks together, if there is a limit.
+    pub disk_io_bps: Option<NonZeroU64>,
     /// Whether the guest gets a vsock device.
     pub vsock: bool,
     /// Whether it ends when this process does, however that ends.
@@ -212,7 +218,7 @@ impl Fleet {
         ours.send(&launch, &cargo.files).map_err(SpawnError::Start)?;
         started.connect_with(ours).map_err(SpawnError::Start)?;
         match time::timeout(LAUNCH_TIMEOUT, started.reply()).await {
-            Ok(Ok(Reply::Done { .. })) => Ok(worker),
+            Ok(Ok(Reply::Done(_))) => Ok(worker),
             Ok(Ok(Reply::Failed { message })) => Err(SpawnError::Refused { message }),
             Ok(Ok(Reply::Event(_)) | Err(_)) => Err(SpawnError::Died),
             Err(_elapsed) => Err(SpawnError::Silent { after: LAUNCH_TIMEOUT }),
@@ -309,10 +315,16 @@ fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
     MachineSpec {
         vcpus: spec.vcpus,
         memory_bytes: spec.memory_bytes.next_multiple_of(MEMORY_BYTES_STEP),
+        hotplug_bytes: spec.hotplug_bytes.next_multiple_of(MEMORY_BYTES_STEP),
+        balloon: true,
         cmdline: String::new(),
         disks: disks
             .map(|disk| DiskSpec { id: disk.id.to_owned(), read_only: disk.read_only })
             .collect(),
+        disk_limit: RateLimitSpec {
+            bytes: spec.disk_io_bps.map(RateSpec::steady),
+            operations: None,
+        },
         vsock_cid: spec.vsock.then_some(VSOCK_CID),
         serial: false,
     }

@@ -59,6 +59,7 @@ pub mod health;
 pub mod history;
 pub mod inside;
 mod owner;
+pub mod reclaim;
 mod reconcile;
 pub mod record;
 pub mod restart;
@@ -154,6 +155,8 @@ pub struct Instance {
     pub phases: Vec<(&'static str, Duration)>,
     /// Whether the workload is well.
     pub health: Health,
+    /// Memory that it was asked to give up for a while, in bytes.
+    pub held_bytes: u64,
     /// How starting it again by itself has gone.
     pub restart: RestartStatus,
     /// When it is to be started again by itself.
@@ -476,6 +479,7 @@ impl Reservation {
             phase: Phase::Creating,
             timeline,
             end: None,
+            hold: None,
             restart: RestartStatus::default(),
         };
         shared.store.transact(|records| record.insert(records)).map_err(|source| {

@@ -13,17 +13,19 @@ mod journal;
 mod log;
 
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::process;
 
 use anyhow::{Context, anyhow, bail};
-use ovum_agent_proto::report::REPORT_PORT as AGENT_REPORT_PORT;
+use ovum_agent_proto::report::{Phase, REPORT_PORT as AGENT_REPORT_PORT, Report};
 use ovum_vmm::layout::REPORT_PORT;
 use ovum_vmm::machine::{Machine, MachineEvent, MachineEventKind, StopReason};
+use ovum_vmm::virtio::balloon::BalloonHandle;
 use rustix::event::{self, PollFd, PollFlags};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 
-use crate::control::{Event, Happening, LAUNCH_FD, Launch, Order, Reply, StopCause};
+use crate::control::{Event, Happening, LAUNCH_FD, Launch, Order, Reply, Status, StopCause};
 use crate::os::packets::{Packet, PacketListener, PacketSocket};
 use files::Files;
 use journal::{Journal, now_ns};
@@ -50,6 +52,8 @@ struct Worker {
     lifeline: Option<OwnedFd>,
     running: bool,
     reports: usize,
+    /// Memory to be added when the workload has started.
+    hotplug_bytes: u64,
 }
 
 /// Runs the machine that the launch socket describes, until it ends.
@@ -104,6 +108,7 @@ fn start(packet: Packet, launched_ns: u64) -> anyhow::Result<(Worker, [Event; 2]
         lifeline,
         running: true,
         reports: 0,
+        hotplug_bytes: launch.machine.hotplug_bytes,
     };
     Ok((worker, [launched, built]))
 }
@@ -154,6 +159,7 @@ impl Worker {
                 if self.reports > REPORTS_MAX {
                     return false;
                 }
+                self.extend_memory(word);
                 Happening::Reported { word }
             }
             MachineEventKind::Stopped { reason } => {
@@ -171,6 +177,17 @@ impl Worker {
         let event = self.journal.append(at_ns, what);
         self.tell(&event);
         last
+    }
+
+    /// Once the workload runs the guest may have all its memory: earlier it would be busy with that
+    /// while the workload waits.
+    fn extend_memory(&mut self, word: u32) {
+        if self.hotplug_bytes > 0
+            && Report::decode(word) == Some(Report::Phase(Phase::WorkloadStarted))
+            && let Err(error) = self.machine.resize_hotplug(mem::take(&mut self.hotplug_bytes))
+        {
+            tracing::error!(%error, "Failed to add memory after the boot");
+        }
     }
 
     fn tell(&mut self, event: &Event) {
@@ -218,6 +235,15 @@ impl Worker {
                 self.machine.resume().context("Failed to resume the machine")?;
                 self.running = true;
             }
+            Order::LimitDisks { limit } => self.machine.limit_disks(*limit),
+            Order::ResizeHotplug { bytes } => self
+                .machine
+                .resize_hotplug(*bytes)
+                .context("Failed to ask the guest for another size of memory")?,
+            Order::Inflate { bytes } => {
+                let balloon = self.machine.balloon().context("The machine has no balloon")?;
+                balloon.inflate(*bytes);
+            }
             // The end itself arrives as an event.
             Order::Stop => self.machine.stop(),
         }
@@ -225,7 +251,13 @@ impl Worker {
     }
 
     fn status(&self) -> Reply {
-        Reply::Done { pid: process::id(), running: self.running }
+        let balloon = self.machine.balloon();
+        Reply::Done(Status {
+            pid: process::id(),
+            running: self.running,
+            plugged_bytes: self.machine.plugged_bytes(),
+            given_bytes: balloon.map_or(0, BalloonHandle::given_bytes),
+        })
     }
 
     fn wait(&self) -> anyhow::Result<Ready> {

@@ -255,7 +255,8 @@ async fn what_the_server_can_do_is_told_to_those_who_may_know() {
     let told = as_one_with("resource:read").await.body;
     let refused = as_one_with("instance:read").await;
 
-    let runtime = json!([{ "name": "native", "available": false, "features": ["vsock"] }]);
+    let features = ["balloon-control", "disk-io-limit", "hotplug-memory", "vsock"];
+    let runtime = json!([{ "name": "native", "available": false, "features": features }]);
     assert_eq!(told["runtimes"], runtime, "there is no KVM");
     assert_eq!(told["features"], json!(["exec", "images", "instances", "logs"]));
     assert_eq!(told["host"], json!({ "os": "linux", "arch": "amd64" }));
@@ -339,6 +340,27 @@ async fn a_body_of_the_wrong_shape_is_told_which_field() {
     let large = json!({ "name": "a", "image": "b", "cmd": ["x".repeat(100_000)] });
     let large = server.post("/instances", &large).await;
     large.says(StatusCode::PAYLOAD_TOO_LARGE, "Payload Too Large");
+}
+
+#[tokio::test]
+async fn memory_is_reclaimed_from_nobody_if_nobody_runs() {
+    let server = Server::start().await;
+
+    let body = json!({ "reclaim_bytes": 1 << 30, "hold_for": "1m", "dry_run": true });
+    let answer = server.post("/resources/memory/reclaim", &body).await;
+
+    assert_eq!(answer.status, StatusCode::OK, "{answer:?}");
+    let body = answer.body;
+    assert_eq!(body["requested_reclaim_bytes"], 1 << 30);
+    assert_eq!((&body["planned_reclaim_bytes"], &body["actions"]), (&json!(0), &json!([])));
+    assert!(body["host_available_bytes"].as_u64() > Some(0), "{body}");
+    for bad in [json!({ "reclaim_bytes": -1 }), json!({}), json!({ "reclaim_bytes": "much" })] {
+        let answer = server.post("/resources/memory/reclaim", &bad).await;
+        answer.says(StatusCode::BAD_REQUEST, "Bad Request");
+    }
+    let bad = json!({ "reclaim_bytes": 1, "hold_for": "2h" });
+    let answer = server.post("/resources/memory/reclaim", &bad).await;
+    answer.says(StatusCode::BAD_REQUEST, "invalid_request");
 }
 
 #[tokio::test]

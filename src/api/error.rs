@@ -28,6 +28,7 @@ use crate::images::{DeleteError as ImageDeleteError, ReadyError, RequestError, T
 use crate::instances::follow::LogError;
 use crate::instances::inside::InsideError;
 use crate::instances::inside::agent::AgentError;
+use crate::instances::reclaim::HostMemoryError;
 use crate::instances::record::ReserveError;
 use crate::instances::stats::StatsError;
 use crate::instances::{
@@ -485,6 +486,12 @@ impl From<StatsError> for ApiError {
             StatsError::Find(error) => (*error).into(),
             StatsError::Worker { .. } => Self::internal(&error),
         }
+    }
+}
+
+impl From<HostMemoryError> for ApiError {
+    fn from(error: HostMemoryError) -> Self {
+        Self::internal(&error)
     }
 }
 

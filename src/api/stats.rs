@@ -39,7 +39,7 @@ pub struct StatsView {
 impl From<&Stats> for StatsView {
     fn from(stats: &Stats) -> Self {
         let Stats { instance, usage } = stats;
-        let allocated = instance.spec.memory_bytes;
+        let allocated = instance.spec.all_memory();
         #[expect(clippy::cast_precision_loss, reason = "a ratio for people")]
         let ratio = usage.resident_bytes as f64 / allocated.max(1) as f64;
         Self {

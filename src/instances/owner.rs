@@ -18,6 +18,7 @@ use crate::instances::health::Health;
 use crate::instances::history::{Ending, History};
 use crate::instances::owner::checking::Checks;
 use crate::instances::owner::upkeep::ring;
+use crate::instances::reclaim::{Hold, ReclaimError};
 use crate::instances::record::{End, Phase, Record};
 use crate::instances::restart::RestartStatus;
 use crate::instances::spec::{Command, Upkeep};
@@ -29,6 +30,7 @@ use crate::instances::{
 
 mod checking;
 mod ending;
+mod reclaiming;
 mod starting;
 mod upkeep;
 
@@ -56,6 +58,18 @@ pub(super) enum Order {
         upkeep: Upkeep,
         /// The instance afterwards.
         done: Done<Arc<Instance>, UpkeepError>,
+    },
+    /// Have its guest give up memory.
+    Reclaim {
+        /// How much and until when; nothing gives all of it back.
+        hold: Option<Hold>,
+        /// What it has given up so far, in bytes.
+        done: Done<u64, ReclaimError>,
+    },
+    /// Say how much memory its guest has given up.
+    CountGiven {
+        /// In bytes.
+        done: Done<u64, ReclaimError>,
     },
     /// End it and remove all of it.
     Delete {
@@ -106,6 +120,7 @@ impl Owner {
             phase: ("created", None),
             phases: Vec::new(),
             health: Health::default(),
+            held_bytes: 0,
             restart: RestartStatus::default(),
             restart_at: None,
         };
@@ -216,6 +231,12 @@ impl Owner {
             Order::LookAfter { upkeep, done } => {
                 let _ = done.send(self.look_after(upkeep));
             }
+            Order::Reclaim { hold, done } => {
+                let _ = done.send(self.reclaim(hold).await);
+            }
+            Order::CountGiven { done } => {
+                let _ = done.send(self.count_given().await);
+            }
             Order::Delete { graceful, done } => {
                 let outcome = self.delete(graceful).await;
                 let is_gone = outcome.is_ok();
@@ -259,6 +280,7 @@ impl Owner {
     /// The worker is gone: writes down how it ended.
     fn ended(&mut self) {
         self.worker = None;
+        self.record.hold = None;
         self.change(Event::Ended);
         self.begin_checks();
         self.ending = self.history.ending();
@@ -342,6 +364,7 @@ impl Owner {
             phase: self.phase(),
             phases: self.history.timeline.phases(),
             health: self.checks.health.seen(self.record.spec.health_check.as_ref(), self.state),
+            held_bytes: self.record.hold.map_or(0, |hold| hold.bytes),
             restart: self.record.restart.clone(),
             restart_at: self.restart_at(),
         };

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::num::NonZeroU64;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -30,8 +31,14 @@ pub struct InstanceSpec {
     pub image: Reference,
     /// Guest memory, in bytes, as asked for; the machine's is rounded up to its step.
     pub memory_bytes: u64,
+    /// Memory added after the boot, in bytes.
+    #[serde(default)]
+    pub hotplug_bytes: u64,
     /// Size of the writable layer, in bytes.
     pub overlay_bytes: u64,
+    /// Bytes per second to and from all disks together, if there is a limit.
+    #[serde(default)]
+    pub disk_io_bps: Option<NonZeroU64>,
     /// vCPUs, at least 1.
     pub vcpus: u8,
     /// Environment, over that of the image.
@@ -107,6 +114,11 @@ impl Command {
 }
 
 impl InstanceSpec {
+    /// All the memory it may have, in bytes.
+    pub fn all_memory(&self) -> u64 {
+        self.memory_bytes.saturating_add(self.hotplug_bytes)
+    }
+
     /// The same with another command.
     #[must_use]
     pub fn with_command(mut self, command: Command) -> Self {
@@ -204,7 +216,9 @@ impl InstanceSpec {
             name: InstanceName("sample".to_owned()),
             image: "alpine".parse().unwrap(),
             memory_bytes: 1 << 30,
+            hotplug_bytes: 0,
             overlay_bytes: 10 << 30,
+            disk_io_bps: None,
             vcpus: 2,
             env: BTreeMap::new(),
             tags: BTreeMap::new(),

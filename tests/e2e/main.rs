@@ -13,11 +13,13 @@ mod boot;
 mod cli;
 mod copy;
 mod crash;
+mod disk;
 mod exec;
 mod images;
 mod killed;
 mod kvm;
 mod lifecycle;
+mod memory;
 mod refusals;
 mod sdk;
 mod systemd;
@@ -64,6 +66,8 @@ fn main() -> ExitCode {
         exec::CASES,
         copy::CASES,
         systemd::CASES,
+        memory::CASES,
+        disk::CASES,
         sdk::CASES,
         images::CASES,
         refusals::CASES,

@@ -71,8 +71,6 @@ async fn wrong_types_are_refused_by_name(host: &TestHost) {
 async fn what_is_not_there_yet_is_refused_by_name(host: &TestHost) {
     for (field, value) in [
         ("network", json!({ "enabled": true })),
-        ("hotplug_size", json!("1GB")),
-        ("disk_io_bps", json!("10MB/s")),
         ("volumes", json!([{ "volume_id": "v", "mount_path": "/mnt/v" }])),
         ("devices", json!(["gpu"])),
         ("gpu", json!({ "profile": "L40S-1Q" })),

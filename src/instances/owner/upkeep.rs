@@ -35,6 +35,8 @@ pub(super) enum Due {
     Check,
     /// It has run long enough for attempts to be forgotten.
     Stability,
+    /// Its guest may have its memory again.
+    Release,
 }
 
 /// Waits until `alarm`, and says for what; for ever, if there is none.
@@ -56,6 +58,7 @@ impl Owner {
             (self.restart_at(), Due::Restart),
             (self.check_at(), Due::Check),
             (self.stable_at(), Due::Stability),
+            (self.record.hold.map(|hold| hold.until), Due::Release),
         ];
         let times = alarms.into_iter().filter_map(|(at, due)| Some((at?, due)));
         let (at, due) = times.min_by_key(|(at, _)| *at)?;
@@ -98,6 +101,7 @@ impl Owner {
                 self.restart(unhealthy.then_some(RestartReason::HealthCheckFailed)).await;
             }
             Due::Check => self.ask(),
+            Due::Release => self.release().await,
             Due::Stability => {
                 self.record.restart.attempts = 0;
                 self.save();
