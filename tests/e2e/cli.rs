@@ -158,7 +158,8 @@ async fn ctrl_c_ends_a_run_without_a_server_and_leaves_nothing(_: &TestHost) {
     }
 }
 
-/// A command that is killed cannot clean up: its guest ends with it, and the next one does the rest.
+/// A command that is killed cannot clean up: its guest ends with it, and the next one does the
+/// rest.
 async fn a_killed_run_without_a_server_takes_its_guest_along(_: &TestHost) {
     let data_dir = Path::new("/var/lib/ovum/killed-run");
     let mut child = run(data_dir, "echo up; sleep 1000").spawn().unwrap();
