@@ -2,6 +2,7 @@
 
 export CARGO_TERM_COLOR ?= auto
 cargo := cargo
+host := cd dev/host && CARGO_TARGET_DIR=$(CURDIR)/target/host $(cargo)
 release := target/release/ovum
 agent := target/agent/ovum-agent
 kernel := target/kernel/vmlinux
@@ -16,10 +17,13 @@ demo: build ## boot an image pulled from a registry; show output, exit code and 
 
 test: check build ## everything: checks, unit tests, end-to-end suites in the emulated host
 	$(cargo) test --workspace --quiet
+	$(host) test --quiet
 	dev/end-to-end
 
 check: deps tools ## format, lints, house rules, licences, documentation
 	$(cargo) fmt --all --check
+	$(host) fmt --check
+	$(host) clippy --all-targets -- -D warnings
 	$(cargo) clippy --workspace --all-targets -- -D warnings
 	$(cargo) clippy --test e2e --bench boot -- -D warnings
 	$(cargo) test --quiet --test tidy
@@ -39,7 +43,7 @@ server: deps ## server, worker and command line in one binary
 
 bench: build ## boot latency beside QEMU microvm, in one interleaved run
 	$(cargo) build --release --bench boot
-	images=$$(dev/test-images) && OVUM_TEST_IMAGES=$$images dev/in-host --cpus 1 --memory 6144 -- $$(ls -t target/release/deps/boot-* | grep -v "\.d$$" | head -1)
+	images=$$(dev/test-images) && OVUM_TEST_IMAGES=$$images dev/in-host --memory 6144 -- $$(ls -t target/release/deps/boot-* | grep -v "\.d$$" | head -1)
 
 deps: ## what is missing of Debian's packages
 	dev/deps
@@ -48,4 +52,4 @@ tools: deps ## what is missing of cargo's tools
 	dev/cargo-deny --version
 
 clean: ## everything built; caches outside the checkout stay
-	rm -rf target dev/host/target
+	rm -rf target

@@ -41,6 +41,7 @@ mod query;
 mod reclaim;
 mod socket;
 pub mod stat;
+pub mod stats;
 pub mod tags;
 
 /// How long a request may take. A wait ends just before, by itself.
@@ -97,11 +98,11 @@ fn table(app: &App) -> OpenApiRouter<App> {
         .routes(to(Scope::INSTANCE_WRITE, routes!(instances::update)))
         .routes(to(Scope::INSTANCE_DELETE, routes!(instances::delete)))
         .routes(to(Scope::INSTANCE_READ, routes!(instances::wait)))
-        .routes(to(Scope::INSTANCE_READ, routes!(instances::stats::read)))
+        .routes(to(Scope::INSTANCE_READ, routes!(stats::read)))
         .routes(to(Scope::INSTANCE_WRITE, routes!(instances::stop)))
         .routes(to(Scope::INSTANCE_WRITE, routes!(instances::start)))
         .routes(to_stream(Scope::INSTANCE_READ, routes!(logs::read)))
-        .routes(to(Scope::INSTANCE_READ, routes!(stat::stat)))
+        .routes(to(Scope::INSTANCE_READ, routes!(stat::read)))
         .routes(to_stream(Scope::INSTANCE_WRITE, routes!(exec::exec)))
         .routes(to_stream(Scope::INSTANCE_WRITE, routes!(cp::cp)))
 }

@@ -210,9 +210,13 @@ async fn health_and_the_document_need_no_token() {
             "/instances/{id}/wait",
         ]
     );
-    let create = &document.body["components"]["schemas"]["CreateInstance"];
+    let schemas = &document.body["components"]["schemas"];
+    let [upkeep, create] = [0, 1].map(|part| &schemas["CreateInstance"]["allOf"][part]);
     assert_eq!(create["required"], json!(["image", "name"]));
     assert_eq!(create["properties"]["vcpus"]["type"], json!(["integer", "null"]));
+    assert_eq!(upkeep["$ref"], "#/components/schemas/UpkeepFields");
+    assert_eq!(schemas["UpdateInstance"]["allOf"][0], *upkeep);
+    assert_eq!(schemas["UpkeepFields"]["properties"]["ttl"]["type"], json!(["string", "null"]));
 }
 
 #[tokio::test]

@@ -1,4 +1,5 @@
-//! Rules of the house that a compiler cannot check: who may import whom, and how long a file is.
+//! Rules of the house that a compiler cannot check: who may import whom, how long a file is, and
+//! that documents name files that exist.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -55,6 +56,8 @@ fn the_house_is_tidy() {
         files += 1;
         if path.extension().is_some_and(|extension| extension == "rs") {
             found.extend(rust_violations(&path, &text));
+        } else if path.extension().is_some_and(|extension| extension == "md") {
+            found.extend(names_of_nothing(root, &path, &text));
         } else if text.starts_with("#!") && text.lines().count() > SCRIPT_LINES_MAX {
             found.push(format!("{}: a script over {SCRIPT_LINES_MAX} lines", path.display()));
         }
@@ -78,6 +81,9 @@ fn each_rule_catches_its_sin() {
         let found = rust_violations(Path::new(path), text);
         assert!(found.iter().any(|line| line.contains(expected)), "{path}: {found:?}");
     }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let found = names_of_nothing(root, Path::new("x.md"), "`tests/tidy.rs`, `tests/none.rs`");
+    assert_eq!(found, ["x.md: names tests/none.rs, which is not there"]);
 }
 
 fn rust_violations(path: &Path, text: &str) -> Vec<String> {
@@ -107,6 +113,25 @@ fn rust_violations(path: &Path, text: &str) -> Vec<String> {
     }
     found.extend(layer_violations(path, code));
     found
+}
+
+/// Files that a document names in backticks, relative to it, to the root or to `src`, and that are
+/// not there.
+fn names_of_nothing(root: &Path, path: &Path, text: &str) -> Vec<String> {
+    let folder = root.join(path.parent().unwrap_or(Path::new("")));
+    let is_file = |word: &str| {
+        let is_path = word.chars().all(|c| c.is_ascii_alphanumeric() || "_-./".contains(c));
+        is_path && word.find('/').is_some_and(|at| at > 0) && word.rfind('.') > word.rfind('/')
+    };
+    text.split('`')
+        .skip(1)
+        .step_by(2)
+        .filter(|word| is_file(word))
+        .filter(|word| {
+            ![folder.as_path(), root, &root.join("src")].iter().any(|at| at.join(word).exists())
+        })
+        .map(|word| format!("{}: names {word}, which is not there", path.display()))
+        .collect()
 }
 
 fn layer_violations(path: &Path, code: &str) -> Vec<String> {

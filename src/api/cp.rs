@@ -12,15 +12,11 @@
 //!
 //! Not in the original: `link_target` in a request makes a symbolic link, `mtime` sets the time.
 
-use std::error::Error;
-
-use axum::extract::{Path, State};
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 
-use crate::api::App;
-use crate::api::error::{ApiError, ErrorBody};
-use crate::api::socket::{self, Gone, Input, Sink, Source, Upgrade};
+use crate::api::error::{ErrorBody, chain};
+use crate::api::socket::{self, Gone, Input, Sink, Source, Visit};
 use crate::instances::inside::Inside;
 use crate::instances::inside::agent::AgentError;
 use crate::instances::inside::agent::copy::{GetEvent, Put};
@@ -114,13 +110,8 @@ enum Asked {
     params(("id" = String, Path, description = "Id, name, or the beginning of an id")),
     responses((status = 101), (status = "default", body = ErrorBody)),
 )]
-pub(super) async fn cp(
-    State(app): State<App>,
-    Path(key): Path<String>,
-    upgrade: Upgrade,
-) -> Result<Response, ApiError> {
-    let inside = app.instances.inside(&key)?;
-    socket::upgrade(upgrade, move |sink, source| serve(inside, sink, source))
+pub(super) async fn cp(visit: Visit) -> Response {
+    visit.begin(serve)
 }
 
 pub(super) async fn serve(inside: Inside, mut sink: Sink, mut source: Source) {
@@ -280,17 +271,6 @@ impl From<Entry> for HeaderView {
             gid,
         }
     }
-}
-
-/// An error and its causes in one line.
-fn chain(error: &AgentError) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "the signature that serde asks for")]

@@ -109,7 +109,7 @@ impl ApiError {
 }
 
 /// An error and its causes in one line.
-fn chain(error: &impl Error) -> String {
+pub(super) fn chain(error: &impl Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

@@ -14,16 +14,13 @@
 //! TEXT `{"eof":true}`.
 
 use std::collections::BTreeMap;
-use std::error::Error;
 use std::time::Duration;
 
-use axum::extract::{Path, State};
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 
-use crate::api::App;
-use crate::api::error::{ApiError, ErrorBody};
-use crate::api::socket::{self, Gone, Input, Sink, Source, Upgrade};
+use crate::api::error::{ErrorBody, chain};
+use crate::api::socket::{self, Gone, Input, Sink, Source, Visit};
 use crate::instances::inside::Inside;
 use crate::instances::inside::agent::exec::{Exec, ExecEvent};
 use crate::instances::inside::agent::{AgentError, ExecSpec, WindowSize};
@@ -85,13 +82,8 @@ struct RefusalView {
     params(("id" = String, Path, description = "Id, name, or the beginning of an id")),
     responses((status = 101), (status = "default", body = ErrorBody)),
 )]
-pub(super) async fn exec(
-    State(app): State<App>,
-    Path(key): Path<String>,
-    upgrade: Upgrade,
-) -> Result<Response, ApiError> {
-    let inside = app.instances.inside(&key)?;
-    socket::upgrade(upgrade, move |sink, source| serve(inside, sink, source))
+pub(super) async fn exec(visit: Visit) -> Response {
+    visit.begin(serve)
 }
 
 pub(super) async fn serve(inside: Inside, mut sink: Sink, mut source: Source) {
@@ -165,13 +157,7 @@ async fn input(exec: &Exec, source: &mut Source, channels: bool) {
 
 /// Tells what went wrong, as output; returns the status that goes with it.
 async fn fail(error: &AgentError, sink: &mut Sink, channels: bool) -> Result<u8, Gone> {
-    let mut text = format!("Error: {error}");
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text.push_str("\r\n");
+    let text = format!("Error: {}\r\n", chain(error));
     socket::send_bytes(sink, marked(CHANNEL_ERROR, text.into_bytes(), channels)).await?;
     Ok(error.exit_code())
 }

@@ -25,8 +25,8 @@ pub mod create;
 pub(super) mod extras;
 pub mod policies;
 pub mod start;
-pub mod stats;
 pub mod update;
+pub mod upkeep;
 pub mod view;
 
 /// How long a wait lasts unless told otherwise.
@@ -87,8 +87,7 @@ pub(super) async fn create(
     State(app): State<App>,
     JsonBody(body): JsonBody<CreateInstance>,
 ) -> Result<(StatusCode, Json<InstanceView>), ApiError> {
-    let expiry = body.expiry()?;
-    let spec = body.into_spec(&app.limits)?;
+    let (spec, expiry) = body.into_spec(&app.limits)?;
     let instance = app.instances.create(spec, expiry).await?;
     Ok((StatusCode::CREATED, Json((&*instance).into())))
 }
@@ -189,10 +188,18 @@ pub(super) async fn wait(
     Ok(Json(app.instances.wait(&key, state, timeout).await?.into()))
 }
 
+/// The names of the states that can be waited for; the query takes them in any case.
+pub fn wait_states() -> impl Iterator<Item = &'static str> {
+    awaitable().map(InstanceState::name)
+}
+
+fn awaitable() -> impl Iterator<Item = InstanceState> {
+    InstanceState::ALL.into_iter().filter(|&state| state != InstanceState::Unknown)
+}
+
 fn wait_state(name: &str) -> Result<InstanceState, QueryError> {
-    let same = |state: &InstanceState| state.name().eq_ignore_ascii_case(name);
-    let known = InstanceState::ALL.into_iter().find(same);
-    known.filter(|&state| state != InstanceState::Unknown).ok_or(QueryError::State(StateNameError))
+    let found = awaitable().find(|state| state.name().eq_ignore_ascii_case(name));
+    found.ok_or(QueryError::State(StateNameError))
 }
 
 fn wait_timeout(text: Option<&str>) -> Result<Duration, QueryError> {

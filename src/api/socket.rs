@@ -6,9 +6,10 @@
 use std::future;
 use std::time::Duration;
 
-use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
+use axum::extract::{FromRequestParts, Path};
 use axum::http::StatusCode;
+use axum::http::request::Parts;
 use axum::response::Response;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt, StreamExt};
@@ -16,7 +17,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::time;
 
+use crate::api::App;
 use crate::api::error::ApiError;
+use crate::instances::inside::Inside;
 
 /// Most bytes of one message. Some clients send a whole input as one.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
@@ -55,23 +58,44 @@ pub(super) enum Input {
     Text(String),
 }
 
-/// What the extractor of a route finds: a client that can be upgraded, or why it cannot.
-pub(super) type Upgrade = Result<WebSocketUpgrade, WebSocketUpgradeRejection>;
+/// A client that wants to the inside of an instance, and may.
+#[derive(Debug)]
+pub(super) struct Visit {
+    inside: Inside,
+    upgrade: WebSocketUpgrade,
+}
 
-/// Upgrades, and serves the client from then on.
-pub(super) fn upgrade<F, S>(upgrade: Upgrade, serve: S) -> Result<Response, ApiError>
-where
-    S: FnOnce(Sink, Source) -> F + Send + 'static,
-    F: Future<Output = ()> + Send + 'static,
-{
-    let upgrade = upgrade.map_err(|rejection| {
-        ApiError::of_status(StatusCode::UPGRADE_REQUIRED, rejection.body_text())
-    })?;
-    let upgrade = upgrade.max_message_size(MESSAGE_BYTES_MAX).max_frame_size(MESSAGE_BYTES_MAX);
-    Ok(upgrade.on_upgrade(|socket| {
-        let (sink, stream) = socket.split();
-        serve(sink, Source { stream, early: None })
-    }))
+impl FromRequestParts<App> for Visit {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let refused = |text| ApiError::of_status(StatusCode::BAD_REQUEST, text);
+        let Path(key) = Path::<String>::from_request_parts(parts, app)
+            .await
+            .map_err(|rejection| refused(rejection.body_text()))?;
+        let inside = app.instances.inside(&key)?;
+        let upgrade =
+            WebSocketUpgrade::from_request_parts(parts, app).await.map_err(|rejection| {
+                ApiError::of_status(StatusCode::UPGRADE_REQUIRED, rejection.body_text())
+            })?;
+        Ok(Self { inside, upgrade })
+    }
+}
+
+impl Visit {
+    /// Upgrades, and serves the client from then on.
+    pub(super) fn begin<F, S>(self, serve: S) -> Response
+    where
+        S: FnOnce(Inside, Sink, Source) -> F + Send + 'static,
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let Self { inside, upgrade } = self;
+        let upgrade = upgrade.max_message_size(MESSAGE_BYTES_MAX).max_frame_size(MESSAGE_BYTES_MAX);
+        upgrade.on_upgrade(|socket| {
+            let (sink, stream) = socket.split();
+            serve(inside, sink, Source { stream, early: None })
+        })
+    }
 }
 
 impl Source {

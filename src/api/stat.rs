@@ -34,34 +34,6 @@ pub struct StatView {
     pub error: Option<String>,
 }
 
-/// Says what lies at a path. That nothing does is an answer, not an error.
-#[utoipa::path(
-    get, path = "/instances/{id}/stat", tag = "instances",
-    params(
-        ("id" = String, Path, description = "Id, name, or the beginning of an id"),
-        ("path" = String, Query, description = "A relative path counts from the root"),
-        ("follow_links" = Option<bool>, Query, description = "A link is what it leads to"),
-    ),
-    responses((status = 200, body = StatView), (status = "default", body = ErrorBody)),
-)]
-pub(super) async fn stat(
-    State(app): State<App>,
-    Path(key): Path<String>,
-    query: Query,
-) -> Result<Json<StatView>, ApiError> {
-    let path = query.value("path").filter(|path| !path.is_empty());
-    let path = path.ok_or(QueryError::Malformed { name: "path", expected: "a path" })?;
-    let follow_links = query.flag("follow_links")?.unwrap_or_default();
-    let inside = app.instances.inside(&key)?;
-    match inside.stat(StatSpec { path: path.to_owned(), follow_links }).await {
-        Ok(info) => Ok(Json(info.into())),
-        Err(AgentError::Refused { message, .. }) => {
-            Ok(Json(StatView { error: Some(message), ..StatView::default() }))
-        }
-        Err(error) => Err(error.into()),
-    }
-}
-
 impl From<PathInfo> for StatView {
     fn from(info: PathInfo) -> Self {
         let PathInfo { kind, mode, size } = info;
@@ -80,5 +52,33 @@ impl From<PathInfo> for StatView {
             size,
             error: None,
         }
+    }
+}
+
+/// Says what lies at a path. That nothing does is an answer, not an error.
+#[utoipa::path(
+    get, path = "/instances/{id}/stat", tag = "instances",
+    params(
+        ("id" = String, Path, description = "Id, name, or the beginning of an id"),
+        ("path" = String, Query, description = "A relative path counts from the root"),
+        ("follow_links" = Option<bool>, Query, description = "A link is what it leads to"),
+    ),
+    responses((status = 200, body = StatView), (status = "default", body = ErrorBody)),
+)]
+pub(super) async fn read(
+    State(app): State<App>,
+    Path(key): Path<String>,
+    query: Query,
+) -> Result<Json<StatView>, ApiError> {
+    let path = query.value("path").filter(|path| !path.is_empty());
+    let path = path.ok_or(QueryError::Malformed { name: "path", expected: "a path" })?;
+    let follow_links = query.flag("follow_links")?.unwrap_or_default();
+    let inside = app.instances.inside(&key)?;
+    match inside.stat(StatSpec { path: path.to_owned(), follow_links }).await {
+        Ok(info) => Ok(Json(info.into())),
+        Err(AgentError::Refused { message, .. }) => {
+            Ok(Json(StatView { error: Some(message), ..StatView::default() }))
+        }
+        Err(error) => Err(error.into()),
     }
 }

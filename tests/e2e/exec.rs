@@ -1,9 +1,9 @@
 //! Commands in a guest.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use tokio::time;
 
 use crate::cases;
 use ovum_test_host::{BUSYBOX, Frame, TestHost};
@@ -25,6 +25,9 @@ cases![
     an_ended_guest_ends_its_commands,
     how_long_a_command_takes,
 ];
+
+/// Looks in a row that see no more written: then it stands still.
+const STILL_LOOKS: usize = 8;
 
 async fn a_command_has_output_and_a_status(host: &TestHost) {
     let server = &host.server;
@@ -158,11 +161,20 @@ async fn much_output_does_not_grow_the_server(host: &TestHost) {
     let before = server.resident_bytes();
     let mut socket = server.socket("/instances/much/exec").await;
     let bytes = 64_u64 << 20;
-    let script = format!("head -c {bytes} /dev/zero");
+    let script = "i=0; while [ $i -lt 64 ]; do head -c 1048576 /dev/zero; i=$((i + 1)); \
+                  echo $i > /written; done";
     socket.say(&json!({ "command": ["sh", "-c", script] }).to_string()).await;
 
-    // A client that is slow to begin: all of it has to wait in the guest.
-    time::sleep(Duration::from_secs(2)).await;
+    // A client that is slow to begin: what no longer fits on the way to it waits in the guest.
+    let mut looks = VecDeque::<String>::new();
+    while looks.len() < STILL_LOOKS
+        || looks[0].is_empty()
+        || looks.iter().any(|look| *look != looks[0])
+    {
+        looks.truncate(STILL_LOOKS - 1);
+        looks.push_front(server.sh("much", "cat /written 2> /dev/null").await.text().to_owned());
+    }
+    assert!(looks[0].trim().parse::<u64>().unwrap() < bytes >> 20, "nothing waited");
     let waiting = server.resident_bytes();
     let started = Instant::now();
     let ran = socket.until_exit().await;

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use chrono::{DateTime, Utc};
 use futures_util::future::join_all;
 use ovum_test_host::{BUSYBOX, Server, TestHost, worker_pids, workers};
 use reqwest::{Method, StatusCode};
@@ -265,16 +266,16 @@ async fn an_unhealthy_instance_is_started_again_and_gets_well(host: &TestHost) {
 async fn an_instance_lives_as_long_as_it_was_given_even_without_a_server(_: &TestHost) {
     let mut server = Server::start("mortal").await;
     server.pull(BUSYBOX).await;
-    for (name, ttl) in [("brief", "3s"), ("long", "1h")] {
-        let body = json!({
-            "name": name, "image": BUSYBOX, "size": "128MB", "cmd": ["sleep", "999"], "ttl": ttl,
-        });
-        server.create(body).await;
-    }
-    server.wait("long", "Running").await;
+    let body = |name, ttl| {
+        let cmd = ["sleep", "999"];
+        json!({ "name": name, "image": BUSYBOX, "size": "128MB", "cmd": cmd, "ttl": ttl })
+    };
+    server.create(body("long", "1h")).await;
+    let brief = server.create(body("brief", "3s")).await;
 
     server.kill();
-    time::sleep(Duration::from_secs(3)).await;
+    let expires_at: DateTime<Utc> = serde_json::from_value(brief["expires_at"].clone()).unwrap();
+    time::sleep((expires_at - Utc::now()).to_std().unwrap_or_default()).await;
     let data_dir = server.data_dir.clone();
     let mut server = Server::start_at(&data_dir).await;
     let deadline = Instant::now() + Duration::from_secs(30);
@@ -283,7 +284,7 @@ async fn an_instance_lives_as_long_as_it_was_given_even_without_a_server(_: &Tes
         time::sleep(Duration::from_millis(50)).await;
     }
 
-    assert_eq!(server.get("/instances/long").await["state"], "Running");
+    server.wait("long", "Running").await;
     server.delete("long").await;
     server.kill();
 }

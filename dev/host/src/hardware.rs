@@ -34,6 +34,7 @@ impl Hardware {
         hardware.add(&["-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt"]);
         hardware.add(&["-M", if vfio { "q35,kernel-irqchip=off" } else { "q35" }]);
         hardware.add(&["-m", &options.memory_mib.to_string()]);
+        // With two CPUs, QEMU 7.2 now and then loses an instruction that one of them has patched.
         hardware.add(&["-smp", &options.cpus.to_string()]);
         hardware.add(&["-display", "none", "-nodefaults", "-no-user-config", "-no-reboot"]);
         hardware.add(&["-kernel", &kernel.to_string_lossy()]);

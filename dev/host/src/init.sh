@@ -34,12 +34,14 @@ if [ "$1" != root ]; then
     until port=$(echo /dev/vport*p5) && [ -c "$port" ]; do usleep 1000; done
     echo ready > "${port%5}4"
     cat "$port" > /run/host/job
-    read -r now disk < /run/host/job
+    read -r now disk folder < /run/host/job
     date -s "@${now#\#}" > /dev/null
     mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro outer /outer
     mount -t overlay -o lowerdir=/outer,upperdir=/layer/upper,workdir=/layer/work outer /root
     cd /root && mkdir -p proc sys dev run tmp var/lib/ovum
     mount -t "$disk" /dev/vda var/lib/ovum
+    # A checkout under /tmp is seen there although this host has a /tmp of its own.
+    case $folder in /tmp/*) mkdir -p "$folder" && mount --bind "/root$folder" "$folder" ;; esac
     # The shell finds its own applets through /proc, so that goes last.
     for dir in sys dev run tmp proc; do mount --move /$dir $dir; done
     exec /host/busybox switch_root . /run/host/busybox sh /run/host/init root "${port%5}"

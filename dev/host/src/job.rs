@@ -11,11 +11,11 @@ use anyhow::{Context, Result, bail};
 const NAMES: &[&str] = &["PATH", "HOME", "TERM", "USER", "LANG", "NO_COLOR"];
 const PREFIXES: &[&str] = &["CARGO", "RUST", "OVUM", "LC_"];
 
-/// Folders of which the emulated host has its own.
-const HIDDEN: &[&str] = &["/dev", "/proc", "/run", "/sys", "/tmp", "/var/lib/ovum"];
+/// Folders of which the emulated host has its own. PID 1 binds a working directory in `/tmp` there.
+const HIDDEN: &[&str] = &["/dev", "/proc", "/run", "/sys", "/var/lib/ovum"];
 
-/// Returns a script that becomes `command`, with a first line that PID 1 reads: the time and the
-/// kind of file system on the scratch disk.
+/// Returns a script that becomes `command`, with a first line that PID 1 reads: the time, the kind
+/// of file system on the scratch disk and the working directory.
 ///
 /// # Errors
 ///
@@ -25,9 +25,14 @@ pub fn script(command: &[OsString], disk_kind: &str) -> Result<Vec<u8>> {
     if let Some(hidden) = HIDDEN.iter().find(|hidden| folder.starts_with(hidden)) {
         bail!("{} is not visible inside, where {hidden} is another", folder.display());
     }
+    if folder.as_os_str().as_bytes().contains(&b'\n') {
+        bail!("{} has a line feed in its name", folder.display());
+    }
     let now = SystemTime::now().duration_since(UNIX_EPOCH).context("The clock is before 1970")?;
     // Rounded up: a file just written outside must not lie in the future inside.
-    let mut script = format!("#{} {disk_kind}\n", now.as_secs() + 1).into_bytes();
+    let mut script = format!("#{} {disk_kind} ", now.as_secs() + 1).into_bytes();
+    script.extend_from_slice(folder.as_os_str().as_bytes());
+    script.push(b'\n');
     for (name, value) in env::vars_os().filter(|(name, _)| passes(name)) {
         script.extend_from_slice(b"export ");
         script.extend_from_slice(name.as_bytes());

@@ -11,7 +11,7 @@ Usage: in-host [OPTIONS] [--] COMMAND [ARG...]
        in-host --packages
 
   --memory MIB    Memory of the emulated host [default: 4096]
-  --cpus N        CPUs of the emulated host [default: 2]
+  --cpus N        CPUs of the emulated host [default: 1; with more it may die, rarely]
   --disk GIB      Size of the scratch disk at /var/lib/ovum [default: 16]
   --forward PORT  Reach PORT inside at 127.0.0.1:PORT outside; may be given again
   --vfio          Add an IOMMU with an NVMe controller, an e1000e and an edu device to pass through
@@ -58,7 +58,7 @@ impl Options {
             vfio: false,
             memory_mib: 4096,
             disk_gib: 16,
-            cpus: 2,
+            cpus: 1,
             forwards: Vec::new(),
             request: Request::Help,
         };

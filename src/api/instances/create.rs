@@ -9,19 +9,16 @@ use std::fmt::Display;
 use std::num::NonZeroU64;
 use std::ops::RangeInclusive;
 
-use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::api::instances::extras::{
-    AutoStandby, Credential, Gpu, Network, SnapshotPolicy, VolumeMount,
-};
-use crate::api::instances::policies::{self, HealthCheck, RestartPolicy};
+use crate::api::instances::extras::{Credential, Gpu, Network, SnapshotPolicy, VolumeMount};
+use crate::api::instances::upkeep::UpkeepFields;
 use crate::api::instances::view::PLATFORM;
 use crate::api::tags::{self, Tags, TagsError};
 use crate::config::Limits;
 use crate::images::reference::{Reference, ReferenceError};
-use crate::instances::spec::{Expiry, InstanceSpec, MEMORY_BYTES_MIN};
+use crate::instances::spec::{Expiry, InstanceSpec, MEMORY_BYTES_MIN, Upkeep};
 use crate::size::{ByteRate, ByteSize};
 
 /// vCPUs unless told otherwise.
@@ -74,12 +71,9 @@ pub struct CreateInstance {
     /// The caller's labels.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tags: Option<Tags>,
-    /// Time to live; `0s` is for ever.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ttl: Option<String>,
-    /// When it shall be deleted; not together with `ttl`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub expires_at: Option<DateTime<Utc>>,
+    /// How it is looked after.
+    #[serde(flatten, deserialize_with = "UpkeepFields::within")]
+    pub upkeep: UpkeepFields,
     /// Network; none if omitted. Not there yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<Network>,
@@ -98,15 +92,6 @@ pub struct CreateInstance {
     /// How snapshots are kept. Not there yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot_policy: Option<SnapshotPolicy>,
-    /// When to go to standby. Not there yet.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub auto_standby: Option<AutoStandby>,
-    /// Whether the workload is well.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub health_check: Option<HealthCheck>,
-    /// When to start it again; never if omitted.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub restart_policy: Option<RestartPolicy>,
     /// No kernel headers in the guest. There are none yet, so that only `false` asks for something.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skip_kernel_headers: Option<bool>,
@@ -140,22 +125,12 @@ pub enum Hypervisor {
 }
 
 impl CreateInstance {
-    /// When it shall be deleted by itself.
-    ///
-    /// # Errors
-    ///
-    /// [`SpecError`], which names the field.
-    pub fn expiry(&self) -> Result<Expiry, SpecError> {
-        let expiry = policies::expiry(self.ttl.as_deref(), self.expires_at)?;
-        Ok(expiry.unwrap_or(Expiry::Never))
-    }
-
-    /// Checks everything.
+    /// Checks everything. What comes beside is when it is to be deleted by itself.
     ///
     /// # Errors
     ///
     /// [`SpecError`], which names the field. What is malformed goes before what is not there yet.
-    pub fn into_spec(self, limits: &Limits) -> Result<InstanceSpec, SpecError> {
+    pub fn into_spec(self, limits: &Limits) -> Result<(InstanceSpec, Expiry), SpecError> {
         let unsupported = self.check_extras()?;
         let name = self.name.parse().map_err(|error| SpecError::schema("name", error))?;
         let image: Reference = self.image.parse().map_err(SpecError::Image)?;
@@ -180,8 +155,8 @@ impl CreateInstance {
         let entrypoint = checked_words("entrypoint", self.entrypoint)?;
         let cmd = checked_words("cmd", self.cmd)?;
         let hypervisor = runtime_name(self.hypervisor)?.to_owned();
-        let restart_policy = self.restart_policy.map_or(Ok(None), RestartPolicy::parsed)?;
-        let health_check = self.health_check.map_or(Ok(None), HealthCheck::parsed)?;
+        let Upkeep { health_check, restart_policy, expiry } = self.upkeep.parsed()?;
+        let (health_check, restart_policy) = (health_check.flatten(), restart_policy.flatten());
         let agent = !self.skip_guest_agent.unwrap_or_default();
         if !agent && health_check.is_some() {
             return Err(SpecError::invalid("health_check", "it needs the guest agent"));
@@ -189,7 +164,7 @@ impl CreateInstance {
         if let Some(field) = unsupported {
             return Err(SpecError::NotSupported { field });
         }
-        Ok(InstanceSpec {
+        let spec = InstanceSpec {
             name,
             image,
             memory_bytes,
@@ -205,7 +180,8 @@ impl CreateInstance {
             cmd,
             health_check,
             restart_policy,
-        })
+        };
+        Ok((spec, expiry.unwrap_or(Expiry::Never)))
     }
 }
 

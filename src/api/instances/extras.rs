@@ -147,7 +147,7 @@ pub enum CompressionAlgorithm {
 }
 
 /// When an instance goes to standby.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub struct AutoStandby {
     /// Whether.
     pub enabled: Option<bool>,
@@ -172,7 +172,7 @@ impl CreateInstance {
                 "snapshot_policy",
                 self.snapshot_policy.as_ref().map_or(Ok(false), SnapshotPolicy::asks)?,
             ),
-            ("auto_standby", self.auto_standby.as_ref().map_or(Ok(false), AutoStandby::asks)?),
+            ("auto_standby", self.upkeep.asks_standby()?),
             ("skip_kernel_headers", self.skip_kernel_headers == Some(false)),
         ];
         Ok(asks.into_iter().find_map(|(field, asks)| asks.then_some(field)))

@@ -1,9 +1,7 @@
-//! How an instance is looked after: health check, restart policy and lifetime, as clients write
-//! and read them.
+//! Health check and restart policy, as clients write and read them.
 
 use std::time::Duration;
 
-use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -12,7 +10,6 @@ use crate::api::instances::extras::{check_port, duration_asks, parsed_duration};
 use crate::duration::GoDuration;
 use crate::instances::health::{self, Probe};
 use crate::instances::restart;
-use crate::instances::spec::Expiry;
 
 /// From check to check unless told otherwise.
 const INTERVAL: &str = "10s";
@@ -298,30 +295,6 @@ impl From<&restart::RestartPolicy> for RestartPolicy {
             backoff: Some(text(policy.backoff)),
             max_attempts: Some(policy.max_attempts.into()),
             stable_after: Some(text(policy.stable_after)),
-        }
-    }
-}
-
-/// When an instance is to be deleted by itself; `None` if neither field says anything.
-///
-/// # Errors
-///
-/// [`SpecError`], which names the field.
-pub(super) fn expiry(
-    ttl: Option<&str>,
-    expires_at: Option<DateTime<Utc>>,
-) -> Result<Option<Expiry>, SpecError> {
-    match (ttl, expires_at) {
-        (Some(_), Some(_)) => Err(SpecError::invalid("ttl", "not together with expires_at")),
-        (None, None) => Ok(None),
-        (None, Some(at)) if at <= Utc::now() => {
-            Err(SpecError::invalid("expires_at", "it is in the past"))
-        }
-        (None, Some(at)) => Ok(Some(Expiry::At(at))),
-        (Some(text), None) if !duration_asks("ttl", Some(text))? => Ok(Some(Expiry::Never)),
-        (Some(text), None) => {
-            let ttl = parsed_duration("ttl", text)?.positive();
-            Ok(Some(ttl.map_or(Expiry::Never, Expiry::In)))
         }
     }
 }

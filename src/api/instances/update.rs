@@ -2,13 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::api::instances::create::SpecError;
-use crate::api::instances::extras::AutoStandby;
-use crate::api::instances::policies::{HealthCheck, RestartPolicy, expiry};
+use crate::api::instances::upkeep::UpkeepFields;
 use crate::instances::spec::Upkeep;
 
 /// What is to change; at least one thing.
@@ -17,21 +15,9 @@ pub struct UpdateInstance {
     /// New values of variables that are the source of a credential; there are no credentials yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub env: Option<BTreeMap<String, String>>,
-    /// When to go to standby. Not there yet.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub auto_standby: Option<AutoStandby>,
-    /// Whether the workload is well; type `none` for no check.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub health_check: Option<HealthCheck>,
-    /// When to start it again.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub restart_policy: Option<RestartPolicy>,
-    /// Time to live from now on; `0s` is for ever.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ttl: Option<String>,
-    /// When it shall be deleted.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub expires_at: Option<DateTime<Utc>>,
+    /// How it is looked after.
+    #[serde(flatten, deserialize_with = "UpkeepFields::within")]
+    pub upkeep: UpkeepFields,
 }
 
 impl UpdateInstance {
@@ -41,7 +27,7 @@ impl UpdateInstance {
     ///
     /// [`SpecError`], which names the field.
     pub fn into_upkeep(self) -> Result<Upkeep, SpecError> {
-        let Self { env, auto_standby, health_check, restart_policy, ttl, expires_at } = self;
+        let Self { env, upkeep } = self;
         if let Some(env) = &env {
             let why = match env.keys().next() {
                 Some(name) => format!("{name:?} is not the source of a credential"),
@@ -49,13 +35,9 @@ impl UpdateInstance {
             };
             return Err(SpecError::invalid("env", why));
         }
-        let changes_standby = auto_standby.is_some();
-        let asks_standby = auto_standby.as_ref().map_or(Ok(false), AutoStandby::asks)?;
-        let upkeep = Upkeep {
-            expiry: expiry(ttl.as_deref(), expires_at)?,
-            restart_policy: restart_policy.map(RestartPolicy::parsed).transpose()?,
-            health_check: health_check.map(HealthCheck::parsed).transpose()?,
-        };
+        let changes_standby = upkeep.auto_standby.is_some();
+        let asks_standby = upkeep.asks_standby()?;
+        let upkeep = upkeep.parsed()?;
         if asks_standby {
             return Err(SpecError::NotSupported { field: "auto_standby" });
         }

@@ -28,15 +28,11 @@ impl Client {
         let router = Router::new()
             .route(
                 "/exec",
-                get(async move |ready: Upgrade| {
-                    upgrade(ready, move |sink, source| exec::serve(to_exec, sink, source))
-                }),
+                get(async move |upgrade| Visit { inside: to_exec, upgrade }.begin(exec::serve)),
             )
             .route(
                 "/cp",
-                get(async move |ready: Upgrade| {
-                    upgrade(ready, move |sink, source| cp::serve(to_cp, sink, source))
-                }),
+                get(async move |upgrade| Visit { inside: to_cp, upgrade }.begin(cp::serve)),
             );
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -228,7 +224,8 @@ async fn a_file_is_taken_to_its_end_and_counted_by_the_agent() {
     client.hear_close().await;
 }
 
-/// Otherwise a client that writes before it reads would never learn why.
+/// Otherwise a client that writes before it reads would never learn why. Until it has said all, the
+/// server listens: a connection closed over what is still on its way takes the refusal with it.
 #[tokio::test]
 async fn a_refusal_arrives_while_the_client_still_sends() {
     let mut client = Client::at("cp").await;
@@ -242,10 +239,13 @@ async fn a_refusal_arrives_while_the_client_still_sends() {
     for _ in 0..64 {
         client.send(&[0; 32 << 10]).await;
     }
-    client.say(&json!({ "type": "end" })).await;
+    client.socket.send(Said::Ping(b"still there?".to_vec().into())).await.unwrap();
 
     let result = json!({ "type": "result", "success": false, "error": message });
     assert_eq!(client.json().await, result);
+    assert_eq!(client.hear().await, Said::Pong(b"still there?".to_vec().into()));
+    client.say(&json!({ "type": "end" })).await;
+    client.hear_close().await;
 }
 
 fn entry(path: &str, kind: EntryKind, size: u64) -> ToServer {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::api::instances::policies::{HealthCheck, RestartPolicy};
 
 const LIMITS: Limits = Limits {
     vcpus_max: 16,
@@ -19,7 +20,7 @@ const LIMITS: Limits = Limits {
 fn spec(fields: &Value) -> Result<InstanceSpec, SpecError> {
     let mut body = json!({ "name": "web", "image": "nginx" });
     body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-    serde_json::from_value::<CreateInstance>(body).unwrap().into_spec(&LIMITS)
+    Ok(serde_json::from_value::<CreateInstance>(body).unwrap().into_spec(&LIMITS)?.0)
 }
 
 /// The field a body is refused for.
@@ -187,7 +188,7 @@ fn disks_have_the_limit_asked_for_or_their_share_of_the_hosts() {
         let mut body = json!({ "name": "web", "image": "nginx", "vcpus": 4 });
         body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
         let body = serde_json::from_value::<CreateInstance>(body).unwrap();
-        body.into_spec(limits).unwrap().disk_io_bps.map(NonZeroU64::get)
+        body.into_spec(limits).unwrap().0.disk_io_bps.map(NonZeroU64::get)
     };
     let host_cpus = NonZeroUsize::new(16).unwrap();
     let shared = Limits { disk_io_bps: NonZeroU64::new(1 << 30), host_cpus, ..LIMITS };
@@ -284,7 +285,7 @@ fn a_lifetime_is_a_duration_or_a_time() {
     let expiry = |fields: Value| {
         let mut body = json!({ "name": "web", "image": "nginx" });
         body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
-        serde_json::from_value::<CreateInstance>(body).unwrap().expiry()
+        Ok(serde_json::from_value::<CreateInstance>(body).unwrap().into_spec(&LIMITS)?.1)
     };
 
     assert_eq!(expiry(json!({})), Ok(Expiry::Never));

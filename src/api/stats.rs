@@ -62,7 +62,7 @@ impl From<&Stats> for StatsView {
     params(("id" = String, Path, description = "Id, name, or the beginning of an id")),
     responses((status = 200, body = StatsView), (status = "default", body = ErrorBody)),
 )]
-pub(in crate::api) async fn read(
+pub(super) async fn read(
     State(app): State<App>,
     Path(key): Path<String>,
 ) -> Result<Json<StatsView>, ApiError> {
