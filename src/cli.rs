@@ -1,7 +1,7 @@
 //! The command line: what can be typed. Each command is a file in `cli/`.
 //!
-//! A command's output goes to stdout, everything about it to stderr. `ovum run` exits as its
-//! workload does; the others with 0 or 1.
+//! A command's output goes to stdout, everything about it to stderr. `ovum run` and `ovum exec`
+//! exit as what they ran does; the others with 0 or 1.
 
 use std::env;
 use std::io::{self, IsTerminal};
@@ -24,15 +24,25 @@ mod boot;
 mod cp;
 mod embedded;
 mod exec;
+mod health;
 mod host;
 mod images;
 mod instances;
+mod interrupt;
+mod orders;
 mod output;
 mod run;
+mod stats;
+mod terminal;
+mod top;
+mod upkeep;
 mod wait;
 
 /// What is typed first.
 const NAME: &str = "ovum";
+
+/// States in which an instance costs nothing but disk.
+const AT_REST: [&str; 2] = ["Stopped", "Standby"];
 
 /// Runs OCI images as virtual machines
 #[derive(Debug, Parser)]
@@ -60,8 +70,20 @@ enum Command {
     Wait(wait::WaitArgs),
     /// Show all there is to know about an instance, as JSON
     Inspect(instances::InspectArgs),
+    /// Stop instances; their disks stay
+    Stop(orders::StopArgs),
+    /// Start stopped instances again, on the same disks
+    Start(orders::StartArgs),
+    /// Change when instances are started again, whether they are well, how long they live
+    Update(orders::UpdateArgs),
     /// Delete instances
-    Rm(instances::RmArgs),
+    Rm(orders::RmArgs),
+    /// Show what instances cost the host, once
+    Stats(stats::StatsArgs),
+    /// Show what instances cost the host, again and again
+    Top(top::TopArgs),
+    /// See whether the server answers, or whether instances are well
+    Health(health::HealthArgs),
     /// Pull, load, list and delete images
     #[command(subcommand)]
     Image(images::ImageCommand),
@@ -152,7 +174,13 @@ pub fn main() -> ExitCode {
         Command::Logs(args) => block_on(instances::logs(args)),
         Command::Wait(args) => block_on(wait::wait(args)),
         Command::Inspect(args) => block_on(instances::inspect(args)),
-        Command::Rm(args) => block_on(instances::rm(args)),
+        Command::Stop(args) => block_on(orders::stop(args)),
+        Command::Start(args) => block_on(orders::start(args)),
+        Command::Update(args) => block_on(orders::update(args)),
+        Command::Rm(args) => block_on(orders::rm(args)),
+        Command::Stats(args) => block_on(stats::stats(args)),
+        Command::Top(args) => client_runtime().and_then(|on| on.block_on(top::top(args))),
+        Command::Health(args) => client_runtime().and_then(|on| on.block_on(health::health(args))),
         Command::Image(command) => block_on(images::image(command)),
         Command::Token(args) => host::token(args).map(|()| ExitCode::SUCCESS),
         Command::Doctor(args) => host::doctor(args),

@@ -4,8 +4,8 @@
 //! does three things in one loop: it writes what happens to the events file, passes it on to
 //! whoever is connected, and follows orders. It ends when the machine ends. It opens no path.
 //!
-//! The server may come and go, unless it has told otherwise. A connection that does not keep up is dropped: the events file has
-//! everything, and the server can connect again.
+//! The server may come and go, unless it has told otherwise. A connection that does not keep up is
+//! dropped: the events file has everything, and the server can connect again.
 
 mod files;
 pub mod foreground;

@@ -301,9 +301,23 @@ async fn what_is_not_routed_is_told_in_the_family_of_the_middleware() {
     let server = Server::start().await;
 
     server.get("/nothing").await.says(StatusCode::NOT_FOUND, "Not Found");
+    server.get("/instances/%ff").await.says(StatusCode::BAD_REQUEST, "Bad Request");
+    server.get("/images/%ff").await.says(StatusCode::BAD_REQUEST, "Bad Request");
     server.delete("/instances").await.says(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed");
     let tagless = server.post("/images/tiny", &json!({ "target": "x" })).await;
     tagless.says(StatusCode::NOT_FOUND, "Not Found");
+}
+
+#[tokio::test]
+async fn what_the_contract_has_and_this_server_has_not_yet_is_no_404() {
+    let server = Server::start().await;
+
+    for path in ["/volumes", "/v2/", "/instances/one/standby", "/instances/one/volumes/two"] {
+        let answer = server.post(path, &json!({})).await;
+        answer.says(StatusCode::NOT_IMPLEMENTED, "not_supported");
+        assert!(answer.message().contains(path), "{answer:?}");
+    }
+    server.get("/instances/one/other").await.says(StatusCode::NOT_FOUND, "Not Found");
 }
 
 #[tokio::test]

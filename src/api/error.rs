@@ -9,7 +9,7 @@ use std::borrow::Cow;
 use std::error::Error;
 
 use axum::Json;
-use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -76,6 +76,12 @@ impl ApiError {
     /// A handler broke.
     pub fn panicked() -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "the server has a bug")
+    }
+
+    /// A part of the contract that is not there yet.
+    pub fn not_there_yet(method: &Method, path: &str) -> Self {
+        let message = format!("Not supported yet: {method} {path}");
+        Self::new(StatusCode::NOT_IMPLEMENTED, "not_supported", message)
     }
 
     /// There is no such image.

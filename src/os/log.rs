@@ -1,5 +1,5 @@
-//! Logs of bounded size: the oldest part becomes a hole, so that offsets in the file stay true while
-//! the disk it takes does not grow.
+//! Logs of bounded size: the oldest part becomes a hole, so that offsets in the file stay true
+//! while the disk it takes does not grow.
 
 use std::io;
 use std::os::fd::AsFd;

@@ -74,6 +74,8 @@ fn main() -> ExitCode {
         crash::CASES,
         killed::CASES,
         cli::CASES,
+        cli::inside::CASES,
+        cli::orders::CASES,
     ];
     let chosen: Vec<&Case> = suites
         .into_iter()
