@@ -63,9 +63,10 @@ async fn memory_added_after_the_boot_holds_what_is_written(host: &TestHost) {
     }
 
     // More than it booted with, so that some of it lies in what was added.
-    let pattern = "yes 0123456789abcde | head -c 400000000";
+    let pattern = "for i in $(seq 300); do cat /piece; done";
     let script = format!(
-        "mkdir /t && mount -t tmpfs -o size=500m none /t && {pattern} > /t/f && \
+        "head -c 1048576 /dev/urandom > /piece && mkdir /t && \
+         mount -t tmpfs -o size=500m none /t && {pattern} > /t/f && \
          {pattern} | md5sum && md5sum < /t/f"
     );
     let sums = output(host, "grows", &script).await;

@@ -188,7 +188,7 @@ fn disks_have_the_limit_asked_for_or_their_share_of_the_hosts() {
         let mut body = json!({ "name": "web", "image": "nginx", "vcpus": 4 });
         body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
         let body = serde_json::from_value::<CreateInstance>(body).unwrap();
-        body.into_spec(limits).unwrap().disk_io_bps.map(NonZeroU64::get)
+        body.into_spec(limits).unwrap().0.disk_io_bps.map(NonZeroU64::get)
     };
     let host_cpus = NonZeroUsize::new(16).unwrap();
     let shared = Limits { disk_io_bps: NonZeroU64::new(1 << 30), host_cpus, ..LIMITS };
