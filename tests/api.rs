@@ -208,6 +208,7 @@ async fn health_and_the_document_need_no_token() {
             "/instances/{id}/stats",
             "/instances/{id}/stop",
             "/instances/{id}/wait",
+            "/resources/memory/reclaim",
         ]
     );
     let schemas = &document.body["components"]["schemas"];

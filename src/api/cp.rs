@@ -175,7 +175,13 @@ impl Refused {
 /// Passes the bytes of a file on; returns how many there are, or what went wrong.
 async fn store(put: Put, source: &mut Source) -> Result<Result<u64, Refused>, Gone> {
     loop {
-        match source.next().await? {
+        // A client that pauses learns of the guest's end, too.
+        let input = tokio::select! {
+            biased;
+            input = source.next() => input?,
+            error = put.refused() => return Ok(Err(Refused::early(chain(&error)))),
+        };
+        match input {
             Input::Binary(bytes) => tokio::select! {
                 biased;
                 error = put.refused() => return Ok(Err(Refused::early(chain(&error)))),

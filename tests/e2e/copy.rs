@@ -269,7 +269,7 @@ async fn an_instance_is_deleted_during_copies(host: &TestHost) {
 
     let began = Instant::now();
     server.delete("copied").await;
-    while !matches!(into.next().await, Frame::Close(_)) {}
+    assert_eq!(into.json().await["success"], false);
     while !matches!(out.next().await, Frame::Close(_)) {}
 
     assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
