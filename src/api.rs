@@ -37,6 +37,7 @@ mod health;
 pub mod images;
 pub mod instances;
 mod logs;
+mod path;
 mod query;
 mod socket;
 pub mod stat;

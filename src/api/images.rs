@@ -4,7 +4,7 @@ use std::io;
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use chrono::{DateTime, Utc};
 use futures_util::TryStreamExt;
@@ -15,6 +15,7 @@ use utoipa::ToSchema;
 use crate::api::App;
 use crate::api::body::JsonBody;
 use crate::api::error::{ApiError, ErrorBody};
+use crate::api::path::Path;
 use crate::api::query::Query;
 use crate::api::tags::{self, Tags};
 use crate::images::reference::Reference;

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -14,6 +14,7 @@ use crate::api::instances::create::CreateInstance;
 use crate::api::instances::start::StartInstance;
 use crate::api::instances::update::UpdateInstance;
 use crate::api::instances::view::InstanceView;
+use crate::api::path::Path;
 use crate::api::query::{Query, QueryError};
 use crate::api::tags::{self, Tags};
 use crate::api::{App, REQUEST_TIMEOUT};

@@ -6,7 +6,7 @@
 use std::convert::Infallible;
 
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::HeaderValue;
 use axum::http::header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
@@ -14,6 +14,7 @@ use futures_util::StreamExt;
 
 use crate::api::App;
 use crate::api::error::{ApiError, ErrorBody};
+use crate::api::path::Path;
 use crate::api::query::{Query, QueryError};
 use crate::instances::follow::{LogEnd, LogQuery, LogSource};
 

@@ -1,12 +1,13 @@
 //! `/instances/{id}/stat`: what lies at a path in an instance.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::api::App;
 use crate::api::error::{ApiError, ErrorBody};
+use crate::api::path::Path;
 use crate::api::query::{Query, QueryError};
 use crate::instances::inside::agent::AgentError;
 use crate::instances::inside::agent::files::{PathInfo, PathKind, StatSpec};

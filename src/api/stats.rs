@@ -1,12 +1,13 @@
 //! `/instances/{id}/stats`: what an instance costs the host.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::api::App;
 use crate::api::error::{ApiError, ErrorBody};
+use crate::api::path::Path;
 use crate::instances::stats::Stats;
 
 /// What an instance costs the host at this moment; nothing unless it runs.
