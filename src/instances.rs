@@ -482,7 +482,7 @@ impl Reservation {
             hold: None,
             restart: RestartStatus::default(),
         };
-        shared.store.transact(|records| record.insert(records)).map_err(|source| {
+        shared.store.intend(|records| record.insert(records)).map_err(|source| {
             CreateError::Reserve(ReserveError::from_sqlite(record.spec.name.as_str(), source))
         })?;
         let dir = shared.dir_of(&id);

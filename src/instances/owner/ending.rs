@@ -122,7 +122,7 @@ impl Owner {
     /// Changes the record on the way to an end. A disk without room must not keep a guest running:
     /// then the change is written down with the next one.
     fn intend(&mut self, change: impl Fn(&mut Record)) -> Result<(), RecordError> {
-        match self.update(&change) {
+        match self.begin(&change) {
             Err(error) if error.lacks_room() => {
                 tracing::warn!(id = error.id, "No room to write down that an instance is ended");
                 change(&mut self.record);

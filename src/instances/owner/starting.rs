@@ -66,7 +66,7 @@ impl Owner {
         let boot = Boot::prepare(&shared, &spec, image)?;
         let dir = shared.dir_of(&self.record.id);
         let overlay = shared.disks.reopen(&dir.join(OVERLAY))?;
-        self.update(|record| record.phase = Phase::Starting)?;
+        self.begin(|record| record.phase = Phase::Starting)?;
         self.change(Event::Start);
         self.started_at = None;
         self.ending = Ending::default();
