@@ -76,13 +76,14 @@ impl Agents {
         Ok(Exec::new(self.open(socket, ToAgent::Exec(spec)).await?))
     }
 
-    /// Puts a file, a directory or a link into the guest behind `socket`.
+    /// Puts a file, a directory or a link into the guest behind `socket`. Whether the agent takes
+    /// it is known at its end, or when it is refused.
     ///
     /// # Errors
     ///
     /// [`AgentError`]; there may be an empty file then.
     pub async fn put(&self, socket: &Path, spec: PutSpec) -> Result<Put, AgentError> {
-        Ok(Put::new(self.open(socket, ToAgent::Put(spec)).await?))
+        Ok(Put::new(self.line(socket).await?.open(&ToAgent::Put(spec)).await?))
     }
 
     /// Reads a tree of the guest behind `socket`.

@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use std::error::Error;
 
 use axum::Json;
+use axum::http::header::CONNECTION;
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
@@ -133,6 +134,10 @@ impl IntoResponse for ApiError {
             (status, Json(ErrorBody { code: code.into_owned(), message })).into_response();
         if !may_pass {
             response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+        }
+        // Who is one too many must not go on costing a connection.
+        if status == StatusCode::TOO_MANY_REQUESTS {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         response
     }

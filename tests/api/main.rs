@@ -3,6 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
 
+mod bad_input;
+mod process;
+
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
