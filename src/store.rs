@@ -1,9 +1,9 @@
 //! Records on disk: one SQLite file, in write-ahead mode.
 //!
 //! What a commit has returned from survives the death of this process at any moment, and a loss of
-//! power: each commit waits for the disk (`synchronous = FULL`), but for those that only say what is
-//! about to be done. What a record names is brought to the disk by its maker before the record says
-//! that it is there.
+//! power: each commit waits for the disk (`synchronous = FULL`), but for those that only say what
+//! is about to be done. What a record names is brought to the disk by its maker before the record
+//! says that it is there.
 //!
 //! The schema is a list of steps; `user_version` says how many of them a file has seen. Steps are
 //! only ever added.
