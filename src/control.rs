@@ -49,6 +49,8 @@ pub enum FileRole {
     Control,
     /// The listening vsock socket (SOCK_STREAM).
     Vsock,
+    /// A process with whose end the machine shall end, too (pidfd_open(2)).
+    Lifeline,
 }
 
 /// What the server tells a worker to do.

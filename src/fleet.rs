@@ -21,6 +21,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::process;
 use std::time::Duration;
 
 use rustix::fs::{major, minor};
@@ -32,6 +33,7 @@ use crate::control::{
 };
 use crate::fleet::worker::Worker;
 use crate::os::packets::{self, PacketListener, PacketSocket};
+use crate::os::process::Process;
 use crate::os::spawn::{self, Identity};
 
 pub use crate::os::usage::{HostMemory, Usage};
@@ -45,9 +47,6 @@ const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a worker may take to answer anything else.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// What workers of earlier boots may leave in their log; more of it is thrown away.
-const WORKER_LOG_BYTES_MAX: u64 = 1 << 20;
 
 /// Device number of /dev/kvm (misc device 232, Documentation/admin-guide/devices.txt).
 const KVM_DEVICE: (u32, u32) = (10, 232);
@@ -87,6 +86,8 @@ pub struct WorkerSpec<'a> {
     pub disk_io_bps: Option<NonZeroU64>,
     /// Whether the guest gets a vsock device.
     pub vsock: bool,
+    /// Whether it ends when this process does, however that ends.
+    pub ends_with_us: bool,
 }
 
 /// One disk of a machine to be started.
@@ -182,6 +183,9 @@ impl Fleet {
         cargo.add(FileRole::Events, events.as_fd());
         cargo.add(FileRole::Control, control.as_fd());
         vsock.iter().for_each(|socket| cargo.add(FileRole::Vsock, socket.as_fd()));
+        let lifeline = spec.ends_with_us.then(|| Process::open(process::id())).transpose();
+        let lifeline = lifeline.map_err(SpawnError::Start)?;
+        lifeline.iter().for_each(|process| cargo.add(FileRole::Lifeline, process.as_fd()));
         self.start(machine(&spec), cargo, dir, log).await
     }
 
@@ -338,11 +342,6 @@ fn clear(dir: &Path) -> Result<(), SpawnError> {
             }
             Ok(()) | Err(_) => {}
         }
-    }
-    let path = dir.join(files::WORKER_LOG);
-    if fs::metadata(&path).is_ok_and(|log| log.len() > WORKER_LOG_BYTES_MAX) {
-        let emptied = File::options().write(true).truncate(true).open(&path);
-        emptied.map_err(|source| SpawnError::File { path, source })?;
     }
     Ok(())
 }

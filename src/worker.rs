@@ -4,12 +4,13 @@
 //! does three things in one loop: it writes what happens to the events file, passes it on to
 //! whoever is connected, and follows orders. It ends when the machine ends. It opens no path.
 //!
-//! The server may come and go. A connection that does not keep up is dropped: the events file has
-//! everything, and the server can connect again.
+//! The server may come and go, unless it has told otherwise. A connection that does not keep up is
+//! dropped: the events file has everything, and the server can connect again.
 
 mod files;
 pub mod foreground;
 mod journal;
+mod log;
 
 use std::io;
 use std::mem;
@@ -29,6 +30,8 @@ use crate::os::packets::{Packet, PacketListener, PacketSocket};
 use files::Files;
 use journal::{Journal, now_ns};
 
+pub use log::WorkerLog;
+
 /// Most control connections at a time; one more is turned away.
 const CONNECTIONS_MAX: usize = 8;
 
@@ -45,6 +48,8 @@ struct Worker {
     journal: Journal,
     control: PacketListener,
     connections: Vec<PacketSocket>,
+    /// The process that the machine does not outlive, if there is one and it runs.
+    lifeline: Option<OwnedFd>,
     running: bool,
     reports: usize,
     /// Memory to be added when the workload has started.
@@ -87,19 +92,20 @@ fn start(packet: Packet, launched_ns: u64) -> anyhow::Result<(Worker, [Event; 2]
     }
     let launch: Launch =
         serde_json::from_slice(&packet.bytes).context("Malformed launch message")?;
-    let Files { machine: files, events, control } = Files::sort(&launch.files, packet.files)?;
+    let Files { machine: files, events, control, lifeline } =
+        Files::sort(&launch.files, packet.files)?;
     let mut journal = Journal::new(events);
     let launched = journal.append(launched_ns, Happening::Launched);
     let mut machine =
         Machine::build(&launch.machine, files).context("Failed to build the machine")?;
     let built = journal.append(now_ns(), Happening::Built);
     machine.boot().context("Failed to start the vCPUs")?;
-    let connections = Vec::new();
     let worker = Worker {
         machine,
         journal,
         control,
-        connections,
+        connections: Vec::new(),
+        lifeline,
         running: true,
         reports: 0,
         hotplug_bytes: launch.machine.hotplug_bytes,
@@ -135,6 +141,10 @@ impl Worker {
             }
             if ready.control {
                 self.accept();
+            }
+            if ready.lifeline {
+                self.lifeline = None;
+                self.machine.stop();
             }
         }
     }
@@ -251,25 +261,22 @@ impl Worker {
     }
 
     fn wait(&self) -> anyhow::Result<Ready> {
-        let machine = self.machine.events_fd();
-        let mut files = vec![
-            PollFd::from_borrowed_fd(machine, PollFlags::IN),
-            PollFd::from_borrowed_fd(self.control.as_fd(), PollFlags::IN),
-        ];
-        files.extend(
-            self.connections.iter().map(|c| PollFd::from_borrowed_fd(c.as_fd(), PollFlags::IN)),
-        );
+        let watched = |file| PollFd::from_borrowed_fd(file, PollFlags::IN);
+        let mut files = vec![watched(self.machine.events_fd()), watched(self.control.as_fd())];
+        files.extend(self.connections.iter().map(|connection| watched(connection.as_fd())));
+        files.extend(self.lifeline.iter().map(|process| watched(process.as_fd())));
         match event::poll(&mut files, None) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(Ready::default()),
             Err(error) => return Err(error).context("Failed to wait for events"),
         }
         let mut ready = files.iter().map(|file| !file.revents().is_empty());
-        Ok(Ready {
-            machine: ready.next().unwrap_or_default(),
-            control: ready.next().unwrap_or_default(),
-            connections: ready.enumerate().filter(|(_, is)| *is).map(|(index, _)| index).collect(),
-        })
+        let machine = ready.next().unwrap_or_default();
+        let control = ready.next().unwrap_or_default();
+        let connections = ready.by_ref().take(self.connections.len()).enumerate();
+        let connections = connections.filter(|(_, is)| *is).map(|(index, _)| index).collect();
+        let lifeline = ready.next().unwrap_or_default();
+        Ok(Ready { machine, control, connections, lifeline })
     }
 }
 
@@ -279,6 +286,7 @@ struct Ready {
     machine: bool,
     control: bool,
     connections: Vec<usize>,
+    lifeline: bool,
 }
 
 fn send(connection: &PacketSocket, reply: &Reply) -> io::Result<()> {

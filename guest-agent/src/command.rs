@@ -34,8 +34,9 @@ const TIMED_OUT: u8 = 124;
 /// Exit status of a program that is not there.
 const NOT_FOUND: u8 = 127;
 
-/// What a pipe holds, and so the most that a process has left behind when it ended.
-const LEFT_BYTES_MAX: usize = 64 << 10;
+/// What a pipe for output holds, and so the most that a process has left behind when it ended: a
+/// whole window, for the more leaves in one go, the fewer interrupts and exits it costs.
+const PIPE_BYTES: usize = WINDOW_BYTES as usize;
 
 /// What programs on a terminal expect to be told of it.
 const TERMINAL_ENV: [(&str, &str); 4] = [
@@ -126,6 +127,7 @@ impl Command {
             error: theirs[2].as_fd(),
             is_terminal: spec.terminal.is_some(),
             working_dir: working_dir.as_deref(),
+            is_mortal: true,
         };
         let pid = spawn::spawn(&program, place, None).map_err(|error| match error {
             SpawnError::Clone(errno) => system(errno),
@@ -245,8 +247,8 @@ impl Command {
         if is_ours {
             self.code = Some(code);
             self.deadline = None;
-            self.output.left_bytes = Some(LEFT_BYTES_MAX);
-            self.error.left_bytes = Some(LEFT_BYTES_MAX);
+            self.output.left_bytes = Some(PIPE_BYTES);
+            self.error.left_bytes = Some(PIPE_BYTES);
         }
         is_ours
     }
@@ -280,14 +282,24 @@ impl Drop for Command {
 }
 
 impl Source {
-    /// Moves one chunk.
+    /// Moves what there is, as far as there is room for it.
     fn pump(
         &mut self,
         credit: &mut Credit,
         outbox: &mut Outbox<'_>,
         message: fn(Vec<u8>) -> ToServer,
     ) {
-        let Some(fd) = &self.fd else { return };
+        while outbox.has_room() && self.move_chunk(credit, outbox, message) {}
+    }
+
+    /// Moves one chunk; whether there may be more.
+    fn move_chunk(
+        &mut self,
+        credit: &mut Credit,
+        outbox: &mut Outbox<'_>,
+        message: fn(Vec<u8>) -> ToServer,
+    ) -> bool {
+        let Some(fd) = &self.fd else { return false };
         let bytes_max = credit.chunk_bytes().min(self.left_bytes.unwrap_or(usize::MAX));
         let mut chunk = Vec::with_capacity(bytes_max);
         match io::read(fd, spare_capacity(&mut chunk)) {
@@ -298,6 +310,7 @@ impl Source {
                     outbox.say(&message);
                 }
                 self.left_bytes = self.left_bytes.map(|left| left.saturating_sub(read));
+                return read == bytes_max && credit.chunk_bytes() > 0;
             }
             Err(Errno::INTR) => {}
             // Whoever still writes is not the command.
@@ -306,6 +319,7 @@ impl Source {
             // EIO: the last one has closed the terminal.
             Err(_) => self.fd = None,
         }
+        false
     }
 }
 
@@ -360,6 +374,9 @@ fn ends(spec: &ExecSpec) -> Result<Ends, Errno> {
     } else {
         (None, io::fcntl_dupfd_cloexec(&their_output, 0)?)
     };
+    for ours in [&output].into_iter().chain(&error) {
+        pipe::fcntl_setpipe_size(ours, PIPE_BYTES)?;
+    }
     for ours in [&input, &output].into_iter().chain(&error) {
         let flags = fs::fcntl_getfl(ours)?;
         fs::fcntl_setfl(ours, flags | OFlags::NONBLOCK)?;

@@ -6,7 +6,7 @@ use ovum_agent_proto::message::ToServer;
 use crate::session::Session;
 
 /// Bytes taken before the server is told, so that not every chunk costs a frame.
-const TAKEN_BYTES_MIN: u32 = WINDOW_BYTES / 4;
+const TAKEN_BYTES_MIN: u32 = WINDOW_BYTES / 2;
 
 /// How much may still be sent on a stream.
 #[derive(Debug, Clone, Copy)]

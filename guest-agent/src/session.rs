@@ -55,6 +55,12 @@ impl Session {
         self.unsent.len() < UNSENT_BYTES_MAX
     }
 
+    /// What the server has left unread.
+    #[cfg(test)]
+    pub(crate) fn unsent_bytes(&self) -> usize {
+        self.unsent.len()
+    }
+
     /// Queues a message. It leaves with the next [`Session::send`].
     pub(crate) fn say(&mut self, stream: u32, message: &ToServer) {
         if let Err(error) = message.encode(stream, &mut self.unsent) {

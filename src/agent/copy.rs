@@ -14,9 +14,14 @@ use crate::agent::{ANSWER_TIMEOUT, AgentError, answer};
 const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// A file on its way into a guest. Dropped before its end, it stays there as it is.
+///
+/// Its bytes do not wait until the agent has made the file: they would wait for a way there and
+/// back, which is most of what a small file takes.
 #[derive(Debug)]
 pub struct Put {
     stream: Stream,
+    /// The agent has made the file.
+    is_made: bool,
 }
 
 /// A tree on its way out of a guest.
@@ -40,30 +45,32 @@ pub enum GetEvent {
 
 impl Put {
     pub(super) fn new(stream: Stream) -> Self {
-        Self { stream }
+        Self { stream, is_made: false }
     }
 
     /// Sends bytes of the file.
     ///
     /// # Errors
     ///
-    /// [`AgentError`]: [`Self::finish`] says more, if the agent refused them.
-    pub async fn send(&self, bytes: &[u8]) -> Result<(), AgentError> {
-        let sending = time::timeout(STALL_TIMEOUT, self.stream.send(bytes));
-        sending.await.map_err(|_| AgentError::Silent { after: STALL_TIMEOUT })?
+    /// [`AgentError`]; why the agent refuses them, if it does.
+    pub async fn send(&mut self, bytes: &[u8]) -> Result<(), AgentError> {
+        let Self { stream, is_made } = self;
+        let sending = time::timeout(STALL_TIMEOUT, stream.send(bytes));
+        tokio::select! {
+            biased;
+            error = refused(stream, is_made) => Err(error),
+            sent = sending => sent.map_err(|_| AgentError::Silent { after: STALL_TIMEOUT })?,
+        }
     }
 
-    /// Waits until the agent refuses what it was sent so far: for ever, if it does not.
+    /// Waits until the agent refuses the file, or what it was sent of it: for ever, if it does
+    /// not. Nothing is lost if this is dropped before it is ready.
     ///
     /// # Errors
     ///
     /// Always: [`AgentError`].
-    pub async fn refused(&self) -> AgentError {
-        match self.stream.next().await {
-            Ok(ToServer::Error { code, message }) => AgentError::Refused { code, message },
-            Ok(_) => AgentError::OutOfPlace,
-            Err(error) => error,
-        }
+    pub async fn refused(&mut self) -> AgentError {
+        refused(&self.stream, &mut self.is_made).await
     }
 
     /// The file is complete; returns how many bytes it has in the guest.
@@ -71,11 +78,25 @@ impl Put {
     /// # Errors
     ///
     /// [`AgentError`].
-    pub async fn finish(self) -> Result<u64, AgentError> {
+    pub async fn finish(mut self) -> Result<u64, AgentError> {
         self.stream.say(&ToAgent::End).await?;
-        match answer(&self.stream, STALL_TIMEOUT).await? {
-            ToServer::Stored { bytes } => Ok(bytes),
-            _ => Err(AgentError::OutOfPlace),
+        loop {
+            match answer(&self.stream, STALL_TIMEOUT).await? {
+                ToServer::Ack if !self.is_made => self.is_made = true,
+                ToServer::Stored { bytes } if self.is_made => return Ok(bytes),
+                _ => return Err(AgentError::OutOfPlace),
+            }
+        }
+    }
+}
+
+async fn refused(stream: &Stream, is_made: &mut bool) -> AgentError {
+    loop {
+        match stream.next().await {
+            Ok(ToServer::Ack) if !*is_made => *is_made = true,
+            Ok(ToServer::Error { code, message }) => return AgentError::Refused { code, message },
+            Ok(_) => return AgentError::OutOfPlace,
+            Err(error) => return error,
         }
     }
 }

@@ -33,6 +33,9 @@ const OUTBOX_BYTES_MAX: usize = 1 << 20;
 /// Messages in one inbox. The window allows for fewer.
 const INBOX_MESSAGES_MAX: usize = 8 << 10;
 
+/// Bytes taken from an inbox before the agent is told, so that few frames are spent on it.
+const TAKEN_BYTES_MIN: u32 = WINDOW_BYTES / 2;
+
 /// How long an agent may leave everything unread.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -312,7 +315,7 @@ impl Stream {
         }
         slot.window += cost;
         slot.taken += cost;
-        if slot.taken >= WINDOW_BYTES / 4 {
+        if slot.taken >= TAKEN_BYTES_MIN {
             let credit = ToAgent::Credit(mem::take(&mut slot.taken));
             credit.encode(self.number, outbox).map_err(AgentError::TooLong)?;
             self.shared.filled.notify_one();

@@ -173,18 +173,20 @@ impl Refused {
 }
 
 /// Passes the bytes of a file on; returns how many there are, or what went wrong.
-async fn store(put: Put, source: &mut Source) -> Result<Result<u64, Refused>, Gone> {
+async fn store(mut put: Put, source: &mut Source) -> Result<Result<u64, Refused>, Gone> {
     loop {
-        match source.next().await? {
-            Input::Binary(bytes) => tokio::select! {
-                biased;
-                error = put.refused() => return Ok(Err(Refused::early(chain(&error)))),
-                sent = put.send(&bytes) => {
-                    if let Err(error) = sent {
-                        return Ok(Err(Refused::early(chain(&error))));
-                    }
+        // A client that pauses learns of the guest's end, too.
+        let input = tokio::select! {
+            biased;
+            error = put.refused() => return Ok(Err(Refused::early(chain(&error)))),
+            input = source.next() => input?,
+        };
+        match input {
+            Input::Binary(bytes) => {
+                if let Err(error) = put.send(&bytes).await {
+                    return Ok(Err(Refused::early(chain(&error))));
                 }
-            },
+            }
             Input::Text(text) => {
                 let stored = match serde_json::from_str(&text) {
                     Ok(Control::End) => put.finish().await.map_err(|error| chain(&error)),

@@ -9,7 +9,8 @@ use std::borrow::Cow;
 use std::error::Error;
 
 use axum::Json;
-use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::http::header::CONNECTION;
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -78,6 +79,12 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "the server has a bug")
     }
 
+    /// A part of the contract that is not there yet.
+    pub fn not_there_yet(method: &Method, path: &str) -> Self {
+        let message = format!("Not supported yet: {method} {path}");
+        Self::new(StatusCode::NOT_IMPLEMENTED, "not_supported", message)
+    }
+
     /// There is no such image.
     pub fn no_image(name: &str) -> Self {
         Self::new(StatusCode::NOT_FOUND, "not_found", format!("Image {name} is not on this host"))
@@ -127,6 +134,10 @@ impl IntoResponse for ApiError {
             (status, Json(ErrorBody { code: code.into_owned(), message })).into_response();
         if !may_pass {
             response.headers_mut().insert(SHOULD_RETRY, HeaderValue::from_static("false"));
+        }
+        // Who is one too many must not go on costing a connection.
+        if status == StatusCode::TOO_MANY_REQUESTS {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         response
     }
@@ -425,7 +436,9 @@ impl From<StartError> for ApiError {
     fn from(error: StartError) -> Self {
         match error {
             StartError::Order(error) => error.into(),
-            StartError::Refused { .. } => Self::conflict("invalid_state", &error),
+            StartError::Refused { .. } | StartError::HalfDeleted => {
+                Self::conflict("invalid_state", &error)
+            }
             StartError::Image(ReadyError::Missing { .. }) => Self::missing("not_found", &error),
             StartError::Image(ReadyError::NotReady { .. } | ReadyError::Host(_))
             | StartError::Disk(_) => Self::internal(&error),

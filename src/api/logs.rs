@@ -6,7 +6,7 @@
 use std::convert::Infallible;
 
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::HeaderValue;
 use axum::http::header::{CACHE_CONTROL, CONNECTION, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
@@ -14,6 +14,7 @@ use futures_util::StreamExt;
 
 use crate::api::App;
 use crate::api::error::{ApiError, ErrorBody};
+use crate::api::key::Key;
 use crate::api::query::{Query, QueryError};
 use crate::instances::follow::{LogEnd, LogQuery, LogSource};
 
@@ -46,7 +47,7 @@ const ACCEL_BUFFERING: &str = "x-accel-buffering";
 )]
 pub(super) async fn read(
     State(app): State<App>,
-    Path(key): Path<String>,
+    Key(key): Key,
     query: Query,
 ) -> Result<Response, ApiError> {
     let source = match query.value("source").unwrap_or("app") {

@@ -6,8 +6,8 @@
 use std::future;
 use std::time::Duration;
 
+use axum::extract::FromRequestParts;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
-use axum::extract::{FromRequestParts, Path};
 use axum::http::StatusCode;
 use axum::http::request::Parts;
 use axum::response::Response;
@@ -19,6 +19,7 @@ use tokio::time;
 
 use crate::api::App;
 use crate::api::error::ApiError;
+use crate::api::key::Key;
 use crate::instances::inside::Inside;
 
 /// Most bytes of one message. Some clients send a whole input as one.
@@ -69,10 +70,7 @@ impl FromRequestParts<App> for Visit {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let refused = |text| ApiError::of_status(StatusCode::BAD_REQUEST, text);
-        let Path(key) = Path::<String>::from_request_parts(parts, app)
-            .await
-            .map_err(|rejection| refused(rejection.body_text()))?;
+        let Key(key) = Key::from_request_parts(parts, app).await?;
         let inside = app.instances.inside(&key)?;
         let upgrade =
             WebSocketUpgrade::from_request_parts(parts, app).await.map_err(|rejection| {

@@ -1,12 +1,13 @@
 //! `/instances/{id}/stats`: what an instance costs the host.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::api::App;
 use crate::api::error::{ApiError, ErrorBody};
+use crate::api::key::Key;
 use crate::instances::stats::Stats;
 
 /// What an instance costs the host at this moment; nothing unless it runs.
@@ -64,7 +65,7 @@ impl From<&Stats> for StatsView {
 )]
 pub(super) async fn read(
     State(app): State<App>,
-    Path(key): Path<String>,
+    Key(key): Key,
 ) -> Result<Json<StatsView>, ApiError> {
     Ok(Json((&app.instances.stats(&key)?).into()))
 }

@@ -263,6 +263,7 @@ async fn a_worker_is_found_again_until_it_ends() {
 async fn what_is_not_the_kvm_device_is_not_handed_on() {
     let dir = tempfile::tempdir().unwrap();
     let spec = || WorkerSpec {
+        ends_with_us: false,
         hotplug_bytes: 0,
         disk_io_bps: None,
         dir: dir.path(),

@@ -62,6 +62,7 @@ impl Boot {
             ],
             disk_io_bps: spec.disk_io_bps,
             vsock: spec.agent,
+            ends_with_us: spec.ends_with_server,
         };
         Ok(shared.fleet.spawn(worker).await?)
     }

@@ -315,6 +315,23 @@ impl Owner {
         let mut record = self.record.clone();
         change(&mut record);
         let written = self.shared.store.transact(|records| record.update(records));
+        self.replace(record, written)
+    }
+
+    /// As [`Self::update`], for the beginning of what nobody is told of before it is done: a disk
+    /// is not waited for.
+    fn begin(&mut self, change: impl FnOnce(&mut Record)) -> Result<(), RecordError> {
+        let mut record = self.record.clone();
+        change(&mut record);
+        let written = self.shared.store.intend(|records| record.update(records));
+        self.replace(record, written)
+    }
+
+    fn replace(
+        &mut self,
+        record: Record,
+        written: rusqlite::Result<()>,
+    ) -> Result<(), RecordError> {
         written.map_err(|source| RecordError { id: record.id.clone(), source })?;
         self.record = record;
         Ok(())

@@ -59,6 +59,9 @@ pub struct InstanceSpec {
     /// When it is started again, if ever.
     #[serde(default)]
     pub restart_policy: Option<RestartPolicy>,
+    /// Nobody wants it any more once this server has ended.
+    #[serde(default)]
+    pub ends_with_server: bool,
 }
 
 /// When an instance is to be deleted by itself.
@@ -227,6 +230,7 @@ impl InstanceSpec {
             cmd: Vec::new(),
             health_check: None,
             restart_policy: None,
+            ends_with_server: false,
         }
     }
 }

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use ovum_agent_proto::files::{PathInfo, PathKind, StatSpec};
+use futures_util::FutureExt;
+use ovum_agent_proto::files::{Entry, EntryKind, PathInfo, PathKind, StatSpec};
 use ovum_agent_proto::frame::FRAME_COST_BYTES;
 use ovum_agent_proto::message::ErrorCode;
 use ovum_agent_proto::report::Exit;
+use proptest::prelude::*;
 use tokio::task::JoinHandle;
 
 use super::*;
@@ -117,7 +119,7 @@ async fn small_pieces_become_one_and_the_agent_is_told_when_they_are_taken() {
     assert_eq!(bytes, pieces as usize);
     assert!(messages <= pieces, "{messages}");
     let (1, ToAgent::Credit(first)) = agent.hear().await else { panic!("no credit") };
-    assert!(first >= WINDOW_BYTES / 4, "{first}");
+    assert!(first >= TAKEN_BYTES_MIN, "{first}");
 }
 
 #[tokio::test]
@@ -251,4 +253,101 @@ async fn a_refusal_is_the_last_word() {
     drop(stream);
     let _next = line.open(&stat()).await.unwrap();
     assert_eq!(agent.hear().await, (2, stat()), "nothing is called off");
+}
+
+/// What happens on a line, in any order.
+#[derive(Debug, Clone)]
+enum Step {
+    Open,
+    /// The agent says something, on whatever stream.
+    Hear(u32, ToServer),
+    Take(usize),
+    Send(usize, usize),
+    Say(usize),
+    Drop(usize),
+    /// What waits for the agent leaves.
+    Leave,
+    End,
+}
+
+/// What an agent can say, whether it makes sense or not.
+fn word() -> impl Strategy<Value = ToServer> {
+    let path = "d".to_owned();
+    let entry = Entry { path, kind: EntryKind::File, mode: 0, size: 9, mtime: 0, uid: 0, gid: 0 };
+    let info = PathInfo { kind: PathKind::Missing, mode: 0, size: 0 };
+    prop_oneof![
+        8 => (0..=DATA_BYTES_MAX).prop_map(data),
+        2 => (0..100_usize).prop_map(|bytes| ToServer::ErrorData(vec![b'e'; bytes])),
+        4 => any::<u32>().prop_map(ToServer::Credit),
+        2 => Just(ToServer::Ack),
+        2 => Just(ToServer::Entry(entry)),
+        1 => Just(ToServer::End),
+        1 => Just(ToServer::PathInfo(info)),
+        1 => any::<u64>().prop_map(|bytes| ToServer::Stored { bytes }),
+        1 => any::<u8>().prop_map(|code| ToServer::Ended { code }),
+        1 => Just(ToServer::Hello { version: VERSION, build: String::new() }),
+        1 => Just(ToServer::Error { code: ErrorCode::System, message: "no".into() }),
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let stream = 0..8_usize;
+    prop_oneof![
+        3 => Just(Step::Open),
+        12 => (0..8_u32, word()).prop_map(|(stream, word)| Step::Hear(stream, word)),
+        6 => stream.clone().prop_map(Step::Take),
+        3 => (stream.clone(), 0..100_000_usize).prop_map(|(stream, n)| Step::Send(stream, n)),
+        1 => stream.clone().prop_map(Step::Say),
+        1 => stream.prop_map(Step::Drop),
+        1 => Just(Step::Leave),
+        1 => Just(Step::End),
+    ]
+}
+
+proptest! {
+    /// Whatever an agent says, and whatever is done meanwhile, what it makes us keep is bounded,
+    /// and so is what it is sent.
+    #[test]
+    fn an_agent_that_lies_costs_no_more_than_the_window(
+        steps in prop::collection::vec(step(), 1..200),
+    ) {
+        let line = Line { shared: Arc::default() };
+        let mut streams: Vec<Stream> = Vec::new();
+        for step in steps {
+            let count = streams.len().max(1);
+            match step {
+                Step::Open => streams.extend(line.open(&exec()).now_or_never().and_then(Result::ok)),
+                Step::Hear(stream, word) => {
+                    if line.shared.lock().hear(stream, word).is_err() {
+                        line.shared.end(LineEnd::Lost);
+                    }
+                }
+                Step::Take(stream) => drop(streams.get(stream % count).map(Stream::take)),
+                Step::Send(stream, bytes) => {
+                    let bytes = vec![b'x'; bytes];
+                    let sent = streams.get(stream % count).map(|stream| stream.send(&bytes));
+                    drop(sent.and_then(FutureExt::now_or_never));
+                }
+                Step::Say(stream) => {
+                    let said = streams.get(stream % count).map(|stream| stream.say(&ToAgent::End));
+                    drop(said.and_then(FutureExt::now_or_never));
+                }
+                Step::Drop(stream) if !streams.is_empty() => drop(streams.remove(stream % count)),
+                Step::Drop(_) => {}
+                Step::Leave => line.shared.lock().outbox.clear(),
+                Step::End => line.shared.end(LineEnd::GuestEnded),
+            }
+            let state = line.shared.lock();
+            prop_assert!(state.streams.len() <= streams.len());
+            // Credit and calling off take none of the room that is waited for.
+            prop_assert!(state.outbox.len() <= OUTBOX_BYTES_MAX + DATA_BYTES_MAX + 9 * 400);
+            for slot in state.streams.values() {
+                let kept: u32 = slot.inbox.iter().map(|(_, cost)| cost).sum();
+                let bytes: u32 = slot.inbox.iter().map(|(message, _)| message.cost()).sum();
+                prop_assert_eq!(kept + slot.window, WINDOW_BYTES);
+                prop_assert!(bytes <= kept && slot.inbox.len() <= INBOX_MESSAGES_MAX);
+                prop_assert!(slot.credit <= WINDOW_BYTES && slot.taken < TAKEN_BYTES_MIN);
+            }
+        }
+    }
 }

@@ -104,6 +104,10 @@ pub struct CreateInstance {
     /// Instead of the image's; empty is as if omitted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cmd: Option<Vec<String>>,
+    /// However this server ends, the instance ends with it and is deleted: for a server that lives
+    /// as long as one command. Not in the original.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ends_with_server: Option<bool>,
 }
 
 /// Names for the runtime that clients know.
@@ -180,6 +184,7 @@ impl CreateInstance {
             cmd,
             health_check,
             restart_policy,
+            ends_with_server: self.ends_with_server.unwrap_or_default(),
         };
         Ok((spec, expiry.unwrap_or(Expiry::Never)))
     }

@@ -147,7 +147,7 @@ pub enum CompressionAlgorithm {
 }
 
 /// When an instance goes to standby.
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AutoStandby {
     /// Whether.
     pub enabled: Option<bool>,

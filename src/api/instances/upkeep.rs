@@ -11,7 +11,7 @@ use crate::api::instances::policies::{HealthCheck, RestartPolicy};
 use crate::instances::spec::{Expiry, Upkeep};
 
 /// How an instance is looked after.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct UpkeepFields {
     /// When to go to standby. Not there yet.
     #[serde(skip_serializing_if = "Option::is_none")]

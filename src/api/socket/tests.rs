@@ -224,6 +224,35 @@ async fn a_file_is_taken_to_its_end_and_counted_by_the_agent() {
     client.hear_close().await;
 }
 
+/// A way to the guest and back for each file, and not two.
+#[tokio::test]
+async fn the_bytes_of_a_file_do_not_wait_until_the_agent_has_made_it() {
+    let mut client = Client::at("cp").await;
+    let (mut agent, _) = client.ask(&json!({ "direction": "to", "guest_path": "/a" })).await;
+
+    client.send(b"content").await;
+    client.say(&json!({ "type": "end" })).await;
+
+    assert_eq!(agent.hear().await, (1, ToAgent::Data(b"content".to_vec())));
+    assert_eq!(agent.hear().await, (1, ToAgent::End));
+    agent.say(1, &ToServer::Ack).await;
+    agent.say(1, &ToServer::Stored { bytes: 7 }).await;
+    assert_eq!(client.json().await["success"], true);
+    client.hear_close().await;
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_made_is_refused_before_its_bytes_are_sent() {
+    let mut client = Client::at("cp").await;
+    let (mut agent, _) = client.ask(&json!({ "direction": "to", "guest_path": "/a" })).await;
+    let message = "/a: is a directory".to_owned();
+
+    agent.say(1, &ToServer::Error { code: ErrorCode::System, message: message.clone() }).await;
+
+    let result = json!({ "type": "result", "success": false, "error": message });
+    assert_eq!(client.json().await, result);
+}
+
 /// Otherwise a client that writes before it reads would never learn why. Until it has said all, the
 /// server listens: a connection closed over what is still on its way takes the refusal with it.
 #[tokio::test]
@@ -246,6 +275,20 @@ async fn a_refusal_arrives_while_the_client_still_sends() {
     assert_eq!(client.hear().await, Said::Pong(b"still there?".to_vec().into()));
     client.say(&json!({ "type": "end" })).await;
     client.hear_close().await;
+}
+
+#[tokio::test]
+async fn a_client_that_pauses_hears_that_the_guest_has_ended() {
+    let mut client = Client::at("cp").await;
+    let (mut agent, _) = client.ask(&json!({ "direction": "to", "guest_path": "/a" })).await;
+    agent.say(1, &ToServer::Ack).await;
+    client.send(b"some").await;
+    agent.hear().await;
+
+    drop(agent);
+
+    let result = client.json().await;
+    assert_eq!((&result["type"], &result["success"]), (&json!("result"), &json!(false)));
 }
 
 fn entry(path: &str, kind: EntryKind, size: u64) -> ToServer {

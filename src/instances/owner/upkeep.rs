@@ -14,6 +14,7 @@ use tokio::time;
 use crate::control::Order;
 use crate::fleet::disk_limit;
 use crate::instances::owner::Owner;
+use crate::instances::record::Phase;
 use crate::instances::restart::{Blocked, Decision, RestartReason};
 use crate::instances::spec::Upkeep;
 use crate::instances::state::State;
@@ -69,7 +70,8 @@ impl Owner {
     /// When it is to be started again by itself.
     pub(super) fn restart_at(&self) -> Option<DateTime<Utc>> {
         let policy = self.record.spec.restart_policy.as_ref()?;
-        let end = self.record.end.as_ref().filter(|_| self.state == State::Stopped)?;
+        let has_stopped = self.state == State::Stopped && self.record.phase != Phase::Deleting;
+        let end = self.record.end.as_ref().filter(|_| has_stopped)?;
         match policy.decide(&self.record.restart, end) {
             Decision::At(at) => Some(at),
             Decision::Leave | Decision::GiveUp => None,

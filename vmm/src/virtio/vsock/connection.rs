@@ -32,8 +32,9 @@ use super::packet::{
 use crate::virtio::Interest;
 use crate::virtio::buffers::Span;
 
-/// Bytes from the guest that a connection keeps for a client which is slow to read.
-pub(super) const BUFFER_BYTES: u32 = 128 << 10;
+/// Bytes from the guest that a connection keeps for a client which is slow to read. As many as
+/// Linux keeps: each time that the guest has to be told of room costs it an interrupt.
+pub(super) const BUFFER_BYTES: u32 = 256 << 10;
 
 /// The guest is told of room for this many bytes that it does not know of.
 const CREDIT_STEP_BYTES: u32 = BUFFER_BYTES / 2;

@@ -3,6 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a step that fails is a test that fails")]
 
+mod bad_input;
+mod process;
+
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -208,6 +211,7 @@ async fn health_and_the_document_need_no_token() {
             "/instances/{id}/stats",
             "/instances/{id}/stop",
             "/instances/{id}/wait",
+            "/resources/memory/reclaim",
         ]
     );
     let schemas = &document.body["components"]["schemas"];
@@ -301,9 +305,23 @@ async fn what_is_not_routed_is_told_in_the_family_of_the_middleware() {
     let server = Server::start().await;
 
     server.get("/nothing").await.says(StatusCode::NOT_FOUND, "Not Found");
+    server.get("/instances/%ff").await.says(StatusCode::BAD_REQUEST, "Bad Request");
+    server.get("/images/%ff").await.says(StatusCode::BAD_REQUEST, "Bad Request");
     server.delete("/instances").await.says(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed");
     let tagless = server.post("/images/tiny", &json!({ "target": "x" })).await;
     tagless.says(StatusCode::NOT_FOUND, "Not Found");
+}
+
+#[tokio::test]
+async fn what_the_contract_has_and_this_server_has_not_yet_is_no_404() {
+    let server = Server::start().await;
+
+    for path in ["/volumes", "/v2/", "/instances/one/standby", "/instances/one/volumes/two"] {
+        let answer = server.post(path, &json!({})).await;
+        answer.says(StatusCode::NOT_IMPLEMENTED, "not_supported");
+        assert!(answer.message().contains(path), "{answer:?}");
+    }
+    server.get("/instances/one/other").await.says(StatusCode::NOT_FOUND, "Not Found");
 }
 
 #[tokio::test]
@@ -712,6 +730,26 @@ async fn an_instance_whose_time_is_over_is_deleted() {
 
     assert_eq!((soon.status, later.status), (StatusCode::OK, StatusCode::OK));
     assert_eq!(server.instance_folders(), [""; 0]);
+}
+
+/// What was begun is finished, now or by the next server, and nobody is told that it runs again.
+#[tokio::test]
+async fn a_half_deleted_instance_can_only_be_deleted() {
+    let server = stopped_instances(&["one"]).await;
+    let folder = server.dir.path().join("data/instances/one");
+    fs::remove_dir(&folder).unwrap();
+    fs::write(&folder, "no folder").unwrap();
+
+    let failed = server.delete("/instances/one").await;
+    let started = server.post("/instances/one/start", &json!({})).await;
+    fs::remove_file(&folder).unwrap();
+    let again = server.delete("/instances/one").await;
+
+    assert_eq!(failed.status, StatusCode::INTERNAL_SERVER_ERROR, "{failed:?}");
+    started.says(StatusCode::CONFLICT, "invalid_state");
+    assert!(started.message().contains("delete it once more"), "{started:?}");
+    assert_eq!(again.status, StatusCode::NO_CONTENT, "{again:?}");
+    server.get("/instances/one").await.says(StatusCode::NOT_FOUND, "not_found");
 }
 
 #[tokio::test]
