@@ -310,6 +310,11 @@ impl<'a> Cargo<'a> {
     }
 }
 
+/// What the disks of a machine may do together, at so many bytes per second if there is a limit.
+pub fn disk_limit(disk_io_bps: Option<NonZeroU64>) -> RateLimitSpec {
+    RateLimitSpec { bytes: disk_io_bps.map(RateSpec::steady), operations: None }
+}
+
 fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
     let disks = spec.disks.iter();
     MachineSpec {
@@ -321,10 +326,7 @@ fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
         disks: disks
             .map(|disk| DiskSpec { id: disk.id.to_owned(), read_only: disk.read_only })
             .collect(),
-        disk_limit: RateLimitSpec {
-            bytes: spec.disk_io_bps.map(RateSpec::steady),
-            operations: None,
-        },
+        disk_limit: disk_limit(spec.disk_io_bps),
         vsock_cid: spec.vsock.then_some(VSOCK_CID),
         serial: false,
     }

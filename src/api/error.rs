@@ -454,6 +454,7 @@ impl From<UpkeepError> for ApiError {
             UpkeepError::Order(error) => error.into(),
             UpkeepError::Expired { .. } => Self::conflict("instance_expired", &error),
             UpkeepError::NoAgent => Self::bad("invalid_health_check", &error),
+            UpkeepError::Worker(_) => Self::internal(&error),
             UpkeepError::Record(error) => error.into(),
         }
     }

@@ -7,7 +7,7 @@ use chrono::{DateTime, Utc};
 use rusqlite::ErrorCode;
 
 use crate::disks::DiskError;
-use crate::fleet::SpawnError;
+use crate::fleet::{SpawnError, worker};
 use crate::images::{ImagesError, ReadyError, RequestError};
 use crate::initramfs::ArchiveError;
 use crate::instances::record::ReserveError;
@@ -259,6 +259,9 @@ pub enum UpkeepError {
     /// The record.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// Its worker was not told; all of it is written down.
+    #[error("Failed to tell the machine, for which the change holds from its next start on")]
+    Worker(#[source] worker::OrderError),
 }
 
 /// Why an instance was not deleted.

@@ -229,7 +229,7 @@ impl Owner {
                 let _ = done.send(self.start(command).await);
             }
             Order::LookAfter { upkeep, done } => {
-                let _ = done.send(self.look_after(upkeep));
+                let _ = done.send(self.look_after(upkeep).await);
             }
             Order::Reclaim { hold, done } => {
                 let _ = done.send(self.reclaim(hold).await);

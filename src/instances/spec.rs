@@ -95,6 +95,8 @@ pub struct Upkeep {
     pub restart_policy: Option<Option<RestartPolicy>>,
     /// When it is deleted.
     pub expiry: Option<Expiry>,
+    /// Bytes per second to and from its disks; `Some(None)`: no limit.
+    pub disk_io_bps: Option<Option<NonZeroU64>>,
 }
 
 /// What to run instead of what was run before; what is empty stays as it was.

@@ -9,6 +9,7 @@ use crate::cases;
 cases![
     the_limit_of_disks_is_kept_within_five_percent,
     all_disks_of_an_instance_share_one_limit,
+    a_limit_is_changed_while_the_guest_runs,
     a_limit_that_no_guest_boots_with_is_refused,
 ];
 
@@ -53,6 +54,29 @@ async fn all_disks_of_an_instance_share_one_limit(host: &TestHost) {
     let took = limited(host, "both", script).await;
 
     assert!((4.75..5.25).contains(&took), "50 MiB at 10 MiB/s took {took} s");
+}
+
+async fn a_limit_is_changed_while_the_guest_runs(host: &TestHost) {
+    host.server.pull(DEBIAN).await;
+    let body = json!({
+        "name": "changed", "image": DEBIAN, "size": "256MB", "vcpus": 1, "disk_io_bps": "2MB/s",
+        "cmd": ["sleep", "100000"],
+    });
+    host.server.create(body).await;
+    host.server.wait("changed", "Running").await;
+    let change = json!({ "disk_io_bps": "0" });
+
+    let (status, changed) =
+        host.server.call(Method::PATCH, "/instances/changed", Some(change)).await;
+
+    assert_eq!((status, changed.get("disk_io_bps")), (StatusCode::OK, None), "{changed}");
+    let script = "begin=$(date +%s%N); dd if=/dev/vda of=/dev/null bs=1M count=40 iflag=direct; \
+        echo took $((($(date +%s%N) - begin) / 1000000)) ms";
+    let ran = host.server.sh("changed", script).await;
+    let took = ran.text().lines().find_map(|l| l.strip_prefix("took ")?.strip_suffix(" ms"));
+    let took_ms: u64 = took.and_then(|ms| ms.parse().ok()).unwrap_or_else(|| panic!("{ran:?}"));
+    assert!(took_ms < 10_000, "40 MiB took {took_ms} ms: half of what the old limit allows");
+    host.server.delete("changed").await;
 }
 
 async fn a_limit_that_no_guest_boots_with_is_refused(host: &TestHost) {

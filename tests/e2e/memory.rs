@@ -13,6 +13,7 @@ use crate::cases;
 cases![
     memory_added_after_the_boot_holds_what_is_written,
     memory_that_is_freed_goes_back_to_the_host,
+    guests_give_up_memory_for_a_while_and_get_it_back,
     more_memory_than_an_instance_may_have_is_refused,
 ];
 
@@ -91,6 +92,39 @@ async fn memory_that_is_freed_goes_back_to_the_host(host: &TestHost) {
         time::sleep(Duration::from_millis(200)).await;
     }
     host.server.delete("frees").await;
+}
+
+async fn guests_give_up_memory_for_a_while_and_get_it_back(host: &TestHost) {
+    start(host, "squeezed", "1GB", "0").await;
+    let reclaim = async |body: Value| {
+        let path = "/resources/memory/reclaim";
+        let (status, answer) = host.server.call(Method::POST, path, Some(body)).await;
+        assert_eq!(status, StatusCode::OK, "{answer}");
+        answer
+    };
+    let pages = async |word: &str| {
+        let script = format!("awk '/^{word} / {{print $2}}' /proc/vmstat");
+        output(host, "squeezed", &script).await.trim().parse::<u64>().unwrap()
+    };
+
+    let planned = reclaim(json!({ "reclaim_bytes": 8_u64 << 30, "dry_run": true })).await;
+    assert_eq!(planned["planned_reclaim_bytes"], 512 * MIB, "half of it is its own: {planned}");
+    assert_eq!((&planned["applied_reclaim_bytes"], pages("balloon_inflate").await), (&json!(0), 0));
+
+    let done = reclaim(json!({ "reclaim_bytes": 32 * MIB, "hold_for": "10s" })).await;
+    let action = &done["actions"][0];
+    assert_eq!(
+        (&action["instance_name"], &action["planned_target_guest_memory_bytes"]),
+        (&json!("squeezed"), &json!(992 * MIB)),
+        "{done}"
+    );
+    let deadline = Instant::now() + PATIENCE;
+    while pages("balloon_deflate").await * 4096 < 32 * MIB {
+        assert!(Instant::now() < deadline, "its memory did not come back: {done}");
+        time::sleep(Duration::from_millis(500)).await;
+    }
+    assert_eq!(pages("balloon_inflate").await * 4096, 32 * MIB);
+    host.server.delete("squeezed").await;
 }
 
 async fn more_memory_than_an_instance_may_have_is_refused(host: &TestHost) {

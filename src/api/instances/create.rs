@@ -159,7 +159,7 @@ impl CreateInstance {
         let entrypoint = checked_words("entrypoint", self.entrypoint)?;
         let cmd = checked_words("cmd", self.cmd)?;
         let hypervisor = runtime_name(self.hypervisor)?.to_owned();
-        let Upkeep { health_check, restart_policy, expiry } = self.upkeep.parsed()?;
+        let Upkeep { health_check, restart_policy, expiry, .. } = self.upkeep.parsed()?;
         let (health_check, restart_policy) = (health_check.flatten(), restart_policy.flatten());
         let agent = !self.skip_guest_agent.unwrap_or_default();
         if !agent && health_check.is_some() {
@@ -207,7 +207,7 @@ fn sized(
     Err(SpecError::invalid(field, format!("{} is not within {least} to {most}", ByteSize(bytes))))
 }
 
-fn checked_disk_io(text: &str) -> Result<Option<NonZeroU64>, SpecError> {
+pub(super) fn checked_disk_io(text: &str) -> Result<Option<NonZeroU64>, SpecError> {
     let rate = ByteRate::from_disk(text);
     let rate = rate.map_err(|error| SpecError::invalid("disk_io_bps", error))?;
     if rate != ByteRate(0) && rate < DISK_IO_BPS_MIN {

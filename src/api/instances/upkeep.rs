@@ -60,6 +60,7 @@ impl UpkeepFields {
             expiry: expiry(self.ttl.as_deref(), self.expires_at)?,
             restart_policy: self.restart_policy.map(RestartPolicy::parsed).transpose()?,
             health_check: self.health_check.map(HealthCheck::parsed).transpose()?,
+            disk_io_bps: None,
         })
     }
 }

@@ -11,6 +11,8 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::time;
 
+use crate::control::Order;
+use crate::fleet::disk_limit;
 use crate::instances::owner::Owner;
 use crate::instances::record::Phase;
 use crate::instances::restart::{Blocked, Decision, RestartReason};
@@ -133,12 +135,15 @@ impl Owner {
     }
 
     /// Changes how the instance is looked after.
-    pub(super) fn look_after(&mut self, upkeep: Upkeep) -> Result<Arc<Instance>, UpkeepError> {
+    pub(super) async fn look_after(
+        &mut self,
+        upkeep: Upkeep,
+    ) -> Result<Arc<Instance>, UpkeepError> {
         let now = Utc::now();
         if let Some(at) = self.record.expires_at.filter(|&at| at <= now) {
             return Err(UpkeepError::Expired { at });
         }
-        let Upkeep { health_check, restart_policy, expiry } = upkeep;
+        let Upkeep { health_check, restart_policy, expiry, disk_io_bps } = upkeep;
         if !self.record.spec.agent && matches!(health_check, Some(Some(_))) {
             return Err(UpkeepError::NoAgent);
         }
@@ -154,7 +159,14 @@ impl Owner {
             if let Some(expiry) = expiry {
                 record.expires_at = expiry.from(now);
             }
+            if let Some(disk_io_bps) = disk_io_bps {
+                record.spec.disk_io_bps = disk_io_bps;
+            }
         })?;
+        if let (Some(limit), Some(worker)) = (disk_io_bps, &mut self.worker) {
+            let order = Order::LimitDisks { limit: disk_limit(limit) };
+            worker.order(&order).await.map_err(UpkeepError::Worker)?;
+        }
         if is_checked_anew {
             self.begin_checks();
         }
