@@ -16,6 +16,7 @@ use clap::builder::RangedI64ValueParser;
 use clap::{Args, Command, FromArgMatches, value_parser};
 
 use crate::size::{ByteRate, ByteSize};
+use crate::subnet::Subnet;
 use file::FileError;
 
 mod file;
@@ -47,6 +48,8 @@ const IMAGE_JOBS_DEFAULT: u8 = 2;
 /// vCPUs an instance can have.
 const VCPUS: RangeInclusive<u8> = 1..=32;
 
+/// Whom guests ask for names unless told otherwise.
+const DNS: Ipv4Addr = Ipv4Addr::new(1, 1, 1, 1);
 /// How many times the disks' bytes per second are given away: few instances use theirs at a time.
 const DISK_IO_OVERSUBSCRIPTION: u128 = 2;
 
@@ -100,6 +103,16 @@ struct Settings {
     /// Free space that images leave on the data folder's file system [default: 1GB]
     #[arg(long, env = "OVUM_MIN_FREE", value_name = "SIZE")]
     min_free: Option<ByteSize>,
+    /// Whether instances can have a network [default: true]
+    #[arg(long, env = "OVUM_NETWORK", value_name = "BOOL")]
+    network: Option<bool>,
+    /// Addresses of instances, their gateway's being the first [default: 10.100.0.0/16]
+    #[arg(long, env = "OVUM_SUBNET", value_name = "CIDR")]
+    subnet: Option<Subnet>,
+    /// Name server of instances; may be repeated. One on this host has the gateway's address
+    /// [default: 1.1.1.1]
+    #[arg(long, env = "OVUM_DNS", value_name = "ADDRESS", value_delimiter = ',')]
+    dns: Option<Vec<Ipv4Addr>>,
     /// Bytes per second that the host's disks give: an instance that names no limit of its own gets
     /// twice the share of its vCPUs [default: no limit]
     #[arg(long, env = "OVUM_DISK_IO_CAPACITY", value_name = "RATE")]
@@ -131,6 +144,9 @@ impl Settings {
             max_image_packed: self.max_image_packed.or(below.max_image_packed),
             max_image_unpacked: self.max_image_unpacked.or(below.max_image_unpacked),
             min_free: self.min_free.or(below.min_free),
+            network: self.network.or(below.network),
+            subnet: self.subnet.or(below.subnet),
+            dns: self.dns.or(below.dns),
             disk_io_capacity: self.disk_io_capacity.or(below.disk_io_capacity),
             jwt_secret: self.jwt_secret.or(below.jwt_secret),
         }
@@ -223,6 +239,17 @@ pub struct Config {
     pub limits: Limits,
     /// How images are had.
     pub images: ImagesConfig,
+    /// How instances have networks, if they may.
+    pub network: Option<NetworkConfig>,
+}
+
+/// How instances have networks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NetworkConfig {
+    /// Their addresses.
+    pub subnet: Subnet,
+    /// Whom they ask for names.
+    pub dns: Vec<Ipv4Addr>,
 }
 
 /// What a request may ask for.
@@ -236,6 +263,8 @@ pub struct Limits {
     pub overlay_bytes_max: u64,
     /// Largest JSON body, in bytes.
     pub body_bytes_max: usize,
+    /// Whether an instance has a network if nothing is said of it.
+    pub has_network: bool,
     /// Bytes per second that the host's disks give, if that was said.
     pub disk_io_bps: Option<NonZeroU64>,
     /// CPUs of the host.
@@ -258,6 +287,7 @@ impl Default for Limits {
             memory_bytes_max: 32 << 30,
             overlay_bytes_max: 100 << 30,
             body_bytes_max: 2 << 20,
+            has_network: true,
             disk_io_bps: None,
             host_cpus: available_parallelism().unwrap_or(NonZeroUsize::MIN),
         }
@@ -307,11 +337,15 @@ impl Config {
             max_image_packed,
             max_image_unpacked,
             min_free,
+            network,
+            subnet,
+            dns,
             disk_io_capacity,
             jwt_secret,
         } = settings;
         let bytes = |size: Option<ByteSize>, default| size.map_or(default, |ByteSize(bytes)| bytes);
         let limits = Limits::default();
+        let has_network = network.unwrap_or(limits.has_network);
         Ok(Self {
             data_dir: checked_data_dir(data_dir.as_deref().unwrap_or(Path::new(DATA_DIR)))?,
             listen: listen.unwrap_or_else(|| vec![LISTEN]),
@@ -324,6 +358,7 @@ impl Config {
                 memory_bytes_max: bytes(max_memory, limits.memory_bytes_max),
                 overlay_bytes_max: bytes(max_overlay, limits.overlay_bytes_max),
                 body_bytes_max: limits.body_bytes_max,
+                has_network,
                 disk_io_bps: disk_io_capacity.and_then(|ByteRate(bps)| NonZeroU64::new(bps)),
                 host_cpus: limits.host_cpus,
             },
@@ -334,6 +369,10 @@ impl Config {
                 unpacked_bytes_max: bytes(max_image_unpacked, 64 << 30),
                 free_bytes_min: bytes(min_free, 1 << 30),
             },
+            network: has_network.then(|| NetworkConfig {
+                subnet: subnet.unwrap_or(Subnet::DEFAULT),
+                dns: dns.unwrap_or_else(|| vec![DNS]),
+            }),
         })
     }
 }

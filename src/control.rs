@@ -10,7 +10,7 @@
 //! a server trusts after it was away.
 
 pub use ovum_vmm::rate_limiter::{RateLimitSpec, RateSpec};
-pub use ovum_vmm::spec::{DiskSpec, MEMORY_BYTES_MIN, MEMORY_BYTES_STEP, MachineSpec};
+pub use ovum_vmm::spec::{DiskSpec, MEMORY_BYTES_MIN, MEMORY_BYTES_STEP, MachineSpec, NetSpec};
 use serde::{Deserialize, Serialize};
 
 /// The only argument of a worker. Not for people.
@@ -41,6 +41,8 @@ pub enum FileRole {
     Initramfs,
     /// The file behind the next disk.
     Disk,
+    /// The next queue of the TAP.
+    Tap,
     /// The console log, opened for append.
     Console,
     /// The events file, opened for append.

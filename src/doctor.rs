@@ -8,14 +8,20 @@ use std::path::Path;
 
 use rustix::fs::{Access, access, statvfs};
 
-use crate::config::Config;
+use crate::config::{Config, NetworkConfig};
+use crate::network;
+use crate::os::tap;
 use crate::os::tool::TOOLS;
 use crate::server;
 use crate::size::ByteSize;
+use crate::subnet::Subnet;
 
 /// What helps where KVM is not that of a processor.
 const SOFTWARE_KVM_MEND: &str = "use a host with VT-x or AMD-V, or a virtual machine to which they \
                                  are passed on; `dev/in-host` emulates one for development";
+
+/// What networks need (capabilities(7)).
+const CAP_NET_ADMIN: u32 = 12;
 
 /// Free space with which a first image and instance fit, above what images leave free.
 const FREE_BYTES_MIN: u64 = 2 << 30;
@@ -72,6 +78,10 @@ pub fn examine(config: &Config) -> Vec<Finding> {
         Finding { subject: "data folder".to_owned(), outcome: data_dir(&config.data_dir) },
         Finding { subject: "disk space".to_owned(), outcome: space(config) },
     ];
+    if let Some(NetworkConfig { subnet, .. }) = config.network {
+        let outcome = network(subnet, &config.data_dir);
+        findings.push(Finding { subject: "network".to_owned(), outcome });
+    }
     findings.extend(config.listen.iter().map(|&address| Finding {
         subject: format!("address {address}"),
         outcome: listen(address, &config.data_dir),
@@ -183,6 +193,40 @@ fn listen(address: SocketAddr, data_dir: &Path) -> Result<String, Problem> {
             mend: "end the program that does, or name another address with --listen".to_owned(),
         }),
     }
+}
+
+/// Guests can have TAPs, and addresses that are nobody's here.
+fn network(subnet: Subnet, data_dir: &Path) -> Result<String, Problem> {
+    let denied =
+        "run as root: networks need CAP_NET_ADMIN; or start the server with --network false";
+    let device = File::options().read(true).write(true).open(tap::DEVICE);
+    if let Err(error) = device {
+        let mend = match error.kind() {
+            io::ErrorKind::PermissionDenied => denied,
+            _ => "modprobe tun; or start the server with --network false",
+        };
+        let what = format!("{} cannot be opened: {error}", tap::DEVICE);
+        return Err(Problem { what, mend: mend.to_owned() });
+    }
+    if !has_capability(CAP_NET_ADMIN) {
+        let what = "this user may not set up networks".to_owned();
+        return Err(Problem { what, mend: denied.to_owned() });
+    }
+    match network::check(subnet, data_dir) {
+        Ok(()) => Ok(format!("{subnet}, gateway {}", subnet.gateway())),
+        Err(error) => {
+            let mend = "name another with --subnet".to_owned();
+            Err(Problem { what: error.to_string(), mend })
+        }
+    }
+}
+
+/// Whether this process may do what `capability` is for (proc_pid_status(5)).
+fn has_capability(capability: u32) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let bits = effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    bits.is_some_and(|bits| bits & 1 << capability != 0)
 }
 
 fn space(config: &Config) -> Result<String, Problem> {

@@ -28,8 +28,8 @@ use rustix::fs::{major, minor};
 use tokio::time;
 
 use crate::control::{
-    DiskSpec, FileRole, LAUNCH_FD, Launch, MEMORY_BYTES_STEP, MachineSpec, RateLimitSpec, RateSpec,
-    Reply, WORKER_COMMAND,
+    DiskSpec, FileRole, LAUNCH_FD, Launch, MEMORY_BYTES_STEP, MachineSpec, NetSpec, RateLimitSpec,
+    RateSpec, Reply, WORKER_COMMAND,
 };
 use crate::fleet::worker::Worker;
 use crate::os::packets::{self, PacketListener, PacketSocket};
@@ -82,6 +82,8 @@ pub struct WorkerSpec<'a> {
     pub initramfs: Vec<File>,
     /// Disks, in the order in which the guest names them.
     pub disks: Vec<WorkerDisk<'a>>,
+    /// The network interface, if there is one.
+    pub net: Option<WorkerNet>,
     /// Bytes per second to and from all disks together, if there is a limit.
     pub disk_io_bps: Option<NonZeroU64>,
     /// Whether the guest gets a vsock device.
@@ -99,6 +101,19 @@ pub struct WorkerDisk<'a> {
     pub read_only: bool,
     /// The file behind it.
     pub file: BorrowedFd<'a>,
+}
+
+/// The network interface of a machine to be started.
+#[derive(Debug)]
+pub struct WorkerNet {
+    /// Its Ethernet address.
+    pub mac: [u8; 6],
+    /// The queues of the TAP behind it, which are the worker's alone from then on.
+    pub taps: Vec<OwnedFd>,
+    /// Bytes per second to the guest, if there is a limit.
+    pub download_bps: Option<NonZeroU64>,
+    /// Bytes per second from it, if there is a limit.
+    pub upload_bps: Option<NonZeroU64>,
 }
 
 /// A worker that was just started: dropped, it is killed, unless it was kept.
@@ -179,6 +194,8 @@ impl Fleet {
         cargo.add(FileRole::Kernel, kernel.as_fd());
         spec.initramfs.iter().for_each(|file| cargo.add(FileRole::Initramfs, file.as_fd()));
         spec.disks.iter().for_each(|disk| cargo.add(FileRole::Disk, disk.file));
+        let taps = spec.net.iter().flat_map(|net| &net.taps);
+        taps.for_each(|tap| cargo.add(FileRole::Tap, tap.as_fd()));
         cargo.add(FileRole::Console, console.as_fd());
         cargo.add(FileRole::Events, events.as_fd());
         cargo.add(FileRole::Control, control.as_fd());
@@ -310,9 +327,9 @@ impl<'a> Cargo<'a> {
     }
 }
 
-/// What the disks of a machine may do together, at so many bytes per second if there is a limit.
-pub fn disk_limit(disk_io_bps: Option<NonZeroU64>) -> RateLimitSpec {
-    RateLimitSpec { bytes: disk_io_bps.map(RateSpec::steady), operations: None }
+/// What may pass at so many bytes per second, or without a limit.
+pub fn byte_limit(bytes_per_second: Option<NonZeroU64>) -> RateLimitSpec {
+    RateLimitSpec { bytes: bytes_per_second.map(RateSpec::steady), operations: None }
 }
 
 fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
@@ -326,7 +343,12 @@ fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
         disks: disks
             .map(|disk| DiskSpec { id: disk.id.to_owned(), read_only: disk.read_only })
             .collect(),
-        disk_limit: disk_limit(spec.disk_io_bps),
+        net: spec.net.as_ref().map(|net| NetSpec {
+            mac: net.mac,
+            download: byte_limit(net.download_bps),
+            upload: byte_limit(net.upload_bps),
+        }),
+        disk_limit: byte_limit(spec.disk_io_bps),
         vsock_cid: spec.vsock.then_some(VSOCK_CID),
         serial: false,
     }

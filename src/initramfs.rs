@@ -213,6 +213,7 @@ mod tests {
             hostname: hostname.to_owned(),
             root_device: "/dev/vda".to_owned(),
             overlay_device: None,
+            network: None,
             argv: vec!["/bin/true".to_owned()],
             env: vec![("TOKEN".to_owned(), "secret".to_owned())],
             working_dir: "/".to_owned(),

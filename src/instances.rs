@@ -14,6 +14,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -22,17 +23,17 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use futures_util::TryFutureExt;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
-use tokio::time;
+use tokio::{time, try_join};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::agent::Agents;
 use crate::disks::{Disk, Disks};
-use crate::fleet::{Fleet, NewWorker};
+use crate::fleet::Fleet;
 use crate::images::digest::Digest;
 use crate::images::reference::Reference;
 use crate::images::{ImageSpec, ImageStatus, Images, ReadyError, RootDisk};
-use crate::instances::boot::Boot;
+use crate::instances::boot::{Boot, Booted};
 use crate::instances::follow::FOLLOWERS_MAX;
 use crate::instances::health::Health;
 use crate::instances::history::Ending;
@@ -43,8 +44,10 @@ use crate::instances::spec::{Command, Expiry, InstanceSpec, Upkeep};
 use crate::instances::state::State;
 use crate::instances::timeline::{Moment, Timeline};
 use crate::logs::watch::FileWatch;
+use crate::network::Network;
 use crate::store::Store;
 
+pub use crate::network::{Mac, NetworkError};
 pub use errors::{
     BootError, CreateError, DeleteError, EndError, FindError, OpenError, OrderError, RecordError,
     StartError, StopError, UpkeepError,
@@ -88,6 +91,8 @@ pub struct InstancesSpec {
     pub images: Images,
     /// Where writable layers come from.
     pub disks: Disks,
+    /// Where addresses and ways to guests come from.
+    pub network: Network,
     /// Where workers come from.
     pub fleet: Fleet,
     /// The agent's program.
@@ -107,6 +112,7 @@ struct Shared {
     store: Store,
     images: Images,
     disks: Disks,
+    network: Network,
     fleet: Fleet,
     agents: Agents,
     agent: PathBuf,
@@ -137,6 +143,8 @@ pub struct Instance {
     pub spec: InstanceSpec,
     /// What the image's name stood for at creation.
     pub digest: Digest,
+    /// Its address, if it has a network; the last one, if it has stopped.
+    pub address: Option<Ipv4Addr>,
     /// Where it is in its life.
     pub state: State,
     /// When it was asked for.
@@ -182,7 +190,7 @@ impl Instances {
     ///
     /// [`OpenError`].
     pub async fn open(spec: InstancesSpec) -> Result<Self, OpenError> {
-        let InstancesSpec { dir, store, images, disks, fleet, agent } = spec;
+        let InstancesSpec { dir, store, images, disks, network, fleet, agent } = spec;
         let failed = |source| OpenError::Dir { path: dir.clone(), source };
         fs::create_dir_all(&dir).map_err(failed)?;
         let log_watch = FileWatch::new().map_err(failed)?;
@@ -191,6 +199,7 @@ impl Instances {
             store,
             images,
             disks,
+            network,
             fleet,
             agents: Agents::default(),
             agent,
@@ -223,22 +232,26 @@ impl Instances {
         let image = self.root_disk(&spec.image).await?;
         timeline.mark(Moment::ImageReady);
         let digest = image.digest;
-        let boot = Boot::prepare(&self.shared, &spec, image)?;
+        let mut boot = Boot::prepare(&self.shared, &spec, image, None)?;
         let mut reservation = Reservation::make(&self.shared, spec, digest, timeline)?;
         let record = &mut reservation.record;
         record.expires_at = expiry.from(record.created_at);
+        record.address = boot.address();
         let overlay_path = reservation.dir.join(OVERLAY);
         let overlay_bytes = reservation.record.spec.overlay_bytes;
-        let overlay = self.shared.disks.create(&overlay_path, overlay_bytes).await?;
+        let id = reservation.record.id.clone();
+        let overlay = async { Ok(self.shared.disks.create(&overlay_path, overlay_bytes).await?) };
+        let connected = async { Ok::<_, CreateError>(boot.connect(&self.shared, &id).await?) };
+        let (overlay, ()) = try_join!(overlay, connected)?;
         reservation.record.timeline.mark(Moment::DisksReady);
         let Reservation { record, dir, .. } = &reservation;
         let launch = boot.launch(&self.shared, &record.spec, dir, overlay.file().as_fd());
         // A disk that is slow to write does not hold up the machine.
-        let (worker, ()) = tokio::try_join!(
+        let (booted, ()) = tokio::try_join!(
             launch.map_err(CreateError::from),
             overlay.settle().map_err(CreateError::from)
         )?;
-        self.keep(reservation, overlay, worker)
+        self.keep(reservation, overlay, booted)
     }
 
     /// All steps worked: the record says so, and then nothing is undone any more.
@@ -246,7 +259,7 @@ impl Instances {
         &self,
         mut reservation: Reservation,
         overlay: Disk,
-        worker: NewWorker,
+        Booted { worker, lease }: Booted,
     ) -> Result<Arc<Instance>, CreateError> {
         reservation.record.phase = Phase::Kept;
         let record = reservation.record.clone();
@@ -255,7 +268,7 @@ impl Instances {
         })?;
         overlay.keep();
         reservation.keep();
-        let owner = Owner::new(Arc::clone(&self.shared), record).with_worker(worker.keep());
+        let owner = Owner::new(Arc::clone(&self.shared), record).with_worker(worker.keep(), lease);
         Ok(Shared::add(&self.shared, owner))
     }
 
@@ -405,6 +418,7 @@ impl Instances {
         self.shared.agents.close().await;
         self.shared.owners.close();
         self.shared.owners.wait().await;
+        self.shared.network.close().await;
     }
 
     fn entry(&self, key: &str) -> Result<Entry, FindError> {
@@ -476,6 +490,7 @@ impl Reservation {
             digest,
             created_at: Utc::now(),
             expires_at: None,
+            address: None,
             phase: Phase::Creating,
             timeline,
             end: None,

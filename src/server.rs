@@ -35,12 +35,13 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::{self, App};
-use crate::config::Config;
+use crate::config::{Config, NetworkConfig};
 use crate::disks::Disks;
 use crate::fleet::Fleet;
 use crate::images::records::Records;
 use crate::images::{Images, ImagesSpec, Limits};
 use crate::instances::{Instances, InstancesSpec};
+use crate::network::{Network, NetworkSpec};
 use crate::store::{self, Store};
 use crate::token::Secret;
 
@@ -92,6 +93,9 @@ impl Opened {
             store,
             images: images.clone(),
             disks: Disks::open(&dir.join("overlays"))?,
+            network: Network::open(config.network.clone().map(|NetworkConfig { subnet, dns }| {
+                NetworkSpec { subnet, dns, owner: dir.clone() }
+            })),
             fleet: Fleet {
                 program: PathBuf::from("/proc/self/exe"),
                 kvm: config.kvm.clone(),

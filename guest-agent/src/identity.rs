@@ -1,4 +1,4 @@
-//! Who the guest is: its name, its address to itself, its time.
+//! Who the guest is: its name, its address, its time.
 //!
 //! None of this can fail a boot. What is refused is said on the console.
 
@@ -7,11 +7,10 @@ use std::io::ErrorKind;
 
 use ovum_agent_proto::config::GuestConfig;
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::time::{ClockId, Timespec};
-use rustix::{net, system, time};
+use rustix::{system, time};
 
-use crate::console;
+use crate::{console, network};
 
 /// A clock that is less than this wrong is left alone, being more exact than the configuration:
 /// that was written before the machine was built.
@@ -23,7 +22,7 @@ const NS_PER_S: i128 = 1_000_000_000;
 pub(crate) fn assume(config: &GuestConfig) {
     let steps = [
         ("host name", system::sethostname(config.hostname.as_bytes())),
-        ("loopback", loopback_up()),
+        ("network", network::connect(config.network.as_ref())),
         ("clock", set_clock(config.realtime_ns)),
     ];
     for (what, done) in steps {
@@ -32,6 +31,9 @@ pub(crate) fn assume(config: &GuestConfig) {
         }
     }
     name_files(&config.hostname);
+    if let Some(network) = &config.network {
+        network::name_servers(network);
+    }
 }
 
 /// Writes /etc/hostname, and /etc/hosts if the image has none: programs look up their own name.
@@ -70,43 +72,4 @@ fn set_clock(realtime_ns: u64) -> Result<(), Errno> {
     let wanted =
         Timespec { tv_sec: whole(wanted_ns / NS_PER_S)?, tv_nsec: whole(wanted_ns % NS_PER_S)? };
     time::clock_settime(ClockId::Realtime, wanted)
-}
-
-/// Sets the loopback interface up. The kernel then gives it its addresses by itself.
-///
-/// One RTM_NEWLINK request (rtnetlink(7)), for interface 1: loopback is the first in every network
-/// namespace.
-fn loopback_up() -> Result<(), Errno> {
-    const RTM_NEWLINK: u16 = 16;
-    const NLM_F_REQUEST_ACK: u16 = 0x1 | 0x4;
-    const IFF_UP: u32 = 1;
-    const REQUEST_BYTES: u32 = 32;
-    const ERROR_AT: usize = 16;
-
-    let mut request = Vec::with_capacity(32);
-    // struct nlmsghdr: length, type, flags, sequence, port
-    request.extend_from_slice(&REQUEST_BYTES.to_ne_bytes());
-    request.extend_from_slice(&RTM_NEWLINK.to_ne_bytes());
-    request.extend_from_slice(&NLM_F_REQUEST_ACK.to_ne_bytes());
-    request.extend_from_slice(&[0; 8]);
-    // struct ifinfomsg: family and type unspecified, index, flags, which flags to change
-    request.extend_from_slice(&[0; 4]);
-    request.extend_from_slice(&1_i32.to_ne_bytes());
-    request.extend_from_slice(&IFF_UP.to_ne_bytes());
-    request.extend_from_slice(&IFF_UP.to_ne_bytes());
-
-    // Without a protocol, which is number 0: NETLINK_ROUTE.
-    let socket =
-        net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
-    net::send(&socket, &request, SendFlags::empty())?;
-    // The request was carried out within `send`; the answer is there.
-    let mut answer = [0; 256];
-    let (bytes, _) = net::recv(&socket, &mut answer, RecvFlags::DONTWAIT)?;
-    match answer[..bytes].get(ERROR_AT..).and_then(|rest| rest.first_chunk()) {
-        Some(error) => match i32::from_ne_bytes(*error) {
-            0 => Ok(()),
-            error => Err(Errno::from_raw_os_error(-error)),
-        },
-        None => Err(Errno::PROTO),
-    }
 }

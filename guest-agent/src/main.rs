@@ -21,6 +21,7 @@ mod init;
 mod jobs;
 #[expect(unsafe_code, reason = "vsock addresses, which rustix does not have")]
 mod listener;
+mod network;
 mod outbox;
 mod output;
 #[expect(unsafe_code, reason = "I/O port access")]

@@ -28,6 +28,8 @@ pub(super) struct Capabilities {
     runtimes: Vec<Runtime>,
     features: [&'static str; FEATURES.len()],
     images: Platforms,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    network: Option<NetworkView>,
 }
 
 /// The program.
@@ -66,6 +68,16 @@ struct Platforms {
     platforms: [&'static str; 1],
 }
 
+/// How instances reach others.
+#[derive(Debug, Serialize, ToSchema)]
+struct NetworkView {
+    /// `nat`: with the host's address.
+    model: &'static str,
+    guest_to_guest: bool,
+    gateway: String,
+    subnet: String,
+}
+
 /// Says what this server can do.
 #[utoipa::path(
     get, path = "/capabilities", tag = "resources",
@@ -81,6 +93,12 @@ pub(super) async fn read(State(app): State<App>) -> Json<Capabilities> {
         default_runtime: DefaultRuntime { name, available },
         runtimes: vec![Runtime { name, available, features: RUNTIME_FEATURES }],
         features: FEATURES,
+        network: app.instances.subnet().map(|subnet| NetworkView {
+            model: "nat",
+            guest_to_guest: false,
+            gateway: subnet.gateway().to_string(),
+            subnet: subnet.to_string(),
+        }),
         images: Platforms { default_platform: PLATFORM, platforms: [PLATFORM] },
     })
 }

@@ -33,8 +33,8 @@ use crate::instances::reclaim::HostMemoryError;
 use crate::instances::record::ReserveError;
 use crate::instances::stats::StatsError;
 use crate::instances::{
-    BootError, CreateError, DeleteError, EndError, FindError, OrderError, RecordError, StartError,
-    StopError, UpkeepError,
+    BootError, CreateError, DeleteError, EndError, FindError, NetworkError, OrderError,
+    RecordError, StartError, StopError, UpkeepError,
 };
 use crate::token::{Scope, TokenError};
 
@@ -108,6 +108,22 @@ impl ApiError {
         let message = chain(error);
         tracing::error!(error = message, "Request failed");
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message)
+    }
+
+    /// Why an instance has no network: the host cannot have any, or no more of them.
+    fn of_network(error: &NetworkError) -> Self {
+        match error {
+            NetworkError::Exhausted { .. } => Self::conflict("insufficient_resources", error),
+            NetworkError::Off
+            | NetworkError::Collision { .. }
+            | NetworkError::Foreign { .. }
+            | NetworkError::Denied
+            | NetworkError::Tap { .. }
+            | NetworkError::Filter(_) => {
+                Self::new(StatusCode::NOT_IMPLEMENTED, "not_supported", chain(error))
+            }
+            NetworkError::Host { .. } => Self::internal(error),
+        }
     }
 
     fn may_pass(self) -> Self {
@@ -388,6 +404,7 @@ impl From<BootError> for ApiError {
             BootError::NothingToRun | BootError::TooMuchText(_) => {
                 Self::bad("invalid_request", &error)
             }
+            BootError::Network(error) => Self::of_network(error),
             BootError::File { .. } | BootError::Initramfs(_) | BootError::Worker(_) => {
                 Self::internal(&error)
             }
@@ -453,7 +470,9 @@ impl From<UpkeepError> for ApiError {
         match error {
             UpkeepError::Order(error) => error.into(),
             UpkeepError::Expired { .. } => Self::conflict("instance_expired", &error),
-            UpkeepError::NoAgent => Self::bad("invalid_health_check", &error),
+            UpkeepError::NoAgent | UpkeepError::NoNetwork => {
+                Self::bad("invalid_health_check", &error)
+            }
             UpkeepError::Worker(_) => Self::internal(&error),
             UpkeepError::Record(error) => error.into(),
         }

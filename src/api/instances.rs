@@ -23,7 +23,7 @@ use crate::instances::Waited;
 use crate::instances::state::{State as InstanceState, StateNameError};
 
 pub mod create;
-pub(super) mod extras;
+pub mod extras;
 pub mod policies;
 pub mod start;
 pub mod update;

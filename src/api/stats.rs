@@ -23,9 +23,9 @@ pub struct StatsView {
     pub memory_rss_bytes: u64,
     /// Memory that is mapped.
     pub memory_vms_bytes: u64,
-    /// Bytes received; there is no network yet.
+    /// Bytes received from the network.
     pub network_rx_bytes: u64,
-    /// Bytes sent; there is no network yet.
+    /// Bytes sent to the network.
     pub network_tx_bytes: u64,
     /// vCPUs.
     pub allocated_vcpus: u8,
@@ -38,7 +38,7 @@ pub struct StatsView {
 
 impl From<&Stats> for StatsView {
     fn from(stats: &Stats) -> Self {
-        let Stats { instance, usage } = stats;
+        let Stats { instance, usage, traffic } = stats;
         let allocated = instance.spec.all_memory();
         #[expect(clippy::cast_precision_loss, reason = "a ratio for people")]
         let ratio = usage.resident_bytes as f64 / allocated.max(1) as f64;
@@ -48,8 +48,8 @@ impl From<&Stats> for StatsView {
             cpu_seconds: usage.cpu.as_secs_f64(),
             memory_rss_bytes: usage.resident_bytes,
             memory_vms_bytes: usage.virtual_bytes,
-            network_rx_bytes: 0,
-            network_tx_bytes: 0,
+            network_rx_bytes: traffic.received_bytes,
+            network_tx_bytes: traffic.sent_bytes,
             allocated_vcpus: instance.spec.vcpus,
             allocated_memory_bytes: allocated,
             memory_utilization_ratio: (usage.resident_bytes > 0).then_some(ratio),

@@ -18,6 +18,7 @@ use super::upkeep::UpkeepArgs;
 use super::{ServerArgs, images, output};
 use crate::api::instances::WaitView;
 use crate::api::instances::create::CreateInstance;
+use crate::api::instances::extras::Network;
 use crate::api::instances::view::InstanceView;
 use crate::client::{Client, ClientError, segment};
 
@@ -60,6 +61,9 @@ pub(super) struct RunArgs {
     /// Tag: KEY=VALUE; may be repeated
     #[arg(short = 'l', long)]
     tag: Vec<String>,
+    /// Whether it has a network; if not said, it has one if the server can give it
+    #[arg(long, value_name = "BOOL")]
+    network: Option<bool>,
     /// The guest's agent does not listen
     #[arg(long)]
     skip_guest_agent: bool,
@@ -153,6 +157,9 @@ fn request(args: RunArgs) -> CreateInstance {
         vcpus: Some(args.cpus),
         env: Some(environment(&args.env)),
         tags: Some(tags.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()),
+        network: args
+            .network
+            .map(|enabled| Network { enabled: Some(enabled), ..Network::default() }),
         upkeep: args.upkeep.fields(),
         skip_guest_agent: args.skip_guest_agent.then_some(true),
         entrypoint: Some(args.entrypoint),

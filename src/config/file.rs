@@ -26,10 +26,11 @@ use crate::size::{ByteRate, ByteSize};
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// All keys there are.
-pub(super) const KEYS: [&str; 14] = [
+pub(super) const KEYS: [&str; 17] = [
     "agent",
     "data_dir",
     "disk_io_capacity",
+    "dns",
     "image_jobs",
     "insecure_registries",
     "jwt_secret",
@@ -41,6 +42,8 @@ pub(super) const KEYS: [&str; 14] = [
     "max_overlay",
     "max_vcpus",
     "min_free",
+    "network",
+    "subnet",
 ];
 
 /// Why a file says nothing.
@@ -140,6 +143,7 @@ fn set(settings: &mut Settings, key: &str, value: &Value) -> Result<(), String> 
     match key {
         "agent" => settings.agent = Some(word(value)?),
         "data_dir" => settings.data_dir = Some(word(value)?),
+        "dns" => settings.dns = Some(words(value)?),
         "disk_io_capacity" => settings.disk_io_capacity = Some(rate(value)?),
         "image_jobs" => settings.image_jobs = Some(number(value, IMAGE_JOBS)?),
         "insecure_registries" => settings.insecure_registries = Some(words(value)?),
@@ -152,6 +156,8 @@ fn set(settings: &mut Settings, key: &str, value: &Value) -> Result<(), String> 
         "max_overlay" => settings.max_overlay = Some(size(value)?),
         "max_vcpus" => settings.max_vcpus = Some(number(value, VCPUS)?),
         "min_free" => settings.min_free = Some(size(value)?),
+        "network" => settings.network = Some(flag(value)?),
+        "subnet" => settings.subnet = Some(word(value)?),
         _ => return Err("nobody reads it".to_owned()),
     }
     Ok(())
@@ -200,6 +206,10 @@ fn number(value: &Value, range: RangeInclusive<u8>) -> Result<u8, String> {
         .ok_or_else(|| format!("{number}: it has to be {} to {}", range.start(), range.end()))
 }
 
+fn flag(value: &Value) -> Result<bool, String> {
+    value.as_bool().ok_or_else(|| not("true or false", value))
+}
+
 fn not(expected: &str, value: &Value) -> String {
     format!("it has to be {expected}, and is of type {}", value.type_str())
 }
@@ -227,6 +237,9 @@ mod tests {
             ("max_memory", "\"lots\"", "lots"),
             ("max_memory", "-1", "less than nothing"),
             ("max_memory", "1.5", "a size like"),
+            ("network", "\"no\"", "true or false"),
+            ("subnet", "\"10.0.0.0/31\"", "/8 to /30"),
+            ("dns", "\"localhost\"", "IPv4"),
             ("disk_io_capacity", "1", "a rate like"),
             ("disk_io_capacity", "\"fast\"", "fast"),
         ] {

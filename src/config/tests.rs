@@ -74,13 +74,17 @@ fn everything_can_be_in_the_file() {
         max_image_packed = "3GB"
         max_image_unpacked = "4GB"
         min_free = 0
+        network = true
+        subnet = "10.7.0.0/24"
+        dns = ["9.9.9.9", "10.7.0.1"]
         disk_io_capacity = "1GB/s"
         jwt_secret = "s"
     "#;
 
     let config = load(file, &[]).unwrap();
 
-    let Config { data_dir, listen, jwt_secret, kernel, agent, kvm: _, limits, images } = config;
+    let Config { data_dir, listen, jwt_secret, kernel, agent, kvm: _, limits, images, network } =
+        config;
     assert_eq!([data_dir, kernel, agent], ["/srv/ovum", "/k", "/a"].map(PathBuf::from));
     assert_eq!(listen.len(), 2);
     assert_eq!(jwt_secret.as_deref(), Some("s"));
@@ -95,6 +99,21 @@ fn everything_can_be_in_the_file() {
         free_bytes_min: 0,
     };
     assert_eq!(images, expected);
+    let NetworkConfig { subnet, dns } = network.unwrap();
+    assert_eq!(subnet.to_string(), "10.7.0.0/24");
+    assert_eq!(dns, [Ipv4Addr::new(9, 9, 9, 9), Ipv4Addr::new(10, 7, 0, 1)]);
+}
+
+#[test]
+fn networks_are_on_unless_they_are_turned_off() {
+    let on = load("", &[]).unwrap();
+    let off = load("network = false", &[]).unwrap();
+    let on_again = load("network = false", &["--network=true", "--dns=10.100.0.1"]).unwrap();
+
+    assert_eq!(on.network.unwrap().subnet, Subnet::DEFAULT);
+    assert!(on.limits.has_network);
+    assert!(off.network.is_none() && !off.limits.has_network);
+    assert_eq!(on_again.network.unwrap().dns, [Ipv4Addr::new(10, 100, 0, 1)]);
 }
 
 /// A setting that can be typed and not be written down would be a trap.

@@ -195,6 +195,7 @@ fn any_machine() -> MachineSpec {
         balloon: false,
         cmdline: String::new(),
         disks: Vec::new(),
+        net: None,
         disk_limit: RateLimitSpec::default(),
         vsock_cid: None,
         serial: false,
@@ -271,6 +272,7 @@ async fn what_is_not_the_kvm_device_is_not_handed_on() {
         memory_bytes: 64 << 20,
         initramfs: Vec::new(),
         disks: Vec::new(),
+        net: None,
         vsock: true,
     };
     for path in ["/nonexistent", "/dev/null"] {

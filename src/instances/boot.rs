@@ -1,28 +1,45 @@
-//! What a machine is started from, first or once more: root disk and initramfs.
+//! What a machine is started from, first or once more: root disk, initramfs, address.
 //!
 //! Everything that the request can be wrong about is found out by [`Boot::prepare`], before there
 //! is anything to undo.
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::net::Ipv4Addr;
+use std::num::NonZeroU64;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use crate::fleet::{NewWorker, WorkerDisk, WorkerSpec};
+use crate::fleet::{NewWorker, WorkerDisk, WorkerNet, WorkerSpec};
 use crate::images::RootDisk;
 use crate::initramfs::Archive;
 use crate::instances::errors::BootError;
-use crate::instances::spec::InstanceSpec;
+use crate::instances::spec::{InstanceSpec, InterfaceSpec};
 use crate::instances::{Shared, guest};
+use crate::network::{Lease, Mac};
 
-/// A boot that is ready but for the writable layer.
+/// Queues of a guest's TAP. More would be served by the same thread, behind the same interrupt.
+const TAP_QUEUES: usize = 1;
+
+/// A boot that is ready but for the writable layer and the way to the network.
 #[derive(Debug)]
 pub(super) struct Boot {
     image: RootDisk,
     initramfs: Vec<File>,
+    lease: Option<Lease>,
+    download_bps: Option<NonZeroU64>,
+    taps: Vec<OwnedFd>,
+}
+
+/// A machine that runs.
+#[derive(Debug)]
+pub(super) struct Booted {
+    pub(super) worker: NewWorker,
+    /// Its address, if it has a network.
+    pub(super) lease: Option<Lease>,
 }
 
 impl Boot {
-    /// For a guest of `spec` on `image`.
+    /// For a guest of `spec` on `image`; `last` is the address it had before.
     ///
     /// # Errors
     ///
@@ -31,11 +48,36 @@ impl Boot {
         shared: &Shared,
         spec: &InstanceSpec,
         image: RootDisk,
+        last: Option<Ipv4Addr>,
     ) -> Result<Self, BootError> {
-        let config = guest::config(spec, &image.config).ok_or(BootError::NothingToRun)?;
+        let network = &shared.network;
+        let lease = spec.network.map(|_| network.lease(last)).transpose()?;
+        let wiring = lease.as_ref().map(|lease| network.wiring(lease));
+        let config = guest::config(spec, &image.config, wiring).ok_or(BootError::NothingToRun)?;
         let config = rewound(&Archive::config(&config)?.to_file()?)?;
         let base = base_archive(shared)?;
-        Ok(Self { image, initramfs: vec![base, config] })
+        let initramfs = vec![base, config];
+        let InterfaceSpec { download_bps, .. } = spec.network.unwrap_or_default();
+        Ok(Self { image, initramfs, lease, download_bps, taps: Vec::new() })
+    }
+
+    /// The guest's address, if it has a network.
+    pub(super) fn address(&self) -> Option<Ipv4Addr> {
+        self.lease.as_ref().map(Lease::address)
+    }
+
+    /// Makes the way from the host to the guest of the instance `id`, if it has a network. It goes
+    /// with this, unless a machine was started on it.
+    ///
+    /// # Errors
+    ///
+    /// [`BootError::Network`].
+    pub(super) async fn connect(&mut self, shared: &Shared, id: &str) -> Result<(), BootError> {
+        if let Some(lease) = &self.lease {
+            let shape = (TAP_QUEUES, self.download_bps);
+            self.taps = shared.network.connect(lease, id, shape).await?;
+        }
+        Ok(())
     }
 
     /// Starts the machine in the folder `dir`.
@@ -49,22 +91,29 @@ impl Boot {
         spec: &InstanceSpec,
         dir: &Path,
         overlay: BorrowedFd<'_>,
-    ) -> Result<NewWorker, BootError> {
+    ) -> Result<Booted, BootError> {
+        let Self { image, initramfs, lease, taps, .. } = self;
+        let InterfaceSpec { download_bps, upload_bps } = spec.network.unwrap_or_default();
+        let net = lease.as_ref().map(|lease| {
+            let mac = Mac::of(lease.address()).octets();
+            WorkerNet { mac, taps, download_bps, upload_bps }
+        });
         let worker = WorkerSpec {
             dir,
             vcpus: spec.vcpus,
             memory_bytes: spec.memory_bytes,
             hotplug_bytes: spec.hotplug_bytes,
-            initramfs: self.initramfs,
+            initramfs,
             disks: vec![
-                WorkerDisk { id: "root", read_only: true, file: self.image.file.as_fd() },
+                WorkerDisk { id: "root", read_only: true, file: image.file.as_fd() },
                 WorkerDisk { id: "overlay", read_only: false, file: overlay },
             ],
+            net,
             disk_io_bps: spec.disk_io_bps,
             vsock: spec.agent,
             ends_with_us: spec.ends_with_server,
         };
-        Ok(shared.fleet.spawn(worker).await?)
+        Ok(Booted { worker: shared.fleet.spawn(worker).await?, lease })
     }
 }
 

@@ -12,6 +12,7 @@ use crate::images::{ImagesError, ReadyError, RequestError};
 use crate::initramfs::ArchiveError;
 use crate::instances::record::ReserveError;
 use crate::instances::state::State;
+use crate::network::NetworkError;
 
 /// Why instances cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -127,6 +128,9 @@ pub enum BootError {
     /// The initramfs.
     #[error(transparent)]
     Initramfs(ArchiveError),
+    /// The network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The worker.
     #[error(transparent)]
     Worker(#[from] SpawnError),
@@ -256,6 +260,9 @@ pub enum UpkeepError {
     /// Nobody in the guest can be asked.
     #[error("A health check by exec needs the guest agent, which this instance goes without")]
     NoAgent,
+    /// Nobody in the guest can be reached.
+    #[error("A health check by HTTP or TCP needs a network, which this instance goes without")]
+    NoNetwork,
     /// The record.
     #[error(transparent)]
     Record(#[from] RecordError),

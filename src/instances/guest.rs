@@ -3,10 +3,11 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ovum_agent_proto::VERSION;
-use ovum_agent_proto::config::{GuestConfig, INIT_SYSTEMS};
+use ovum_agent_proto::config::{GuestConfig, GuestNetwork, INIT_SYSTEMS};
 
 use crate::images::config::ImageConfig;
 use crate::instances::spec::InstanceSpec;
+use crate::network::Wiring;
 
 /// The image's disk, the first of the machine.
 const ROOT_DEVICE: &str = "/dev/vda";
@@ -18,7 +19,11 @@ const OVERLAY_DEVICE: &str = "/dev/vdb";
 ///
 /// Entrypoint and arguments override each other's counterpart only: an entrypoint alone keeps the
 /// image's arguments. Programs run as root, whatever the image's user.
-pub(super) fn config(spec: &InstanceSpec, image: &ImageConfig) -> Option<GuestConfig> {
+pub(super) fn config(
+    spec: &InstanceSpec,
+    image: &ImageConfig,
+    wiring: Option<Wiring>,
+) -> Option<GuestConfig> {
     let argv: Vec<String> = argv(spec, image).cloned().collect();
     let mut env = image.env.clone();
     env.extend(spec.env.clone());
@@ -30,6 +35,12 @@ pub(super) fn config(spec: &InstanceSpec, image: &ImageConfig) -> Option<GuestCo
         hostname: spec.name.to_string(),
         root_device: ROOT_DEVICE.to_owned(),
         overlay_device: Some(OVERLAY_DEVICE.to_owned()),
+        network: wiring.map(|Wiring { address, prefix, gateway, dns }| GuestNetwork {
+            address,
+            prefix,
+            gateway,
+            dns,
+        }),
         argv,
         env: env.into_iter().collect(),
         working_dir,
@@ -70,7 +81,7 @@ mod tests {
             cmd: words(ours.1),
             ..InstanceSpec::sample()
         };
-        config(&spec, &image).map(|config| config.argv)
+        config(&spec, &image, None).map(|config| config.argv)
     }
 
     #[test]
@@ -108,7 +119,7 @@ mod tests {
         };
         let spec = InstanceSpec { env: env(&[("PATH", "/own")]), ..InstanceSpec::sample() };
 
-        let config = config(&spec, &image).unwrap();
+        let config = config(&spec, &image, None).unwrap();
 
         assert_eq!(config.env, [("LANG".into(), "C".into()), ("PATH".into(), "/own".into())]);
         assert_eq!(config.working_dir, "/");

@@ -16,6 +16,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::instances::state::State;
 
+pub use crate::network::HttpProbe;
+
 /// Longest text of an error that is kept, in characters.
 const ERROR_CHARS_MAX: usize = 512;
 
@@ -46,6 +48,13 @@ pub enum Probe {
         command: Vec<String>,
         /// Where it runs.
         working_dir: Option<String>,
+    },
+    /// Sends a request from the host; one status is good.
+    Http(HttpProbe),
+    /// Connects from the host.
+    Tcp {
+        /// To which port.
+        port: u16,
     },
 }
 

@@ -27,6 +27,7 @@ use crate::instances::timeline::now_ns;
 use crate::instances::{
     DeleteError, Instance, RecordError, Shared, StartError, StopError, UpkeepError,
 };
+use crate::network::Lease;
 
 mod checking;
 mod ending;
@@ -96,6 +97,8 @@ pub(super) struct Owner {
     /// Nothing is done by itself before: the last time something failed.
     quiet_until: Option<DateTime<Utc>>,
     worker: Option<Worker>,
+    /// The address of its machine.
+    lease: Option<Lease>,
     state_since: DateTime<Utc>,
     diary: Diary,
     view: watch::Sender<Arc<Instance>>,
@@ -111,6 +114,7 @@ impl Owner {
             id: record.id.clone(),
             spec: record.spec.clone(),
             digest: record.digest,
+            address: record.address,
             state,
             created_at: record.created_at,
             expires_at: None,
@@ -135,6 +139,7 @@ impl Owner {
             is_unhealthy: false,
             quiet_until: None,
             worker: None,
+            lease: None,
             state_since: Utc::now(),
             diary,
             view: watch::Sender::new(Arc::new(view)),
@@ -145,12 +150,13 @@ impl Owner {
     }
 
     /// The machine runs in `worker`; what it has already said is taken.
-    pub(super) fn with_worker(mut self, worker: Worker) -> Self {
-        self.attach(worker);
+    pub(super) fn with_worker(mut self, worker: Worker, lease: Option<Lease>) -> Self {
+        self.attach(worker, lease);
         self
     }
 
-    fn attach(&mut self, mut worker: Worker) {
+    fn attach(&mut self, mut worker: Worker, lease: Option<Lease>) {
+        self.lease = lease;
         self.change(Event::Launched);
         while let Some(event) = worker.queued() {
             self.follow(&event);
@@ -178,7 +184,8 @@ impl Owner {
     }
 
     /// Whether there is a worker could not be told.
-    pub(super) fn unknown(mut self, why: String) -> Self {
+    pub(super) fn unknown(mut self, why: String, lease: Option<Lease>) -> Self {
+        self.lease = lease;
         self.state = State::Unknown;
         self.ending.error = Some(why);
         self.publish();
@@ -280,6 +287,7 @@ impl Owner {
     /// The worker is gone: writes down how it ended.
     fn ended(&mut self) {
         self.worker = None;
+        self.lease = None;
         self.record.hold = None;
         self.change(Event::Ended);
         self.begin_checks();
@@ -372,6 +380,7 @@ impl Owner {
             id: self.record.id.clone(),
             spec: self.record.spec.clone(),
             digest: self.record.digest,
+            address: self.record.address,
             state: self.state,
             created_at: self.record.created_at,
             expires_at: self.record.expires_at,

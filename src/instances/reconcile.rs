@@ -85,26 +85,29 @@ async fn undo_start(shared: &Arc<Shared>, mut record: Record) -> Owner {
     let owner = Owner::new(Arc::clone(shared), record);
     match outcome {
         Ok(()) => owner,
-        Err(error) => owner.unknown(format!("Failed to undo a start: {error}")),
+        Err(error) => owner.unknown(format!("Failed to undo a start: {error}"), None),
     }
 }
 
 async fn revive(shared: &Arc<Shared>, record: Record) -> Owner {
     let dir = shared.dir_of(&record.id);
     let has_ended = record.end.is_some();
+    let address = record.address.filter(|_| record.spec.network.is_some());
     let owner = Owner::new(Arc::clone(shared), record);
     if has_ended {
         return owner;
     }
+    // Before anyone else is given one.
+    let lease = address.map(|address| shared.network.hold(address));
     match shared.fleet.adopt(&dir).await {
-        Ok(Some(worker)) => owner.with_worker(worker),
+        Ok(Some(worker)) => owner.with_worker(worker, lease),
         Ok(None) => match journal::read(&dir) {
             Ok(events) => owner.ended_unseen(&events),
-            Err(error) => owner.unknown(format!("Failed to read its events: {error}")),
+            Err(error) => owner.unknown(format!("Failed to read its events: {error}"), None),
         },
         Err(error) => {
             tracing::error!(%error, cause = %error.source, "An instance is in an unknown state");
-            owner.unknown(format!("{error}: {}", error.source))
+            owner.unknown(format!("{error}: {}", error.source), lease)
         }
     }
 }

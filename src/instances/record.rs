@@ -4,6 +4,8 @@
 //! operation is undone or finished by `reconcile.rs`. What a guest does is not written here
 //! as it happens: the events file in the instance's folder has it.
 
+use std::net::Ipv4Addr;
+
 use chrono::{DateTime, Utc};
 use rusqlite::{ErrorCode, Transaction};
 use serde::{Deserialize, Serialize};
@@ -29,6 +31,9 @@ pub struct Record {
     /// When it is to be deleted, if ever.
     #[serde(default)]
     pub expires_at: Option<DateTime<Utc>>,
+    /// Its address, if it has a network: of its machine, or of the last one.
+    #[serde(default)]
+    pub address: Option<Ipv4Addr>,
     /// Whether an operation is under way.
     pub phase: Phase,
     /// The moments before there was a worker; after the end, all.

@@ -53,6 +53,9 @@ pub struct InstanceSpec {
     pub entrypoint: Vec<String>,
     /// Instead of the image's arguments; empty: the image's.
     pub cmd: Vec<String>,
+    /// Its network, if it has one.
+    #[serde(default)]
+    pub network: Option<InterfaceSpec>,
     /// How it is found out whether the workload is well, if it is.
     #[serde(default)]
     pub health_check: Option<HealthCheck>,
@@ -62,6 +65,15 @@ pub struct InstanceSpec {
     /// Nobody wants it any more once this server has ended.
     #[serde(default)]
     pub ends_with_server: bool,
+}
+
+/// The network of an instance.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceSpec {
+    /// Bytes per second to the guest, if there is a limit.
+    pub download_bps: Option<NonZeroU64>,
+    /// Bytes per second from it, if there is a limit.
+    pub upload_bps: Option<NonZeroU64>,
 }
 
 /// When an instance is to be deleted by itself.
@@ -228,6 +240,7 @@ impl InstanceSpec {
             agent: true,
             entrypoint: Vec::new(),
             cmd: Vec::new(),
+            network: None,
             health_check: None,
             restart_policy: None,
             ends_with_server: false,

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use crate::fleet::Usage;
 use crate::instances::{FindError, Instance, Instances};
+use crate::network::Traffic;
+use crate::subnet::Subnet;
 
 /// What one instance costs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -13,6 +15,8 @@ pub struct Stats {
     pub instance: Arc<Instance>,
     /// What its worker costs; nothing, if there is none.
     pub usage: Usage,
+    /// What has passed through its network; nothing, if it has none.
+    pub traffic: Traffic,
 }
 
 /// Why that is not known.
@@ -45,7 +49,13 @@ impl Instances {
         let usage = usage
             .map_err(|source| StatsError::Worker { id: instance.id.clone(), source })?
             .unwrap_or_default();
-        Ok(Stats { instance, usage })
+        let traffic = self.shared.network.traffic(&instance.id);
+        Ok(Stats { instance, usage, traffic })
+    }
+
+    /// The addresses of instances, if they can have any.
+    pub fn subnet(&self) -> Option<Subnet> {
+        self.shared.network.subnet()
     }
 
     /// Whether machines can be started on this host, as far as can be told.

@@ -1,12 +1,13 @@
 //! Host tools: the one place that runs programs which are not ours.
 //!
-//! A tool is found by name in fixed folders, runs with an empty environment and nothing on its
-//! standard input, and has a deadline; what it prints is bounded. It is in a process group of its
+//! A tool is found by name in fixed folders, runs with an empty environment and on its
+//! standard input only what it is given, and has a deadline; what it prints is bounded. It is in a process group of its
 //! own, so that ending it ends what it started.
 
 use std::ffi::OsStr;
 use std::fmt;
-use std::io::{self, Read};
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
@@ -47,8 +49,12 @@ pub struct Tool {
 pub const MKFS_EXT4: Tool =
     Tool { name: "mkfs.ext4", package: "e2fsprogs", needed_for: "writable disks of instances" };
 
+/// Sets packet filters.
+pub const NFT: Tool =
+    Tool { name: "nft", package: "nftables", needed_for: "networks of instances" };
+
 /// All tools, for a check of the host.
-pub const TOOLS: [&Tool; 1] = [&MKFS_EXT4];
+pub const TOOLS: [&Tool; 2] = [&MKFS_EXT4, &NFT];
 
 /// What a tool printed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -76,12 +82,38 @@ impl Tool {
         environment: &[(&str, &str)],
         timeout: Duration,
     ) -> Result<Output, ToolError> {
+        self.start_and_wait(arguments, environment, Stdio::null(), timeout)
+    }
+
+    /// As [`Self::run`], with `input` on its standard input.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::run`].
+    pub fn feed(
+        &self,
+        arguments: &[&OsStr],
+        input: &[u8],
+        timeout: Duration,
+    ) -> Result<Output, ToolError> {
+        let tool = self.name;
+        let input = file_of(input).map_err(|source| ToolError::Io { tool, source })?;
+        self.start_and_wait(arguments, &[], input.into(), timeout)
+    }
+
+    fn start_and_wait(
+        &self,
+        arguments: &[&OsStr],
+        environment: &[(&str, &str)],
+        input: Stdio,
+        timeout: Duration,
+    ) -> Result<Output, ToolError> {
         let tool = self.name;
         let Some(path) = self.find() else {
             return Err(ToolError::Missing { tool, package: self.package });
         };
         let begin = Instant::now();
-        let running = Running::start(&path, arguments, environment)
+        let running = Running::start(&path, arguments, environment, input)
             .map_err(|source| ToolError::Io { tool, source })?;
         let (status, output) = match running.finish(begin + timeout) {
             Ok(Some(ended)) => ended,
@@ -114,7 +146,12 @@ struct Running {
 }
 
 impl Running {
-    fn start(path: &Path, arguments: &[&OsStr], environment: &[(&str, &str)]) -> io::Result<Self> {
+    fn start(
+        path: &Path,
+        arguments: &[&OsStr],
+        environment: &[(&str, &str)],
+        input: Stdio,
+    ) -> io::Result<Self> {
         #[expect(clippy::disallowed_methods, reason = "this is the module that may")]
         let mut command = Command::new(path);
         command
@@ -124,7 +161,7 @@ impl Running {
             .env("PATH", FOLDERS.join(":"))
             .envs(environment.iter().copied())
             .current_dir("/")
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .process_group(0);
@@ -173,6 +210,14 @@ impl Drop for Running {
             let _ = self.child.wait();
         }
     }
+}
+
+/// A file, of no name, that is read as `content`. A pipe would need somebody to fill it meanwhile.
+fn file_of(content: &[u8]) -> io::Result<File> {
+    let mut file = File::from(memfd_create(c"input", MemfdFlags::CLOEXEC)?);
+    file.write_all(content)?;
+    file.rewind()?;
+    Ok(file)
 }
 
 /// Reads a pipe to its end on a thread of its own and keeps the end of what came.
@@ -271,6 +316,14 @@ mod tests {
         let names: Vec<&str> = stdout.lines().map(|line| line.split('=').next().unwrap()).collect();
         assert_eq!(names, ["GIVEN", "LC_ALL", "PATH", "PWD", "/"]);
         assert_eq!(output.stderr, b"oops\n");
+    }
+
+    #[test]
+    fn a_tool_reads_what_it_is_fed() {
+        let input = "line\n".repeat(100_000);
+        let output = SHELL.feed(&["-c".as_ref(), "wc -l".as_ref()], input.as_bytes(), LONG);
+
+        assert_eq!(String::from_utf8(output.unwrap().stdout).unwrap().trim(), "100000");
     }
 
     #[test]

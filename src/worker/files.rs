@@ -34,11 +34,12 @@ impl Files {
             bail!("The launch message names {} files and has {}", roles.len(), files.len());
         }
         let mut single = Singles::default();
-        let (mut initramfs, mut disks) = (Vec::new(), Vec::new());
+        let (mut initramfs, mut disks, mut taps) = (Vec::new(), Vec::new(), Vec::new());
         for (&role, file) in roles.iter().zip(files) {
             match role {
                 FileRole::Initramfs => initramfs.push(File::from(file)),
                 FileRole::Disk => disks.push(File::from(file)),
+                FileRole::Tap => taps.push(file),
                 _ => single.put(role, file)?,
             }
         }
@@ -47,6 +48,7 @@ impl Files {
             kernel: single.take(FileRole::Kernel)?.into(),
             initramfs,
             disks,
+            taps,
             console: single.take(FileRole::Console)?.into(),
             vsock: single.take(FileRole::Vsock).ok().map(UnixListener::from),
         };

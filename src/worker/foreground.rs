@@ -82,6 +82,7 @@ fn build(spec: ForegroundSpec) -> anyhow::Result<Machine> {
         balloon: false,
         cmdline,
         disks: Vec::new(),
+        net: None,
         disk_limit: RateLimitSpec::default(),
         vsock_cid: None,
         // A kernel that is being developed has something to say before it has a virtio console.
@@ -92,6 +93,7 @@ fn build(spec: ForegroundSpec) -> anyhow::Result<Machine> {
         kernel,
         initramfs,
         disks: Vec::new(),
+        taps: Vec::new(),
         console: console.into(),
         vsock: None,
     };

@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use ovum_test_host::{BUSYBOX, SECRET, Server, TestHost, free_address, ovum, root, workers};
+use ovum_test_host::{
+    BUSYBOX, SECRET, Server, TestHost, free_address, ovum, root, subnet_of, workers,
+};
 use serde_json::{Value, json};
 use tokio::time;
 
@@ -88,6 +90,7 @@ async fn a_kernel_that_panics_in_the_foreground_is_a_failure(_: &TestHost) {
 fn run(data_dir: &Path, script: &str) -> Command {
     let mut command = Command::new(ovum());
     command.args(["run", "--memory=128MB", "--cpus=1", "--data-dir"]).arg(data_dir);
+    command.env("OVUM_SUBNET", subnet_of(data_dir));
     command.args([BUSYBOX, "--", "sh", "-c", script]);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     command

@@ -20,6 +20,8 @@ mod killed;
 mod kvm;
 mod lifecycle;
 mod memory;
+mod network;
+mod outside;
 mod refusals;
 mod sdk;
 mod systemd;
@@ -70,6 +72,7 @@ fn main() -> ExitCode {
         disk::CASES,
         sdk::CASES,
         images::CASES,
+        network::CASES,
         refusals::CASES,
         crash::CASES,
         killed::CASES,

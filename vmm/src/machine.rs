@@ -43,6 +43,7 @@ use crate::virtio::console::Console;
 use crate::virtio::entropy::Entropy;
 use crate::virtio::mem::{MemDevice, MemError, MemHandle};
 use crate::virtio::mmio::{Identity, QUEUE_NOTIFY, Registers};
+use crate::virtio::net;
 use crate::virtio::task::{Line, Task};
 use crate::virtio::vsock::Vsock;
 
@@ -115,7 +116,7 @@ impl Machine {
         let log = files.console.try_clone().map_err(BuildError::Thread)?;
         let disk_limiter = RateLimiter::new(spec.disk_limit, Instant::now());
         let mut devices = disks(spec, files.disks, &disk_limiter)?;
-        devices.extend(streams(spec, files.vsock, files.console)?);
+        devices.extend(streams(spec, files.taps, files.vsock, files.console)?);
         let (hotplug, balloon) = add_memory_devices(&mut devices, spec, memory)?;
         let handles = Handles { disk_limiter, hotplug, balloon };
         let device_count = devices.len() as u64;
@@ -382,10 +383,14 @@ fn disks(
 /// The devices that come behind the disks in every machine.
 fn streams(
     spec: &MachineSpec,
+    taps: Vec<OwnedFd>,
     vsock: Option<UnixListener>,
     console: File,
 ) -> Result<Vec<Box<dyn Device>>, BuildError> {
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    if let Some(net) = &spec.net {
+        devices.push(Box::new(net::over_tap(taps, net).map_err(BuildError::Net)?));
+    }
     if let (Some(cid), Some(listener)) = (spec.vsock_cid, vsock) {
         devices.push(Box::new(Vsock::new(cid, listener).map_err(BuildError::Vsock)?));
     }

@@ -10,6 +10,7 @@ use crate::vcpu_state::VcpuStateError;
 use crate::virtio::blk::BlkError;
 use crate::virtio::console::ConsoleError;
 use crate::virtio::mem::MemError;
+use crate::virtio::net::NetError;
 use crate::virtio::vsock::VsockError;
 
 /// Why a machine could not be built.
@@ -45,6 +46,9 @@ pub enum BuildError {
         #[source]
         source: BlkError,
     },
+    /// The TAP cannot be used.
+    #[error("Failed to use the network interface")]
+    Net(#[source] NetError),
     /// The listening socket of the vsock device cannot be used.
     #[error("Failed to use the vsock socket")]
     Vsock(#[source] VsockError),

@@ -29,6 +29,9 @@ pub const HOTPLUG_BYTES_MAX: u64 = 1 << 40;
 /// Most disks a machine can have.
 pub const DISKS_MAX: usize = 16;
 
+/// Most queues of a TAP that an interface uses: one device thread serves all of them.
+pub const NET_LANES_MAX: usize = 8;
+
 /// One machine: everything about it that is not an open file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -49,6 +52,8 @@ pub struct MachineSpec {
     pub disks: Vec<DiskSpec>,
     /// What all of them may do together.
     pub disk_limit: RateLimitSpec,
+    /// The network interface, if there is one.
+    pub net: Option<NetSpec>,
     /// The guest's vsock address, 3 or more; without one there is no vsock device.
     pub vsock_cid: Option<u32>,
     /// Adds a 16550 at the legacy port for the kernel's earliest messages; they go to the console
@@ -66,6 +71,18 @@ pub struct DiskSpec {
     pub read_only: bool,
 }
 
+/// A network interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetSpec {
+    /// Its Ethernet address. What the guest sends from another is dropped.
+    pub mac: [u8; 6],
+    /// What may go to the guest.
+    pub download: RateLimitSpec,
+    /// What may come from it.
+    pub upload: RateLimitSpec,
+}
+
 /// The open files of a machine.
 #[derive(Debug)]
 pub struct MachineFiles {
@@ -77,6 +94,9 @@ pub struct MachineFiles {
     pub initramfs: Vec<File>,
     /// The file behind each disk of the spec, in the same order.
     pub disks: Vec<File>,
+    /// The queues of the TAP behind the network interface: 1 to [`NET_LANES_MAX`] files that are
+    /// attached to it, with a virtio header before each frame. None if there is no interface.
+    pub taps: Vec<OwnedFd>,
     /// Where the guest's console is written, from the file's present position on.
     pub console: File,
     /// Where host processes connect to reach a vsock port of the guest: a client writes
@@ -125,6 +145,12 @@ pub enum SpecError {
         /// Handed over.
         files: usize,
     },
+    /// A network interface and its way to the host do not match.
+    #[error("{taps} queues of a TAP: an interface has 1 to {NET_LANES_MAX}, no interface none")]
+    Taps {
+        /// Handed over.
+        taps: usize,
+    },
     /// An address that is not a guest's.
     #[error("vsock_cid is {cid}: guests have 3 to {}", u32::MAX - 1)]
     VsockCid {
@@ -151,6 +177,7 @@ impl MachineSpec {
             cmdline: _,
             disks,
             disk_limit: _,
+            net,
             vsock_cid,
             serial: _,
         } = self;
@@ -170,6 +197,10 @@ impl MachineSpec {
         }
         if disks.len() != files.disks.len() {
             return Err(SpecError::DiskFiles { disks: disks.len(), files: files.disks.len() });
+        }
+        let taps = files.taps.len();
+        if net.is_some() != (1..=NET_LANES_MAX).contains(&taps) || net.is_none() && taps > 0 {
+            return Err(SpecError::Taps { taps });
         }
         match vsock_cid {
             Some(cid @ (0..=2 | u32::MAX)) => Err(SpecError::VsockCid { cid: *cid }),
@@ -192,6 +223,7 @@ mod tests {
             cmdline: String::new(),
             disks: Vec::new(),
             disk_limit: RateLimitSpec::default(),
+            net: None,
             vsock_cid: None,
             serial: false,
         }
@@ -203,12 +235,17 @@ mod tests {
 
     /// Whether `spec` can be, with so many disk files and no listening socket.
     fn check(spec: &MachineSpec, disk_files: usize) -> Result<(), SpecError> {
+        check_with(spec, disk_files, 0)
+    }
+
+    fn check_with(spec: &MachineSpec, disk_files: usize, taps: usize) -> Result<(), SpecError> {
         let file = || tempfile::tempfile().unwrap();
         spec.check(&MachineFiles {
             kvm: file().into(),
             kernel: file(),
             initramfs: Vec::new(),
             disks: (0..disk_files).map(|_| file()).collect(),
+            taps: (0..taps).map(|_| file().into()).collect(),
             console: file(),
             vsock: None,
         })
@@ -257,6 +294,24 @@ mod tests {
         for files in [0, 2] {
             let refused = Err(SpecError::DiskFiles { disks: 1, files });
             assert_eq!(check(&MachineSpec { disks: disks(1), ..spec() }, files), refused);
+        }
+    }
+
+    #[test]
+    fn an_interface_has_1_to_8_queues_of_a_tap() {
+        let unlimited = RateLimitSpec::default();
+        let net = NetSpec { mac: [2, 0, 0, 0, 0, 5], download: unlimited, upload: unlimited };
+        let net = Some(net);
+        for taps in [1, 8] {
+            assert_eq!(check_with(&MachineSpec { net: net.clone(), ..spec() }, 0, taps), Ok(()));
+        }
+        for taps in [0, 9] {
+            let refused = Err(SpecError::Taps { taps });
+            let asked = MachineSpec { net: net.clone(), ..spec() };
+            assert_eq!(check_with(&asked, 0, taps), refused);
+        }
+        for taps in [1, 9] {
+            assert_eq!(check_with(&spec(), 0, taps), Err(SpecError::Taps { taps }));
         }
     }
 

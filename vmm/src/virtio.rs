@@ -13,6 +13,7 @@ pub mod console;
 pub mod entropy;
 pub mod mem;
 pub mod mmio;
+pub mod net;
 pub mod ring;
 pub mod task;
 pub mod vsock;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use crate::memory::Mem;
 use blk::BlkState;
 use mem::MemState;
+use net::NetState;
 use ring::Ring;
 use vsock::VsockState;
 
@@ -236,6 +238,8 @@ pub enum DeviceState {
     Blk(BlkState),
     /// A memory device.
     Mem(MemState),
+    /// A network interface.
+    Net(NetState),
     /// A vsock device.
     Vsock(VsockState),
 }

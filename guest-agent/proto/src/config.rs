@@ -1,5 +1,7 @@
 //! What a guest shall become: written by the server, read once by the agent at boot.
 
+use std::net::Ipv4Addr;
+
 use serde::{Deserialize, Serialize};
 
 /// Where the agent finds its configuration in the initramfs.
@@ -23,6 +25,9 @@ pub struct GuestConfig {
     pub root_device: String,
     /// Block device with the writable layer: an ext4. Without one it is a tmpfs.
     pub overlay_device: Option<String>,
+    /// Its network, if it has one.
+    #[serde(default)]
+    pub network: Option<GuestNetwork>,
     /// Program and arguments of the workload. Never empty.
     pub argv: Vec<String>,
     /// Environment of the workload.
@@ -34,4 +39,17 @@ pub struct GuestConfig {
     /// Host's CLOCK_REALTIME in nanoseconds when the guest was started, in case the guest kernel
     /// finds no clock of its own.
     pub realtime_ns: u64,
+}
+
+/// How the guest reaches others, by way of its only network interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GuestNetwork {
+    /// Its address.
+    pub address: Ipv4Addr,
+    /// How many bits of that its subnet has.
+    pub prefix: u8,
+    /// Where what is for others goes.
+    pub gateway: Ipv4Addr,
+    /// Whom to ask for names.
+    pub dns: Vec<Ipv4Addr>,
 }

@@ -18,7 +18,8 @@ use crate::api::instances::view::PLATFORM;
 use crate::api::tags::{self, Tags, TagsError};
 use crate::config::Limits;
 use crate::images::reference::{Reference, ReferenceError};
-use crate::instances::spec::{Expiry, InstanceSpec, MEMORY_BYTES_MIN, Upkeep};
+use crate::instances::health::{self, Probe};
+use crate::instances::spec::{Expiry, InstanceSpec, InterfaceSpec, MEMORY_BYTES_MIN, Upkeep};
 use crate::size::{ByteRate, ByteSize};
 
 /// vCPUs unless told otherwise.
@@ -74,7 +75,7 @@ pub struct CreateInstance {
     /// How it is looked after.
     #[serde(flatten, deserialize_with = "UpkeepFields::within")]
     pub upkeep: UpkeepFields,
-    /// Network; none if omitted. Not there yet.
+    /// Network; if omitted, one without limits, unless the server has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<Network>,
     /// Host devices. Not there yet.
@@ -162,8 +163,9 @@ impl CreateInstance {
         let Upkeep { health_check, restart_policy, expiry, .. } = self.upkeep.parsed()?;
         let (health_check, restart_policy) = (health_check.flatten(), restart_policy.flatten());
         let agent = !self.skip_guest_agent.unwrap_or_default();
-        if !agent && health_check.is_some() {
-            return Err(SpecError::invalid("health_check", "it needs the guest agent"));
+        let network = self.network.unwrap_or_default().parsed(limits.has_network)?;
+        if let Some(lack) = health_check.as_ref().and_then(|check| lack_of(check, agent, network)) {
+            return Err(SpecError::invalid("health_check", lack));
         }
         if let Some(field) = unsupported {
             return Err(SpecError::NotSupported { field });
@@ -182,11 +184,26 @@ impl CreateInstance {
             agent,
             entrypoint,
             cmd,
+            network,
             health_check,
             restart_policy,
             ends_with_server: self.ends_with_server.unwrap_or_default(),
         };
         Ok((spec, expiry.unwrap_or(Expiry::Never)))
+    }
+}
+
+/// What a check needs that the instance goes without.
+fn lack_of(
+    check: &health::HealthCheck,
+    agent: bool,
+    network: Option<InterfaceSpec>,
+) -> Option<&'static str> {
+    match check.probe {
+        Probe::Exec { .. } => (!agent).then_some("by exec it needs the guest agent"),
+        Probe::Http(_) | Probe::Tcp { .. } => {
+            network.is_none().then_some("by http or tcp it needs a network")
+        }
     }
 }
 

@@ -3,12 +3,14 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::num::NonZeroU64;
 
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::api::instances::create::{CreateInstance, SpecError};
 use crate::duration::GoDuration;
+use crate::instances::spec::InterfaceSpec;
 use crate::size::{ByteRate, ByteSize};
 
 /// Folders of the guest that nothing may be mounted over.
@@ -163,7 +165,7 @@ impl CreateInstance {
     /// Checks the fields of this file; returns the first that asks for something.
     pub(super) fn check_extras(&self) -> Result<Option<&'static str>, SpecError> {
         let asks = [
-            ("network", self.network.as_ref().map_or(Ok(false), Network::asks)?),
+            ("network.egress", self.network.as_ref().is_some_and(Network::asks_egress)),
             ("credentials", self.credentials_ask()?),
             ("devices", self.devices.as_ref().is_some_and(|devices| !devices.is_empty())),
             ("gpu", self.gpu.as_ref().is_some_and(Gpu::asks)),
@@ -230,21 +232,31 @@ impl CreateInstance {
 }
 
 impl Network {
-    fn asks(&self) -> Result<bool, SpecError> {
+    /// The network that is asked for, if any is; `by_default` if nothing is said of it.
+    ///
+    /// # Errors
+    ///
+    /// [`SpecError`], which names the field.
+    pub(super) fn parsed(&self, by_default: bool) -> Result<Option<InterfaceSpec>, SpecError> {
+        let enabled = self.enabled.unwrap_or(by_default);
         let rate =
             |field, text: Option<&String>| match text.map(|text| ByteRate::from_network(text)) {
-                None => Ok(false),
-                Some(Ok(ByteRate(rate))) => Ok(rate > 0),
+                None => Ok(None),
+                Some(Ok(ByteRate(rate))) => Ok(NonZeroU64::new(rate)),
                 Some(Err(error)) => Err(SpecError::invalid(field, error)),
             };
         let download = rate("network.bandwidth_download", self.bandwidth_download.as_ref())?;
         let upload = rate("network.bandwidth_upload", self.bandwidth_upload.as_ref())?;
-        let egress = self.egress.as_ref().and_then(|egress| egress.enabled) == Some(true);
-        if egress && self.enabled == Some(false) {
+        if self.asks_egress() && self.enabled == Some(false) {
             let why = "it needs network.enabled";
             return Err(SpecError::invalid("network.egress", why));
         }
-        Ok(self.enabled == Some(true) || download || upload || egress)
+        let interface = InterfaceSpec { download_bps: download, upload_bps: upload };
+        Ok(enabled.then_some(interface))
+    }
+
+    fn asks_egress(&self) -> bool {
+        self.egress.as_ref().and_then(|egress| egress.enabled) == Some(true)
     }
 }
 
@@ -308,7 +320,7 @@ impl AutoStandby {
             return Err(SpecError::invalid("auto_standby.ignore_source_cidrs", why));
         }
         for &port in self.ignore_destination_ports.iter().flatten() {
-            check_port("auto_standby.ignore_destination_ports", port)?;
+            checked_port("auto_standby.ignore_destination_ports", port)?;
         }
         Ok(enabled)
     }
@@ -335,12 +347,9 @@ pub(super) fn parsed_duration(field: &'static str, text: &str) -> Result<GoDurat
     text.parse().map_err(|error| SpecError::invalid(field, error))
 }
 
-pub(super) fn check_port(field: &'static str, port: i64) -> Result<(), SpecError> {
-    if (1..=65_535).contains(&port) {
-        Ok(())
-    } else {
-        Err(SpecError::invalid(field, format!("{port} is no port")))
-    }
+pub(super) fn checked_port(field: &'static str, port: i64) -> Result<u16, SpecError> {
+    let checked = u16::try_from(port).ok().filter(|&port| port > 0);
+    checked.ok_or_else(|| SpecError::invalid(field, format!("{port} is no port")))
 }
 
 fn is_cidr(text: &str) -> bool {

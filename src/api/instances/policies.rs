@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::api::instances::create::SpecError;
-use crate::api::instances::extras::{check_port, duration_asks, parsed_duration};
+use crate::api::instances::extras::{checked_port, duration_asks, parsed_duration};
 use crate::duration::GoDuration;
-use crate::instances::health::{self, Probe};
+use crate::instances::health::{self, HttpProbe, Probe};
 use crate::instances::restart;
 
 /// From check to check unless told otherwise.
@@ -26,6 +26,9 @@ const FAILURE_THRESHOLD: i64 = 3;
 /// Successes that are good health unless told otherwise.
 const SUCCESS_THRESHOLD: i64 = 1;
 
+/// The good answer unless told otherwise.
+const EXPECTED_STATUS: i64 = 200;
+
 /// From an end to the next start unless told otherwise.
 const BACKOFF: &str = "5s";
 
@@ -38,10 +41,10 @@ pub struct HealthCheck {
     /// How it is asked; what the only one of the others says if omitted.
     #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
     pub kind: Option<HealthCheckKind>,
-    /// By HTTP. Not there yet.
+    /// By HTTP, from the host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub http: Option<HttpCheck>,
-    /// By connecting. Not there yet.
+    /// By connecting, from the host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tcp: Option<TcpCheck>,
     /// By a program in the guest.
@@ -181,13 +184,10 @@ impl HealthCheck {
         let missing = || SpecError::invalid("health_check", "what its type needs is missing");
         let probe = match kind {
             HealthCheckKind::None => return Ok(None),
-            HealthCheckKind::Http => {
-                self.http.ok_or_else(missing)?.check()?;
-                return Err(SpecError::NotSupported { field: "health_check.http" });
-            }
+            HealthCheckKind::Http => self.http.ok_or_else(missing)?.probe()?,
             HealthCheckKind::Tcp => {
-                check_port("health_check.tcp.port", self.tcp.ok_or_else(missing)?.port)?;
-                return Err(SpecError::NotSupported { field: "health_check.tcp" });
+                let port = self.tcp.ok_or_else(missing)?.port;
+                Probe::Tcp { port: checked_port("health_check.tcp.port", port)? }
             }
             HealthCheckKind::Exec => self.exec.ok_or_else(missing)?.probe()?,
         };
@@ -216,31 +216,51 @@ impl HealthCheck {
 
 impl From<&health::HealthCheck> for HealthCheck {
     fn from(check: &health::HealthCheck) -> Self {
-        let Probe::Exec { command, working_dir } = &check.probe;
-        let (command, working_dir) = (command.clone(), working_dir.clone());
+        let probe = match &check.probe {
+            Probe::Exec { command, working_dir } => {
+                let (command, working_dir) = (command.clone(), working_dir.clone());
+                let exec = Some(ExecCheck { command, working_dir });
+                Self { kind: Some(HealthCheckKind::Exec), exec, ..Self::default() }
+            }
+            Probe::Http(HttpProbe { port, path, tls, expected_status }) => {
+                let http = Some(HttpCheck {
+                    port: (*port).into(),
+                    path: Some(path.clone()),
+                    scheme: Some(if *tls { HttpScheme::Https } else { HttpScheme::Http }),
+                    expected_status: Some((*expected_status).into()),
+                });
+                Self { kind: Some(HealthCheckKind::Http), http, ..Self::default() }
+            }
+            Probe::Tcp { port } => {
+                let tcp = Some(TcpCheck { port: (*port).into() });
+                Self { kind: Some(HealthCheckKind::Tcp), tcp, ..Self::default() }
+            }
+        };
         Self {
-            kind: Some(HealthCheckKind::Exec),
-            exec: Some(ExecCheck { command, working_dir }),
             interval: Some(text(check.interval)),
             timeout: Some(text(check.timeout)),
             start_period: Some(text(check.start_period)),
             failure_threshold: Some(check.failure_threshold.into()),
             success_threshold: Some(check.success_threshold.into()),
-            ..Self::default()
+            ..probe
         }
     }
 }
 
 impl HttpCheck {
-    fn check(&self) -> Result<(), SpecError> {
-        check_port("health_check.http.port", self.port)?;
-        if self.path.as_ref().is_some_and(|path| !path.starts_with('/')) {
-            return Err(SpecError::invalid("health_check.http.path", "it must begin with /"));
+    fn probe(self) -> Result<Probe, SpecError> {
+        let port = checked_port("health_check.http.port", self.port)?;
+        let path = self.path.unwrap_or_else(|| "/".to_owned());
+        if !path.starts_with('/') || !path.bytes().all(|byte| byte.is_ascii_graphic()) {
+            let why = "it must begin with / and have no spaces";
+            return Err(SpecError::invalid("health_check.http.path", why));
         }
-        if self.expected_status.is_some_and(|status| !(100..=599).contains(&status)) {
-            return Err(SpecError::invalid("health_check.http.expected_status", "no status"));
-        }
-        Ok(())
+        let status = u16::try_from(self.expected_status.unwrap_or(EXPECTED_STATUS)).ok();
+        let status = status.filter(|status| (100..=599).contains(status));
+        let expected_status = status
+            .ok_or_else(|| SpecError::invalid("health_check.http.expected_status", "no status"))?;
+        let tls = self.scheme == Some(HttpScheme::Https);
+        Ok(Probe::Http(HttpProbe { port, path, tls, expected_status }))
     }
 }
 

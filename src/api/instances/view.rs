@@ -1,6 +1,7 @@
 //! An instance as the API shows it.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
@@ -9,9 +10,10 @@ use utoipa::ToSchema;
 
 use crate::api::instances::policies::{HealthCheck, RestartPolicy};
 use crate::api::tags::Tags;
-use crate::instances::Instance;
 use crate::instances::health::Health;
 use crate::instances::restart::RestartStatus;
+use crate::instances::spec::InterfaceSpec;
+use crate::instances::{Instance, Mac};
 use crate::size::{ByteRate, ByteSize};
 
 /// The only platform there is.
@@ -99,6 +101,35 @@ pub struct InstanceView {
 pub struct NetworkView {
     /// Whether it has one.
     pub enabled: bool,
+    /// `default`, if it has one: there is only one to be in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Its address: a new one at each start, and that of the last start once it has stopped.
+    pub ip: Option<String>,
+    /// Its Ethernet address, likewise.
+    pub mac: Option<String>,
+    /// Rate to the guest; missing if there is no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth_download: Option<String>,
+    /// Rate from the guest; missing if there is no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth_upload: Option<String>,
+}
+
+impl NetworkView {
+    fn of(instance: &Instance) -> Self {
+        let address = instance.address.filter(|_| instance.spec.network.is_some());
+        let InterfaceSpec { download_bps, upload_bps } = instance.spec.network.unwrap_or_default();
+        let rate = |bps: Option<NonZeroU64>| bps.map(|bps| ByteRate(bps.get()).to_string());
+        Self {
+            bandwidth_download: rate(download_bps),
+            bandwidth_upload: rate(upload_bps),
+            enabled: instance.spec.network.is_some(),
+            name: instance.spec.network.map(|_| "default".to_owned()),
+            ip: address.map(|address| address.to_string()),
+            mac: address.map(|address| Mac::of(address).to_string()),
+        }
+    }
 }
 
 /// What health checks say.
@@ -201,7 +232,7 @@ impl From<&Instance> for InstanceView {
             overlay_size: ByteSize(spec.overlay_bytes).to_string(),
             disk_io_bps: spec.disk_io_bps.map(|rate| ByteRate(rate.get()).to_string()),
             vcpus: spec.vcpus,
-            network: NetworkView { enabled: false },
+            network: NetworkView::of(instance),
             hypervisor: spec.hypervisor.clone(),
             has_snapshot: false,
             platform: PLATFORM.to_owned(),

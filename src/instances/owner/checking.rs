@@ -4,7 +4,9 @@
 //! calls it off.
 
 use std::future;
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use chrono::{DateTime, Utc};
 use tokio_util::task::AbortOnDropHandle;
@@ -16,6 +18,7 @@ use crate::instances::health::{Health, HealthCheck, HealthState, Probe};
 use crate::instances::owner::Owner;
 use crate::instances::restart::later;
 use crate::instances::state::State;
+use crate::network::Network;
 
 /// What is kept of the output of a check that fails, to say why.
 const OUTPUT_BYTES_MAX: usize = 512;
@@ -61,8 +64,14 @@ impl Owner {
     /// Asks.
     pub(super) fn ask(&mut self) {
         let Some(check) = self.record.spec.health_check.clone() else { return };
-        let socket = self.shared.dir_of(&self.record.id).join(files::VSOCK);
-        let asking = self.shared.owners.spawn(ask(self.shared.agents.clone(), socket, check));
+        let HealthCheck { probe, timeout, .. } = check;
+        let asked = Asked {
+            agents: self.shared.agents.clone(),
+            socket: self.shared.dir_of(&self.record.id).join(files::VSOCK),
+            network: self.shared.network.clone(),
+            address: self.record.address,
+        };
+        let asking = self.shared.owners.spawn(asked.answer(probe, timeout));
         self.checks.asking = Some(AbortOnDropHandle::new(asking));
     }
 
@@ -86,14 +95,38 @@ impl Owner {
     }
 }
 
-async fn ask(agents: Agents, socket: PathBuf, check: HealthCheck) -> Answer {
-    let Probe::Exec { command, working_dir } = check.probe;
-    let spec = ExecSpec { argv: command, working_dir, ..ExecSpec::default() };
-    match agents.run(&socket, spec, check.timeout, OUTPUT_BYTES_MAX).await {
-        Ok(Ran { code: 0, output: _ }) => Ok(()),
-        Ok(Ran { code, output }) => {
-            Err(format!("exit code {code}: {}", String::from_utf8_lossy(&output).trim()))
+/// Who is asked, and by which ways.
+struct Asked {
+    agents: Agents,
+    socket: PathBuf,
+    network: Network,
+    address: Option<Ipv4Addr>,
+}
+
+impl Asked {
+    async fn answer(self, probe: Probe, timeout: Duration) -> Answer {
+        let prober = self.network.prober();
+        let no_network = || "it has no network".to_owned();
+        match probe {
+            Probe::Exec { command, working_dir } => {
+                let spec = ExecSpec { argv: command, working_dir, ..ExecSpec::default() };
+                match self.agents.run(&self.socket, spec, timeout, OUTPUT_BYTES_MAX).await {
+                    Ok(Ran { code: 0, output: _ }) => Ok(()),
+                    Ok(Ran { code, output }) => Err(format!(
+                        "exit code {code}: {}",
+                        String::from_utf8_lossy(&output).trim()
+                    )),
+                    Err(error) => Err(error.to_string()),
+                }
+            }
+            Probe::Http(probe) => {
+                let guest = self.address.ok_or_else(no_network)?;
+                prober.get(guest, &probe, timeout).await.map_err(|error| error.to_string())
+            }
+            Probe::Tcp { port } => {
+                let guest = self.address.ok_or_else(no_network)?;
+                prober.connect(guest, port, timeout).await.map_err(|error| error.to_string())
+            }
         }
-        Err(error) => Err(error.to_string()),
     }
 }

@@ -12,8 +12,7 @@ use std::sync::Arc;
 
 use chrono::Utc;
 
-use crate::fleet::NewWorker;
-use crate::instances::boot::Boot;
+use crate::instances::boot::{Boot, Booted};
 use crate::instances::history::{Ending, History};
 use crate::instances::owner::Owner;
 use crate::instances::record::{Phase, Record};
@@ -63,7 +62,8 @@ impl Owner {
         let shared = Arc::clone(&self.shared);
         let image = shared.images.root_disk(&self.record.digest).map_err(StartError::Image)?;
         timeline.mark(Moment::ImageReady);
-        let boot = Boot::prepare(&shared, &spec, image)?;
+        let mut boot = Boot::prepare(&shared, &spec, image, self.record.address)?;
+        let address = boot.address();
         let dir = shared.dir_of(&self.record.id);
         let overlay = shared.disks.reopen(&dir.join(OVERLAY))?;
         self.begin(|record| record.phase = Phase::Starting)?;
@@ -71,12 +71,14 @@ impl Owner {
         self.started_at = None;
         self.ending = Ending::default();
         self.publish();
-        timeline.mark(Moment::DisksReady);
         let booted = async {
-            let worker = boot.launch(&shared, &spec, &dir, overlay.as_fd()).await?;
-            self.keep(worker, |record| {
+            boot.connect(&shared, &self.record.id).await?;
+            timeline.mark(Moment::DisksReady);
+            let booted = boot.launch(&shared, &spec, &dir, overlay.as_fd()).await?;
+            self.keep(booted, |record| {
                 *record = Record {
                     spec,
+                    address,
                     phase: Phase::Kept,
                     end: None,
                     timeline,
@@ -96,7 +98,7 @@ impl Owner {
     /// The machine runs: the record says so, or the machine goes.
     async fn keep(
         &mut self,
-        worker: NewWorker,
+        Booted { worker, lease }: Booted,
         change: impl FnOnce(&mut Record),
     ) -> Result<(), StartError> {
         if let Err(error) = self.update(change) {
@@ -104,7 +106,7 @@ impl Owner {
             return Err(error.into());
         }
         self.history = History::new(self.record.timeline.clone());
-        self.attach(worker.keep());
+        self.attach(worker.keep(), lease);
         Ok(())
     }
 

@@ -12,7 +12,8 @@ use chrono::{DateTime, TimeDelta, Utc};
 use tokio::time;
 
 use crate::control::Order;
-use crate::fleet::disk_limit;
+use crate::fleet::byte_limit;
+use crate::instances::health::Probe;
 use crate::instances::owner::Owner;
 use crate::instances::record::Phase;
 use crate::instances::restart::{Blocked, Decision, RestartReason};
@@ -144,8 +145,14 @@ impl Owner {
             return Err(UpkeepError::Expired { at });
         }
         let Upkeep { health_check, restart_policy, expiry, disk_io_bps } = upkeep;
-        if !self.record.spec.agent && matches!(health_check, Some(Some(_))) {
-            return Err(UpkeepError::NoAgent);
+        if let Some(Some(check)) = &health_check {
+            match check.probe {
+                Probe::Exec { .. } if !self.record.spec.agent => return Err(UpkeepError::NoAgent),
+                Probe::Http(_) | Probe::Tcp { .. } if self.record.spec.network.is_none() => {
+                    return Err(UpkeepError::NoNetwork);
+                }
+                Probe::Exec { .. } | Probe::Http(_) | Probe::Tcp { .. } => {}
+            }
         }
         let is_checked_anew = health_check.is_some();
         self.update(|record| {
@@ -164,7 +171,7 @@ impl Owner {
             }
         })?;
         if let (Some(limit), Some(worker)) = (disk_io_bps, &mut self.worker) {
-            let order = Order::LimitDisks { limit: disk_limit(limit) };
+            let order = Order::LimitDisks { limit: byte_limit(limit) };
             worker.order(&order).await.map_err(UpkeepError::Worker)?;
         }
         if is_checked_anew {

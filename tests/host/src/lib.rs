@@ -4,6 +4,7 @@
 
 use std::env;
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -68,6 +69,7 @@ impl TestHost {
         let instances = self.server.data_dir.join("instances");
         let files: Vec<_> = fs::read_dir(instances).into_iter().flatten().flatten().collect();
         assert!(files.is_empty(), "files are left: {files:?}");
+        assert_eq!(taps(), Vec::<String>::new(), "interfaces are left");
         let mounts = fs::read_to_string("/proc/mounts").expect("/proc is mounted");
         let ours = format!(" {}/", self.server.data_dir.display());
         assert!(!mounts.contains(&ours), "mounts are left: {mounts}");
@@ -134,6 +136,9 @@ impl Server {
     /// Starts `program`, another `ovum` than the released one, by way of `command`.
     pub async fn start_other(data_dir: &Path, program: &Path, mut command: Command) -> Self {
         let address = free_address();
+        if !command.get_envs().any(|(name, _)| name == "OVUM_SUBNET") {
+            command.env("OVUM_SUBNET", subnet_of(data_dir));
+        }
         let child = command
             .args(["serve", "--listen", &address, "--data-dir"])
             .arg(data_dir)
@@ -157,6 +162,14 @@ impl Server {
     /// As the kernel does it when memory is short: no warning, no goodbye.
     pub fn kill(&mut self) {
         self.child.kill().expect("the server was running");
+        self.child.wait().expect("the server was ours");
+    }
+
+    /// As an operator ends one.
+    pub fn terminate(&mut self) {
+        let pid = self.child.id().to_string();
+        let told = Command::new("kill").args(["-TERM", &pid]).status().expect("kill runs");
+        assert!(told.success(), "the server was running");
         self.child.wait().expect("the server was ours");
     }
 
@@ -361,6 +374,15 @@ impl Server {
     }
 }
 
+/// A subnet that no server on another data folder has: several of them share this host, which
+/// would otherwise have two ways to each guest.
+pub fn subnet_of(data_dir: &Path) -> String {
+    let mut hasher = DefaultHasher::new();
+    data_dir.hash(&mut hasher);
+    let [high, low, ..] = hasher.finish().to_le_bytes();
+    format!("10.{}.{low}.0/24", 128 + high / 2)
+}
+
 /// The checkout.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
@@ -408,6 +430,13 @@ pub fn free_address() -> String {
 /// Command lines of all worker processes.
 pub fn workers() -> Vec<String> {
     worker_pids().into_iter().filter_map(command_line).collect()
+}
+
+/// Names of all interfaces that lead to guests.
+pub fn taps() -> Vec<String> {
+    let links = fs::read_dir("/sys/class/net").expect("/sys is mounted").flatten();
+    let names = links.filter_map(|link| link.file_name().into_string().ok());
+    names.filter(|name| name.starts_with("ov") && !name.starts_with("ovum-")).collect()
 }
 
 /// Process ids of all workers.

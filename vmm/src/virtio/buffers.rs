@@ -22,8 +22,9 @@ use super::Fault;
 use super::ring::Chain;
 use crate::memory::{Mem, give_back_slice};
 
-/// Slices handed to the kernel in one call, where the rest can follow in the next.
-const IOVECS_PER_CALL: usize = 64;
+/// Slices handed to the kernel in one call, where the rest can follow in the next. What has to go
+/// in one call lies in no more [`Span::pieces`] than this.
+pub const IOVECS_PER_CALL: usize = 64;
 
 /// A piece of guest memory that is contiguous in this process.
 type Slice<'m> = VolatileSlice<'m, MS<'m, Mem>>;
@@ -97,6 +98,11 @@ impl<'m> Span<'m> {
         self.bytes
     }
 
+    /// In how many pieces they lie in this process.
+    pub fn pieces(&self) -> usize {
+        self.live().len()
+    }
+
     /// Whether nothing is left.
     pub fn is_empty(&self) -> bool {
         self.bytes == 0
@@ -105,10 +111,19 @@ impl<'m> Span<'m> {
     /// Fills `target` from the front of the span; `false`, with nothing taken, if it is shorter.
     #[must_use]
     pub fn read(&mut self, target: &mut [u8]) -> bool {
+        let is_whole = self.peek(target);
+        if is_whole {
+            self.advance(target.len());
+        }
+        is_whole
+    }
+
+    /// As [`Span::read`], with nothing taken in any case.
+    #[must_use]
+    pub fn peek(&self, target: &mut [u8]) -> bool {
         if self.bytes < target.len() {
             return false;
         }
-        let taken = target.len();
         let mut rest = target;
         for slice in self.live() {
             let copied = slice.copy_to(rest);
@@ -117,7 +132,6 @@ impl<'m> Span<'m> {
                 break;
             }
         }
-        self.advance(taken);
         true
     }
 
@@ -159,6 +173,13 @@ impl<'m> Span<'m> {
 
     /// Takes the first `count` bytes as a span of their own; fewer if there are not as many.
     pub fn take_front(&mut self, count: usize) -> Span<'m> {
+        let front = self.front(count);
+        self.advance(front.bytes);
+        front
+    }
+
+    /// The first `count` bytes as a span of their own, which stay in this one as well.
+    pub fn front(&self, count: usize) -> Span<'m> {
         let mut front = Span::default();
         for slice in self.live() {
             let missing = count.saturating_sub(front.bytes);
@@ -168,7 +189,6 @@ impl<'m> Span<'m> {
             }
             front.add(piece);
         }
-        self.advance(front.bytes);
         front
     }
 
@@ -279,6 +299,37 @@ impl<'m> Span<'m> {
         self.advance(bytes);
         Ok(bytes)
     }
+}
+
+/// Reads one message from `file` into `spans`, one behind the other, and what they have no room for
+/// into `rest`; nothing is dropped from the spans. Returns how many bytes that were.
+///
+/// # Errors
+///
+/// What readv says; EINVAL if the spans lie in more pieces than one call takes.
+pub fn scatter<'s, 'm: 's>(
+    file: BorrowedFd<'_>,
+    spans: impl Iterator<Item = &'s Span<'m>>,
+    rest: &mut [u8],
+) -> io::Result<usize> {
+    let mut iovecs = [NO_IOVEC; IOVECS_PER_CALL + 1];
+    let mut count = 0_usize;
+    for slice in spans.flat_map(Span::live) {
+        match iovecs.get_mut(count) {
+            Some(iovec) if count < IOVECS_PER_CALL => *iovec = Direction::Filled.iovec(slice),
+            _ => return Err(io::ErrorKind::InvalidInput.into()),
+        }
+        count = count.saturating_add(1);
+    }
+    if let Some(iovec) = iovecs.get_mut(count) {
+        *iovec = libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() };
+        count = count.saturating_add(1);
+    }
+    let count = libc::c_int::try_from(count).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes only into the `count` iovecs: guest memory, which `'m` keeps mapped
+    // and which no reference points into, and `rest`, borrowed for this call alone.
+    let result = unsafe { libc::readv(file.as_raw_fd(), iovecs.as_ptr(), count) };
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
 
 /// What the kernel does with guest memory.

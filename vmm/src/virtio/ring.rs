@@ -4,7 +4,11 @@
 //! order. The ring counts nothing itself: what is in flight is the device's to know.
 //! Virtio 1.3, 2.7 "Split Virtqueues".
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use std::mem::take;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::buffers::Buffers;
 use super::task::QueueState;
@@ -14,22 +18,30 @@ use crate::memory::Mem;
 /// Descriptors of one request, in guest memory.
 pub type Chain<'m> = DescriptorChain<&'m Mem>;
 
+/// Where the entries of a used ring begin, and their size (2.7.8 "The Virtqueue Used Ring").
+const USED_ENTRIES_AT: u64 = 4;
+const USED_ENTRY_BYTES: u64 = 8;
+
+/// Where the index of a used ring is.
+const USED_INDEX_AT: u64 = 2;
+
+/// Where the entries of an available ring begin, and their size (2.7.6); `used_event` is behind.
+const AVAIL_ENTRIES_AT: u64 = 4;
+const AVAIL_ENTRY_BYTES: u64 = 2;
+
 /// One virtqueue of a device.
 #[derive(Debug)]
 pub struct Ring {
     index: u16,
     queue: Queue,
+    /// Requests returned since the driver was last asked whether it wants an interrupt.
+    returned: u16,
 }
 
 impl Ring {
     /// Queue `index` of a device, as the transport set it up.
     pub fn new(index: u16, queue: Queue) -> Self {
-        Self { index, queue }
-    }
-
-    /// The queue below, for the transport.
-    pub fn queue_mut(&mut self) -> &mut Queue {
-        &mut self.queue
+        Self { index, queue, returned: 0 }
     }
 
     /// Where it stands.
@@ -122,7 +134,12 @@ impl Ring {
 
     /// Gives the last popped request back as if it had not been taken.
     pub fn unpop(&mut self) {
-        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+        self.unpop_last(1);
+    }
+
+    /// Gives the last `count` popped requests back.
+    pub fn unpop_last(&mut self, count: u16) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(count));
     }
 
     /// Returns a request: `written` bytes of its device-writable part were filled.
@@ -131,7 +148,31 @@ impl Ring {
     ///
     /// [`Fault::Queue`] if the used ring is out of bounds.
     pub fn push(&mut self, mem: &Mem, head: u16, written: u32) -> Result<(), Fault> {
-        self.queue.add_used(mem, head, written).map_err(|source| self.fault(source))
+        self.push_together(mem, &[(head, written)])
+    }
+
+    /// Returns several requests, each as [`Ring::push`] does, of which the driver sees all or none.
+    ///
+    /// # Errors
+    ///
+    /// [`Fault::Queue`] if the used ring is out of bounds.
+    pub fn push_together(&mut self, mem: &Mem, used: &[(u16, u32)]) -> Result<(), Fault> {
+        let mut next = self.queue.next_used();
+        for &(head, written) in used {
+            let slot = next.checked_rem(self.size()).filter(|_| head < self.size());
+            let slot = slot.ok_or_else(|| self.fault(Error::InvalidDescriptorIndex))?;
+            let entry = u64::from(written) << 32 | u64::from(head);
+            let at =
+                USED_ENTRIES_AT.saturating_add(u64::from(slot).saturating_mul(USED_ENTRY_BYTES));
+            let at = self.queue.used_ring().saturating_add(at);
+            mem.write_obj(entry.to_le(), GuestAddress(at)).map_err(|error| self.outside(error))?;
+            next = next.wrapping_add(1);
+            self.returned = self.returned.saturating_add(1);
+        }
+        self.queue.set_next_used(next);
+        let at = GuestAddress(self.queue.used_ring().saturating_add(USED_INDEX_AT));
+        // The entries are there before the index says so.
+        mem.store(next.to_le(), at, Ordering::Release).map_err(|error| self.outside(error))
     }
 
     /// Asks the driver not to kick while the queue is being served.
@@ -152,13 +193,30 @@ impl Ring {
         self.queue.enable_notification(mem).map_err(|source| self.fault(source))
     }
 
-    /// Whether the driver wants an interrupt for what was pushed since the last answer.
+    /// Whether the driver wants an interrupt for what was returned since the last answer: one that
+    /// wrote into `used_event` which return it waits for, if that is among them (2.7.7.2 "Device
+    /// Requirements: Used Buffer Notification Suppression").
     ///
     /// # Errors
     ///
     /// [`Fault::Queue`] if the available ring is out of bounds.
     pub fn wants_interrupt(&mut self, mem: &Mem) -> Result<bool, Fault> {
-        self.queue.needs_notification(mem).map_err(|source| self.fault(source))
+        let returned = take(&mut self.returned);
+        if !self.queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        // The driver either sees what was returned or has its word seen here.
+        fence(Ordering::SeqCst);
+        let entries = u64::from(self.size()).saturating_mul(AVAIL_ENTRY_BYTES);
+        let at = self.queue.avail_ring().saturating_add(AVAIL_ENTRIES_AT).saturating_add(entries);
+        let event: u16 =
+            mem.load(GuestAddress(at), Ordering::Relaxed).map_err(|error| self.outside(error))?;
+        let since = self.queue.next_used().wrapping_sub(u16::from_le(event)).wrapping_sub(1);
+        Ok(since < returned)
+    }
+
+    fn outside(&self, error: GuestMemoryError) -> Fault {
+        self.fault(Error::GuestMemory(error))
     }
 
     fn fault(&self, source: virtio_queue::Error) -> Fault {

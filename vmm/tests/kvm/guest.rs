@@ -45,6 +45,7 @@ pub(crate) fn guest(script: &str) -> GuestSpec {
         cmdline: String::new(),
         disks: Vec::new(),
         disk_limit: RateLimitSpec::default(),
+        net: None,
         vsock_cid: None,
         serial: false,
     };
@@ -115,6 +116,7 @@ impl GuestSpec {
                 .chain(self.archives.iter().map(|archive| file(&archive.clone().finish())))
                 .collect(),
             disks: self.disks.iter().map(|disk| disk.try_clone().unwrap()).collect(),
+            taps: Vec::new(),
             console: File::from(console),
             vsock: None,
         };

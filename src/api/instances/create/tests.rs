@@ -9,6 +9,7 @@ use super::*;
 use crate::api::instances::policies::{HealthCheck, RestartPolicy};
 
 const LIMITS: Limits = Limits {
+    has_network: true,
     vcpus_max: 16,
     memory_bytes_max: 8 << 30,
     overlay_bytes_max: 20 << 30,
@@ -87,12 +88,25 @@ fn what_is_not_there_yet_is_refused_by_name() {
             "inject": [{ "as": { "header": "Authorization", "format": "Bearer ${value}" } }],
         } },
     });
-    assert_eq!(spec(&secret), Err(SpecError::NotSupported { field: "network" }));
-    for network in
-        [json!({ "bandwidth_download": "1Gbps" }), json!({ "egress": { "enabled": true } })]
-    {
-        assert_eq!(refused(&json!({ "network": network })), "network");
-    }
+    assert_eq!(spec(&secret), Err(SpecError::NotSupported { field: "network.egress" }));
+}
+
+#[test]
+fn a_network_is_had_unless_the_server_has_none_or_it_is_not_wanted() {
+    let network = |fields: Value| spec(&json!({ "network": fields })).unwrap().network;
+    let without = Limits { has_network: false, ..LIMITS };
+    let body = json!({ "name": "web", "image": "nginx" });
+    let by_default = |limits: &Limits| {
+        let body: CreateInstance = serde_json::from_value(body.clone()).unwrap();
+        body.into_spec(limits).unwrap().0.network
+    };
+
+    assert_eq!(by_default(&LIMITS), Some(InterfaceSpec::default()));
+    assert_eq!(by_default(&without), None);
+    assert_eq!(network(json!({ "enabled": false, "bandwidth_upload": "1MB/s" })), None);
+    let limited = network(json!({ "bandwidth_download": "1Gbps", "bandwidth_upload": "0" }));
+    let download_bps = NonZeroU64::new(125_000_000);
+    assert_eq!(limited, Some(InterfaceSpec { download_bps, upload_bps: None }));
 }
 
 #[test]
@@ -222,7 +236,6 @@ fn an_image_name_that_is_none_is_refused() {
 /// A value that asks for something, for each field whose feature is not there yet.
 fn asking() -> BTreeMap<&'static str, Value> {
     BTreeMap::from([
-        ("network", json!({ "enabled": true })),
         ("devices", json!(["gpu"])),
         ("gpu", json!({ "profile": "L40S-1Q" })),
         ("volumes", json!([{ "volume_id": "v", "mount_path": "/mnt/v" }])),
@@ -262,8 +275,22 @@ fn how_an_instance_is_looked_after_is_taken_and_read_back() {
 fn a_check_that_needs_what_is_not_there_is_refused_by_name() {
     let health_check = |check: Value| refused(&json!({ "health_check": check }));
 
-    assert_eq!(health_check(json!({ "http": { "port": 80 } })), "health_check.http");
-    assert_eq!(health_check(json!({ "tcp": { "port": 80 } })), "health_check.tcp");
+    for (check, field) in [
+        (json!({ "http": { "port": 0 } }), "health_check.http.port"),
+        (json!({ "http": { "port": 80, "path": "x" } }), "health_check.http.path"),
+        (json!({ "http": { "port": 80, "path": "/a b" } }), "health_check.http.path"),
+        (
+            json!({ "http": { "port": 80, "expected_status": 99 } }),
+            "health_check.http.expected_status",
+        ),
+        (json!({ "tcp": { "port": 65536 } }), "health_check.tcp.port"),
+    ] {
+        assert_eq!(health_check(check), field);
+    }
+    for check in [json!({ "http": { "port": 80 } }), json!({ "tcp": { "port": 80 } })] {
+        let cut_off = json!({ "health_check": check, "network": { "enabled": false } });
+        assert_eq!(refused(&cut_off), "health_check");
+    }
     for (exec, field) in [
         (json!({ "command": [] }), "health_check.exec.command"),
         (json!({ "command": [""] }), "health_check.exec.command"),
