@@ -21,7 +21,7 @@ use tokio::time;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::agent::connection::{Messages, connect};
+use crate::agent::connection::{CONNECT_TIMEOUT, Messages, connect};
 use crate::agent::copy::{Get, Put};
 use crate::agent::exec::Exec;
 use crate::agent::line::{Line, Stream};
@@ -136,7 +136,9 @@ impl Agents {
     /// The connection to the agent behind `socket`: the one there is, or a new one.
     async fn line(&self, socket: &Path) -> Result<Line, AgentError> {
         let slot = self.slot(socket);
-        let mut slot = slot.lock().await;
+        // Whoever comes while others wait for a guest that is silent waits no longer than they.
+        let waiting = time::timeout(CONNECT_TIMEOUT, slot.lock()).await;
+        let mut slot = waiting.map_err(|_| AgentError::Silent { after: CONNECT_TIMEOUT })?;
         if let Some(line) = slot.as_ref().filter(|line| line.is_open()) {
             return Ok(line.clone());
         }

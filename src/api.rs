@@ -36,9 +36,10 @@ mod exec;
 mod health;
 pub mod images;
 pub mod instances;
+mod key;
 mod logs;
-mod path;
 mod query;
+mod reclaim;
 mod socket;
 pub mod stat;
 pub mod stats;
@@ -46,6 +47,22 @@ pub mod tags;
 
 /// How long a request may take. A wait ends just before, by itself.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Parts of the contract that are not there yet, and are refused as that: that nothing is there is
+/// what clients take a 404 for.
+const PENDING: [&str; 9] = [
+    "builders",
+    "builds",
+    "devices",
+    "ingresses",
+    "pushes",
+    "resources",
+    "snapshots",
+    "v2",
+    "volumes",
+];
+const PENDING_OF_INSTANCE: [&str; 7] =
+    ["auto-standby", "fork", "restore", "snapshot-schedule", "snapshots", "standby", "volumes"];
 
 /// What handlers work with. Clones are the same.
 #[derive(Debug, Clone)]
@@ -85,6 +102,7 @@ fn table(app: &App) -> OpenApiRouter<App> {
     OpenApiRouter::with_openapi(document::head())
         .routes(bounded(routes!(health::health)))
         .routes(to(Scope::RESOURCE_READ, routes!(capabilities::read)))
+        .routes(to(Scope::INSTANCE_WRITE, routes!(reclaim::reclaim)))
         .routes(to(Scope::IMAGE_READ, routes!(images::list)))
         .routes(to(Scope::IMAGE_WRITE, routes!(images::create)))
         .routes(to_stream(Scope::IMAGE_WRITE, routes!(images::load)))
@@ -120,8 +138,14 @@ fn bounded(route: UtoipaMethodRouter<App>) -> UtoipaMethodRouter<App> {
     route.map(|route| route.route_layer(middleware::from_fn(bound)))
 }
 
-async fn no_such_route(uri: Uri) -> ApiError {
-    ApiError::of_status(StatusCode::NOT_FOUND, format!("no such route: {}", uri.path()))
+async fn no_such_route(method: Method, uri: Uri) -> ApiError {
+    match uri.path().split('/').skip(1).collect::<Vec<_>>()[..] {
+        [noun, ..] if PENDING.contains(&noun) => ApiError::not_there_yet(&method, uri.path()),
+        ["instances", _, part, ..] if PENDING_OF_INSTANCE.contains(&part) => {
+            ApiError::not_there_yet(&method, uri.path())
+        }
+        _ => ApiError::of_status(StatusCode::NOT_FOUND, format!("no such route: {}", uri.path())),
+    }
 }
 
 async fn no_such_method(method: Method, uri: Uri) -> ApiError {

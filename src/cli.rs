@@ -1,7 +1,7 @@
 //! The command line: what can be typed. Each command is a file in `cli/`.
 //!
-//! A command's output goes to stdout, everything about it to stderr. `ovum run` exits as its
-//! workload does; the others with 0 or 1.
+//! A command's output goes to stdout, everything about it to stderr. `ovum run` and `ovum exec`
+//! exit as what they ran does; the others with 0 or 1.
 
 use std::env;
 use std::io::{self, IsTerminal};
@@ -11,27 +11,38 @@ use std::process::ExitCode;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use tokio::runtime::{Builder, Runtime};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::MakeWriter;
 
 use crate::client::{self, Client};
 use crate::config::{ConfigArgs, Home, HomeArgs};
 use crate::control::WORKER_COMMAND;
 use crate::server;
 use crate::token::Secret;
-use crate::worker;
+use crate::worker::{self, WorkerLog};
 
 mod boot;
 mod cp;
 mod embedded;
 mod exec;
+mod health;
 mod host;
 mod images;
 mod instances;
+mod interrupt;
+mod orders;
 mod output;
 mod run;
+mod stats;
+mod terminal;
+mod top;
+mod upkeep;
 mod wait;
 
 /// What is typed first.
 const NAME: &str = "ovum";
+
+/// States in which an instance costs nothing but disk.
+const AT_REST: [&str; 2] = ["Stopped", "Standby"];
 
 /// Runs OCI images as virtual machines
 #[derive(Debug, Parser)]
@@ -59,8 +70,20 @@ enum Command {
     Wait(wait::WaitArgs),
     /// Show all there is to know about an instance, as JSON
     Inspect(instances::InspectArgs),
+    /// Stop instances; their disks stay
+    Stop(orders::StopArgs),
+    /// Start stopped instances again, on the same disks
+    Start(orders::StartArgs),
+    /// Change when instances are started again, whether they are well, how long they live
+    Update(orders::UpdateArgs),
     /// Delete instances
-    Rm(instances::RmArgs),
+    Rm(orders::RmArgs),
+    /// Show what instances cost the host, once
+    Stats(stats::StatsArgs),
+    /// Show what instances cost the host, again and again
+    Top(top::TopArgs),
+    /// See whether the server answers, or whether instances are well
+    Health(health::HealthArgs),
     /// Pull, load, list and delete images
     #[command(subcommand)]
     Image(images::ImageCommand),
@@ -151,7 +174,13 @@ pub fn main() -> ExitCode {
         Command::Logs(args) => block_on(instances::logs(args)),
         Command::Wait(args) => block_on(wait::wait(args)),
         Command::Inspect(args) => block_on(instances::inspect(args)),
-        Command::Rm(args) => block_on(instances::rm(args)),
+        Command::Stop(args) => block_on(orders::stop(args)),
+        Command::Start(args) => block_on(orders::start(args)),
+        Command::Update(args) => block_on(orders::update(args)),
+        Command::Rm(args) => block_on(orders::rm(args)),
+        Command::Stats(args) => block_on(stats::stats(args)),
+        Command::Top(args) => client_runtime().and_then(|on| on.block_on(top::top(args))),
+        Command::Health(args) => client_runtime().and_then(|on| on.block_on(health::health(args))),
         Command::Image(command) => block_on(images::image(command)),
         Command::Token(args) => host::token(args).map(|()| ExitCode::SUCCESS),
         Command::Doctor(args) => host::doctor(args),
@@ -187,7 +216,7 @@ fn run(args: run::RunArgs) -> anyhow::Result<ExitCode> {
 }
 
 fn be_worker() -> anyhow::Result<()> {
-    log_to_stderr("info");
+    log_to("info", || WorkerLog);
     let ended = worker::main();
     if let Err(error) = &ended {
         tracing::error!("{error:#}");
@@ -196,10 +225,17 @@ fn be_worker() -> anyhow::Result<()> {
 }
 
 fn log_to_stderr(default: &str) {
+    log_to(default, io::stderr);
+}
+
+fn log_to<W>(default: &str, log: W)
+where
+    W: for<'w> MakeWriter<'w> + Send + Sync + 'static,
+{
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(io::stderr)
+        .with_writer(log)
         .with_ansi(io::stderr().is_terminal())
         .init();
 }

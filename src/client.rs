@@ -99,6 +99,20 @@ impl Client {
         self.json(self.send(Method::POST, path, Some(body.into())).await?).await
     }
 
+    /// What `PATCH path` answers.
+    ///
+    /// # Errors
+    ///
+    /// [`ClientError`].
+    pub async fn patch<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(ClientError::Request)?;
+        self.json(self.send(Method::PATCH, path, Some(body.into())).await?).await
+    }
+
     /// What `POST path` answers to a stream of bytes.
     ///
     /// # Errors

@@ -7,13 +7,15 @@
 use std::env;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::{NonZeroU64, NonZeroUsize};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf, absolute};
+use std::thread::available_parallelism;
 
 use clap::builder::RangedI64ValueParser;
 use clap::{Args, Command, FromArgMatches, value_parser};
 
-use crate::size::ByteSize;
+use crate::size::{ByteRate, ByteSize};
 use file::FileError;
 
 mod file;
@@ -44,6 +46,9 @@ const IMAGE_JOBS_DEFAULT: u8 = 2;
 
 /// vCPUs an instance can have.
 const VCPUS: RangeInclusive<u8> = 1..=32;
+
+/// How many times the disks' bytes per second are given away: few instances use theirs at a time.
+const DISK_IO_OVERSUBSCRIPTION: u128 = 2;
 
 /// What can be typed after `ovum serve`.
 #[derive(Debug, Clone, Args)]
@@ -95,6 +100,11 @@ struct Settings {
     /// Free space that images leave on the data folder's file system [default: 1GB]
     #[arg(long, env = "OVUM_MIN_FREE", value_name = "SIZE")]
     min_free: Option<ByteSize>,
+    /// Bytes per second that the host's disks give: an instance that names no limit of its own gets
+    /// twice the share of its vCPUs [default: no limit]
+    #[arg(long, env = "OVUM_DISK_IO_CAPACITY", value_name = "RATE")]
+    #[arg(value_parser = ByteRate::from_disk)]
+    disk_io_capacity: Option<ByteRate>,
     /// What tokens are signed with: in the environment or the file, where no list of processes
     /// shows it.
     #[arg(skip)]
@@ -121,6 +131,7 @@ impl Settings {
             max_image_packed: self.max_image_packed.or(below.max_image_packed),
             max_image_unpacked: self.max_image_unpacked.or(below.max_image_unpacked),
             min_free: self.min_free.or(below.min_free),
+            disk_io_capacity: self.disk_io_capacity.or(below.disk_io_capacity),
             jwt_secret: self.jwt_secret.or(below.jwt_secret),
         }
     }
@@ -225,6 +236,19 @@ pub struct Limits {
     pub overlay_bytes_max: u64,
     /// Largest JSON body, in bytes.
     pub body_bytes_max: usize,
+    /// Bytes per second that the host's disks give, if that was said.
+    pub disk_io_bps: Option<NonZeroU64>,
+    /// CPUs of the host.
+    pub host_cpus: NonZeroUsize,
+}
+
+impl Limits {
+    /// Bytes per second for the disks of an instance with so many vCPUs that asks for no limit.
+    pub fn disk_io_share(&self, vcpus: u8) -> Option<NonZeroU64> {
+        let all = u128::from(self.disk_io_bps?.get()) * DISK_IO_OVERSUBSCRIPTION;
+        let share = all * u128::from(vcpus) / self.host_cpus.get() as u128;
+        NonZeroU64::new(u64::try_from(share).unwrap_or(u64::MAX).max(1))
+    }
 }
 
 impl Default for Limits {
@@ -234,6 +258,8 @@ impl Default for Limits {
             memory_bytes_max: 32 << 30,
             overlay_bytes_max: 100 << 30,
             body_bytes_max: 2 << 20,
+            disk_io_bps: None,
+            host_cpus: available_parallelism().unwrap_or(NonZeroUsize::MIN),
         }
     }
 }
@@ -281,6 +307,7 @@ impl Config {
             max_image_packed,
             max_image_unpacked,
             min_free,
+            disk_io_capacity,
             jwt_secret,
         } = settings;
         let bytes = |size: Option<ByteSize>, default| size.map_or(default, |ByteSize(bytes)| bytes);
@@ -297,6 +324,8 @@ impl Config {
                 memory_bytes_max: bytes(max_memory, limits.memory_bytes_max),
                 overlay_bytes_max: bytes(max_overlay, limits.overlay_bytes_max),
                 body_bytes_max: limits.body_bytes_max,
+                disk_io_bps: disk_io_capacity.and_then(|ByteRate(bps)| NonZeroU64::new(bps)),
+                host_cpus: limits.host_cpus,
             },
             images: ImagesConfig {
                 insecure_registries: insecure_registries.unwrap_or_default(),

@@ -9,6 +9,7 @@
 //! The worker also appends each event, as one line of JSON, to the events file. That file is what
 //! a server trusts after it was away.
 
+pub use ovum_vmm::rate_limiter::{RateLimitSpec, RateSpec};
 pub use ovum_vmm::spec::{DiskSpec, MEMORY_BYTES_MIN, MEMORY_BYTES_STEP, MachineSpec};
 use serde::{Deserialize, Serialize};
 
@@ -48,6 +49,8 @@ pub enum FileRole {
     Control,
     /// The listening vsock socket (SOCK_STREAM).
     Vsock,
+    /// A process with whose end the machine shall end, too (pidfd_open(2)).
+    Lifeline,
 }
 
 /// What the server tells a worker to do.
@@ -60,6 +63,22 @@ pub enum Order {
     Pause,
     /// Let them go on.
     Resume,
+    /// Limit all disks together to something else.
+    LimitDisks {
+        /// To what.
+        limit: RateLimitSpec,
+    },
+    /// Have so much memory beyond what the guest booted with, as far as it is set aside. The guest
+    /// follows when it can.
+    ResizeHotplug {
+        /// In bytes: a multiple of [`MEMORY_BYTES_STEP`].
+        bytes: u64,
+    },
+    /// Have the guest give up so much of its memory, in all. It follows when it can.
+    Inflate {
+        /// In bytes.
+        bytes: u64,
+    },
     /// End the machine now, as if its power was cut.
     Stop,
 }
@@ -68,13 +87,8 @@ pub enum Order {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
 pub enum Reply {
-    /// Done; `pid` is the worker's process id, `running` false while vCPUs are paused.
-    Done {
-        /// Process id.
-        pid: u32,
-        /// Whether vCPUs run.
-        running: bool,
-    },
+    /// Done; this is how the machine is now.
+    Done(Status),
     /// Not done, and why: the whole chain of causes.
     Failed {
         /// For people.
@@ -82,6 +96,21 @@ pub enum Reply {
     },
     /// Something happened in the machine.
     Event(Event),
+}
+
+/// How a machine is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The worker's process id.
+    pub pid: u32,
+    /// Whether vCPUs run.
+    pub running: bool,
+    /// Memory that was plugged after the boot, in bytes.
+    #[serde(default)]
+    pub plugged_bytes: u64,
+    /// Memory that the guest gave up, in bytes.
+    #[serde(default)]
+    pub given_bytes: u64,
 }
 
 /// Something that happened in a machine.

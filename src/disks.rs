@@ -202,6 +202,23 @@ impl Disk {
         &self.path
     }
 
+    /// Brings it to the host's disk, with its name and that of its folder: what is done with it
+    /// meanwhile may or may not be part of it. To be done before anybody is told that it is there.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError`].
+    pub async fn settle(&self) -> Result<(), DiskError> {
+        let path = self.path.clone();
+        let failed = |source| DiskError::of(&self.path, source);
+        let file = self.file.try_clone().map_err(failed)?;
+        let settling = spawn_blocking(move || {
+            file.sync_all()?;
+            path.ancestors().skip(1).take(2).try_for_each(|folder| File::open(folder)?.sync_all())
+        });
+        settling.await.expect("syncing a disk does not panic").map_err(failed)
+    }
+
     /// Leaves the file in place for good.
     pub fn keep(mut self) {
         self.kept = true;

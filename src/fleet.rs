@@ -16,23 +16,27 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::process;
 use std::time::Duration;
 
 use rustix::fs::{major, minor};
 use tokio::time;
 
 use crate::control::{
-    DiskSpec, FileRole, LAUNCH_FD, Launch, MEMORY_BYTES_STEP, MachineSpec, Reply, WORKER_COMMAND,
+    DiskSpec, FileRole, LAUNCH_FD, Launch, MEMORY_BYTES_STEP, MachineSpec, RateLimitSpec, RateSpec,
+    Reply, WORKER_COMMAND,
 };
 use crate::fleet::worker::Worker;
 use crate::os::packets::{self, PacketListener, PacketSocket};
+use crate::os::process::Process;
 use crate::os::spawn::{self, Identity};
 
-pub use crate::os::usage::Usage;
+pub use crate::os::usage::{HostMemory, Usage};
 
 pub mod journal;
 pub mod worker;
@@ -43,9 +47,6 @@ const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a worker may take to answer anything else.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// What workers of earlier boots may leave in their log; more of it is thrown away.
-const WORKER_LOG_BYTES_MAX: u64 = 1 << 20;
 
 /// Device number of /dev/kvm (misc device 232, Documentation/admin-guide/devices.txt).
 const KVM_DEVICE: (u32, u32) = (10, 232);
@@ -75,12 +76,18 @@ pub struct WorkerSpec<'a> {
     pub vcpus: u8,
     /// Guest memory, in bytes; rounded up to whole huge pages.
     pub memory_bytes: u64,
+    /// Memory added after the boot, in bytes; rounded up likewise.
+    pub hotplug_bytes: u64,
     /// Initramfs archives, in order.
     pub initramfs: Vec<File>,
     /// Disks, in the order in which the guest names them.
     pub disks: Vec<WorkerDisk<'a>>,
+    /// Bytes per second to and from all disks together, if there is a limit.
+    pub disk_io_bps: Option<NonZeroU64>,
     /// Whether the guest gets a vsock device.
     pub vsock: bool,
+    /// Whether it ends when this process does, however that ends.
+    pub ends_with_us: bool,
 }
 
 /// One disk of a machine to be started.
@@ -176,6 +183,9 @@ impl Fleet {
         cargo.add(FileRole::Events, events.as_fd());
         cargo.add(FileRole::Control, control.as_fd());
         vsock.iter().for_each(|socket| cargo.add(FileRole::Vsock, socket.as_fd()));
+        let lifeline = spec.ends_with_us.then(|| Process::open(process::id())).transpose();
+        let lifeline = lifeline.map_err(SpawnError::Start)?;
+        lifeline.iter().for_each(|process| cargo.add(FileRole::Lifeline, process.as_fd()));
         self.start(machine(&spec), cargo, dir, log).await
     }
 
@@ -208,7 +218,7 @@ impl Fleet {
         ours.send(&launch, &cargo.files).map_err(SpawnError::Start)?;
         started.connect_with(ours).map_err(SpawnError::Start)?;
         match time::timeout(LAUNCH_TIMEOUT, started.reply()).await {
-            Ok(Ok(Reply::Done { .. })) => Ok(worker),
+            Ok(Ok(Reply::Done(_))) => Ok(worker),
             Ok(Ok(Reply::Failed { message })) => Err(SpawnError::Refused { message }),
             Ok(Ok(Reply::Event(_)) | Err(_)) => Err(SpawnError::Died),
             Err(_elapsed) => Err(SpawnError::Silent { after: LAUNCH_TIMEOUT }),
@@ -300,15 +310,23 @@ impl<'a> Cargo<'a> {
     }
 }
 
+/// What the disks of a machine may do together, at so many bytes per second if there is a limit.
+pub fn disk_limit(disk_io_bps: Option<NonZeroU64>) -> RateLimitSpec {
+    RateLimitSpec { bytes: disk_io_bps.map(RateSpec::steady), operations: None }
+}
+
 fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
     let disks = spec.disks.iter();
     MachineSpec {
         vcpus: spec.vcpus,
         memory_bytes: spec.memory_bytes.next_multiple_of(MEMORY_BYTES_STEP),
+        hotplug_bytes: spec.hotplug_bytes.next_multiple_of(MEMORY_BYTES_STEP),
+        balloon: true,
         cmdline: String::new(),
         disks: disks
             .map(|disk| DiskSpec { id: disk.id.to_owned(), read_only: disk.read_only })
             .collect(),
+        disk_limit: disk_limit(spec.disk_io_bps),
         vsock_cid: spec.vsock.then_some(VSOCK_CID),
         serial: false,
     }
@@ -324,11 +342,6 @@ fn clear(dir: &Path) -> Result<(), SpawnError> {
             }
             Ok(()) | Err(_) => {}
         }
-    }
-    let path = dir.join(files::WORKER_LOG);
-    if fs::metadata(&path).is_ok_and(|log| log.len() > WORKER_LOG_BYTES_MAX) {
-        let emptied = File::options().write(true).truncate(true).open(&path);
-        emptied.map_err(|source| SpawnError::File { path, source })?;
     }
     Ok(())
 }

@@ -57,7 +57,6 @@ pub mod registry;
 pub mod room;
 mod roots;
 mod shelf;
-mod tar;
 #[cfg(test)]
 mod testing;
 mod tree;

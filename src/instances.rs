@@ -20,6 +20,7 @@ use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWrite
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use futures_util::TryFutureExt;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::time;
 use tokio_util::sync::CancellationToken;
@@ -58,6 +59,7 @@ pub mod health;
 pub mod history;
 pub mod inside;
 mod owner;
+pub mod reclaim;
 mod reconcile;
 pub mod record;
 pub mod restart;
@@ -153,6 +155,8 @@ pub struct Instance {
     pub phases: Vec<(&'static str, Duration)>,
     /// Whether the workload is well.
     pub health: Health,
+    /// Memory that it was asked to give up for a while, in bytes.
+    pub held_bytes: u64,
     /// How starting it again by itself has gone.
     pub restart: RestartStatus,
     /// When it is to be started again by itself.
@@ -228,7 +232,12 @@ impl Instances {
         let overlay = self.shared.disks.create(&overlay_path, overlay_bytes).await?;
         reservation.record.timeline.mark(Moment::DisksReady);
         let Reservation { record, dir, .. } = &reservation;
-        let worker = boot.launch(&self.shared, &record.spec, dir, overlay.file().as_fd()).await?;
+        let launch = boot.launch(&self.shared, &record.spec, dir, overlay.file().as_fd());
+        // A disk that is slow to write does not hold up the machine.
+        let (worker, ()) = tokio::try_join!(
+            launch.map_err(CreateError::from),
+            overlay.settle().map_err(CreateError::from)
+        )?;
         self.keep(reservation, overlay, worker)
     }
 
@@ -470,9 +479,10 @@ impl Reservation {
             phase: Phase::Creating,
             timeline,
             end: None,
+            hold: None,
             restart: RestartStatus::default(),
         };
-        shared.store.transact(|records| record.insert(records)).map_err(|source| {
+        shared.store.intend(|records| record.insert(records)).map_err(|source| {
             CreateError::Reserve(ReserveError::from_sqlite(record.spec.name.as_str(), source))
         })?;
         let dir = shared.dir_of(&id);

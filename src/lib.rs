@@ -21,5 +21,6 @@ pub mod os;
 pub mod server;
 pub mod size;
 pub mod store;
+pub mod tar;
 pub mod token;
 pub mod worker;

@@ -13,6 +13,8 @@ use std::path::Path;
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
+pub use crate::os::log::bound;
+
 pub mod watch;
 
 /// Longest line handed out; a longer one comes in pieces.

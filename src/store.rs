@@ -1,15 +1,15 @@
 //! Records on disk: one SQLite file, in write-ahead mode.
 //!
-//! What a commit has returned from survives the death of this process at any moment. The loss of
-//! power is another matter: SQLite stays consistent, but commits of about the last half minute can
-//! be gone (`synchronous = NORMAL` syncs at checkpoints only). That is the price of not waiting
-//! for the disk in each request, and machines do not survive a loss of power either.
+//! What a commit has returned from survives the death of this process at any moment, and a loss of
+//! power: each commit waits for the disk (`synchronous = FULL`), but for those that only say what
+//! is about to be done. What a record names is brought to the disk by its maker before the record
+//! says that it is there.
 //!
 //! The schema is a list of steps; `user_version` says how many of them a file has seen. Steps are
 //! only ever added.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rusqlite::{Connection, Transaction};
@@ -44,7 +44,8 @@ impl Store {
 
     /// Does `work` in one transaction: all of it is kept, or on an error none.
     ///
-    /// Statements here take tens of microseconds, so that callers in async code do not leave it.
+    /// Statements here take tens of microseconds and a commit as long as the disk does, so that
+    /// callers in async code do not leave it.
     ///
     /// # Errors
     ///
@@ -53,13 +54,41 @@ impl Store {
         &self,
         work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
     ) -> rusqlite::Result<T> {
-        // A panic in `work` has rolled its transaction back: the connection is as good as before.
-        let mut connection = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-        let transaction = connection.transaction()?;
-        let result = work(&transaction)?;
-        transaction.commit()?;
-        Ok(result)
+        commit(&mut self.lock(), work)
     }
+
+    /// As [`Self::transact`], but does not wait for the disk: for what nobody is told of, such as
+    /// that something is about to be done. A loss of power may take it, unless a transaction that
+    /// did wait came after it; the death of this process does not.
+    ///
+    /// # Errors
+    ///
+    /// As [`Self::transact`].
+    pub fn intend<T>(
+        &self,
+        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
+    ) -> rusqlite::Result<T> {
+        let mut connection = self.lock();
+        connection.pragma_update(None, "synchronous", "normal")?;
+        let outcome = commit(&mut connection, work);
+        connection.pragma_update(None, "synchronous", "full")?;
+        outcome
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connection> {
+        // A panic in `work` has rolled its transaction back: the connection is as good as before.
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn commit<T>(
+    connection: &mut Connection,
+    work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
+) -> rusqlite::Result<T> {
+    let transaction = connection.transaction()?;
+    let result = work(&transaction)?;
+    transaction.commit()?;
+    Ok(result)
 }
 
 /// Opens the file at `path` for one user of it, made if need be, as it is.
@@ -72,7 +101,7 @@ pub fn connect(path: &Path) -> Result<Connection, StoreError> {
         let connection = Connection::open(path)?;
         connection.busy_timeout(BUSY_TIMEOUT)?;
         connection.pragma_update(None, "journal_mode", "wal")?;
-        connection.pragma_update(None, "synchronous", "normal")?;
+        connection.pragma_update(None, "synchronous", "full")?;
         connection.pragma_update(None, "foreign_keys", true)?;
         Ok(connection)
     };
@@ -143,6 +172,26 @@ mod tests {
         let count = "SELECT count(*) FROM instances";
         let count = again.transact(|records| records.query_row(count, [], |row| row.get(0)));
         assert_eq!(count, Ok(1));
+    }
+
+    /// A loss of power cannot be had in a test; that SQLite is told to reckon with one can.
+    #[test]
+    fn commits_wait_for_the_disk_but_for_intentions() {
+        const NORMAL: i64 = 1;
+        const FULL: i64 = 2;
+        let synchronous = |records: &Transaction<'_>| -> rusqlite::Result<i64> {
+            records.pragma_query_value(None, "synchronous", |row| row.get(0))
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("records")).unwrap();
+
+        let at_first = store.transact(synchronous);
+        let intended = store.intend(synchronous);
+        let failed = store.intend(|records| records.execute("no statement", []));
+        let afterwards = store.transact(synchronous);
+
+        assert_eq!((at_first, intended, afterwards), (Ok(FULL), Ok(NORMAL), Ok(FULL)));
+        assert!(failed.is_err());
     }
 
     #[test]

@@ -177,7 +177,8 @@ impl Secret {
             let mut file = options.open(&partial)?;
             file.write_all(hex::encode(random).as_bytes())?;
             file.sync_all()?;
-            fs::rename(&partial, &path)
+            fs::rename(&partial, &path)?;
+            File::open(data_dir)?.sync_all()
         };
         write().map_err(|source| SecretError { path: path.clone(), source })
     }

@@ -4,28 +4,33 @@
 //! does three things in one loop: it writes what happens to the events file, passes it on to
 //! whoever is connected, and follows orders. It ends when the machine ends. It opens no path.
 //!
-//! The server may come and go. A connection that does not keep up is dropped: the events file has
-//! everything, and the server can connect again.
+//! The server may come and go, unless it has told otherwise. A connection that does not keep up is
+//! dropped: the events file has everything, and the server can connect again.
 
 mod files;
 pub mod foreground;
 mod journal;
+mod log;
 
 use std::io;
+use std::mem;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::process;
 
 use anyhow::{Context, anyhow, bail};
-use ovum_agent_proto::report::REPORT_PORT as AGENT_REPORT_PORT;
+use ovum_agent_proto::report::{Phase, REPORT_PORT as AGENT_REPORT_PORT, Report};
 use ovum_vmm::layout::REPORT_PORT;
 use ovum_vmm::machine::{Machine, MachineEvent, MachineEventKind, StopReason};
+use ovum_vmm::virtio::balloon::BalloonHandle;
 use rustix::event::{self, PollFd, PollFlags};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 
-use crate::control::{Event, Happening, LAUNCH_FD, Launch, Order, Reply, StopCause};
+use crate::control::{Event, Happening, LAUNCH_FD, Launch, Order, Reply, Status, StopCause};
 use crate::os::packets::{Packet, PacketListener, PacketSocket};
 use files::Files;
 use journal::{Journal, now_ns};
+
+pub use log::WorkerLog;
 
 /// Most control connections at a time; one more is turned away.
 const CONNECTIONS_MAX: usize = 8;
@@ -43,8 +48,12 @@ struct Worker {
     journal: Journal,
     control: PacketListener,
     connections: Vec<PacketSocket>,
+    /// The process that the machine does not outlive, if there is one and it runs.
+    lifeline: Option<OwnedFd>,
     running: bool,
     reports: usize,
+    /// Memory to be added when the workload has started.
+    hotplug_bytes: u64,
 }
 
 /// Runs the machine that the launch socket describes, until it ends.
@@ -83,15 +92,24 @@ fn start(packet: Packet, launched_ns: u64) -> anyhow::Result<(Worker, [Event; 2]
     }
     let launch: Launch =
         serde_json::from_slice(&packet.bytes).context("Malformed launch message")?;
-    let Files { machine: files, events, control } = Files::sort(&launch.files, packet.files)?;
+    let Files { machine: files, events, control, lifeline } =
+        Files::sort(&launch.files, packet.files)?;
     let mut journal = Journal::new(events);
     let launched = journal.append(launched_ns, Happening::Launched);
     let mut machine =
         Machine::build(&launch.machine, files).context("Failed to build the machine")?;
     let built = journal.append(now_ns(), Happening::Built);
     machine.boot().context("Failed to start the vCPUs")?;
-    let connections = Vec::new();
-    let worker = Worker { machine, journal, control, connections, running: true, reports: 0 };
+    let worker = Worker {
+        machine,
+        journal,
+        control,
+        connections: Vec::new(),
+        lifeline,
+        running: true,
+        reports: 0,
+        hotplug_bytes: launch.machine.hotplug_bytes,
+    };
     Ok((worker, [launched, built]))
 }
 
@@ -124,6 +142,10 @@ impl Worker {
             if ready.control {
                 self.accept();
             }
+            if ready.lifeline {
+                self.lifeline = None;
+                self.machine.stop();
+            }
         }
     }
 
@@ -137,6 +159,7 @@ impl Worker {
                 if self.reports > REPORTS_MAX {
                     return false;
                 }
+                self.extend_memory(word);
                 Happening::Reported { word }
             }
             MachineEventKind::Stopped { reason } => {
@@ -154,6 +177,17 @@ impl Worker {
         let event = self.journal.append(at_ns, what);
         self.tell(&event);
         last
+    }
+
+    /// Once the workload runs the guest may have all its memory: earlier it would be busy with that
+    /// while the workload waits.
+    fn extend_memory(&mut self, word: u32) {
+        if self.hotplug_bytes > 0
+            && Report::decode(word) == Some(Report::Phase(Phase::WorkloadStarted))
+            && let Err(error) = self.machine.resize_hotplug(mem::take(&mut self.hotplug_bytes))
+        {
+            tracing::error!(%error, "Failed to add memory after the boot");
+        }
     }
 
     fn tell(&mut self, event: &Event) {
@@ -201,6 +235,15 @@ impl Worker {
                 self.machine.resume().context("Failed to resume the machine")?;
                 self.running = true;
             }
+            Order::LimitDisks { limit } => self.machine.limit_disks(*limit),
+            Order::ResizeHotplug { bytes } => self
+                .machine
+                .resize_hotplug(*bytes)
+                .context("Failed to ask the guest for another size of memory")?,
+            Order::Inflate { bytes } => {
+                let balloon = self.machine.balloon().context("The machine has no balloon")?;
+                balloon.inflate(*bytes);
+            }
             // The end itself arrives as an event.
             Order::Stop => self.machine.stop(),
         }
@@ -208,29 +251,32 @@ impl Worker {
     }
 
     fn status(&self) -> Reply {
-        Reply::Done { pid: process::id(), running: self.running }
+        let balloon = self.machine.balloon();
+        Reply::Done(Status {
+            pid: process::id(),
+            running: self.running,
+            plugged_bytes: self.machine.plugged_bytes(),
+            given_bytes: balloon.map_or(0, BalloonHandle::given_bytes),
+        })
     }
 
     fn wait(&self) -> anyhow::Result<Ready> {
-        let machine = self.machine.events_fd();
-        let mut files = vec![
-            PollFd::from_borrowed_fd(machine, PollFlags::IN),
-            PollFd::from_borrowed_fd(self.control.as_fd(), PollFlags::IN),
-        ];
-        files.extend(
-            self.connections.iter().map(|c| PollFd::from_borrowed_fd(c.as_fd(), PollFlags::IN)),
-        );
+        let watched = |file| PollFd::from_borrowed_fd(file, PollFlags::IN);
+        let mut files = vec![watched(self.machine.events_fd()), watched(self.control.as_fd())];
+        files.extend(self.connections.iter().map(|connection| watched(connection.as_fd())));
+        files.extend(self.lifeline.iter().map(|process| watched(process.as_fd())));
         match event::poll(&mut files, None) {
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(Ready::default()),
             Err(error) => return Err(error).context("Failed to wait for events"),
         }
         let mut ready = files.iter().map(|file| !file.revents().is_empty());
-        Ok(Ready {
-            machine: ready.next().unwrap_or_default(),
-            control: ready.next().unwrap_or_default(),
-            connections: ready.enumerate().filter(|(_, is)| *is).map(|(index, _)| index).collect(),
-        })
+        let machine = ready.next().unwrap_or_default();
+        let control = ready.next().unwrap_or_default();
+        let connections = ready.by_ref().take(self.connections.len()).enumerate();
+        let connections = connections.filter(|(_, is)| *is).map(|(index, _)| index).collect();
+        let lifeline = ready.next().unwrap_or_default();
+        Ok(Ready { machine, control, connections, lifeline })
     }
 }
 
@@ -240,6 +286,7 @@ struct Ready {
     machine: bool,
     control: bool,
     connections: Vec<usize>,
+    lifeline: bool,
 }
 
 fn send(connection: &PacketSocket, reply: &Reply) -> io::Result<()> {

@@ -143,18 +143,57 @@ fn a_data_folder_that_cannot_be_made_is_named() {
     assert!(stderr(&ran).contains("data folder /proc/ovum"), "{}", stderr(&ran));
 }
 
-#[test]
-fn every_shell_is_told_the_commands() {
-    for shell in ["bash", "zsh", "fish"] {
-        let script = typed(&["completions", shell]);
+/// The first words of the lines below `heading`, as far as they begin with `mark`.
+fn listed(help: &str, heading: &str, mark: &str) -> Vec<String> {
+    let (_, below) = help.split_once(&format!("\n{heading}:\n")).unwrap_or_default();
+    let block = below.split("\n\n").next().unwrap_or_default().lines();
+    let first =
+        block.filter_map(|line| line.split_whitespace().find(|word| word.starts_with(mark)));
+    first.map(|word| word.trim_end_matches(',').to_owned()).collect()
+}
 
+#[test]
+fn every_shell_is_told_all_commands_and_flags() {
+    let scripts = ["bash", "zsh", "fish"].map(|shell| {
+        let script = typed(&["completions", shell]);
         assert!(script.status.success());
-        let script = String::from_utf8(script.stdout).unwrap();
-        for word in ["wait", "memory-mib", "insecure-registry"] {
-            assert!(script.contains(word), "{shell} does not know {word}");
+        String::from_utf8(script.stdout).unwrap()
+    });
+    let help = |words: &[&str]| String::from_utf8(typed(words).stdout).unwrap();
+
+    let commands = listed(&help(&["--help"]), "Commands", "");
+    assert!(commands.len() > 20, "{commands:?}");
+    for command in &commands {
+        let mut words = vec![command.clone()];
+        words.extend(listed(&help(&[command, "--help"]), "Options", "--"));
+        for (script, word) in
+            scripts.iter().flat_map(|script| words.iter().map(move |w| (script, w)))
+        {
+            assert!(script.contains(word.trim_start_matches('-')), "{command}: no {word}");
         }
-        assert!(!script.contains("worker"), "what is not for people is not offered");
     }
+    assert!(scripts.iter().all(|script| !script.contains("worker")), "it is not for people");
+}
+
+/// What a shell offers after these words.
+#[expect(clippy::disallowed_methods, reason = "programs are started as a user would")]
+fn offered(words: &[&str]) -> Vec<String> {
+    let script = String::from_utf8(typed(&["completions", "bash"]).stdout).unwrap();
+    let ask = "COMP_WORDS=(\"$@\"); COMP_CWORD=$(($# - 1)); \
+        _ovum ovum \"${*: -1}\" \"${@: -2:1}\"; \
+        printf '%s\\n' \"${COMPREPLY[@]}\"";
+    let script = format!("{script}\n{ask}");
+    let asked = Command::new("bash").args(["-c", &script, "-"]).args(words).output().unwrap();
+    assert!(asked.status.success(), "{}", stderr(&asked));
+    String::from_utf8(asked.stdout).unwrap().lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn a_tab_completes_commands_flags_and_values() {
+    assert_eq!(offered(&["ovum", "st"]), ["stop", "start", "stats"]);
+    assert_eq!(offered(&["ovum", "update", "--health-r"]), ["--health-retries"]);
+    assert_eq!(offered(&["ovum", "wait", "x", "--state", "St"]), ["Stopped", "Standby"]);
+    assert_eq!(offered(&["ovum", "image", "p"]), ["pull"]);
 }
 
 #[test]

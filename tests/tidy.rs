@@ -18,12 +18,13 @@ const LAYERS: &[(&str, &[&str])] = &[
             "duration",
             "initramfs",
             "server",
+            "tar",
             "token",
             "worker",
         ],
     ),
     ("instances", &["agent", "control", "disks", "fleet", "images", "initramfs", "logs", "store"]),
-    ("images", &["os", "store"]),
+    ("images", &["os", "store", "tar"]),
     ("disks", &["os"]),
     ("fleet", &["control", "os"]),
     ("agent", &[]),
@@ -32,6 +33,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("worker", &["control", "os"]),
     ("control", &[]),
     ("store", &[]),
+    ("tar", &[]),
     ("os", &[]),
 ];
 

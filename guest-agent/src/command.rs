@@ -127,6 +127,7 @@ impl Command {
             error: theirs[2].as_fd(),
             is_terminal: spec.terminal.is_some(),
             working_dir: working_dir.as_deref(),
+            is_mortal: true,
         };
         let pid = spawn::spawn(&program, place, None).map_err(|error| match error {
             SpawnError::Clone(errno) => system(errno),

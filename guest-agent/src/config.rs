@@ -5,7 +5,7 @@ use std::io;
 use std::io::Read;
 
 use ovum_agent_proto::VERSION;
-use ovum_agent_proto::config::{CONFIG_BYTES_MAX, CONFIG_PATH, GuestConfig};
+use ovum_agent_proto::config::{CONFIG_BYTES_MAX, GuestConfig};
 
 /// Room for most configurations, so that one is read at once.
 const USUAL_BYTES: usize = 8 << 10;
@@ -13,21 +13,21 @@ const USUAL_BYTES: usize = 8 << 10;
 /// Why there is no configuration to go by.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConfigError {
-    #[error("Failed to read {CONFIG_PATH}")]
+    #[error("Failed to read the configuration")]
     Read(#[source] io::Error),
-    #[error("{CONFIG_PATH} is longer than {CONFIG_BYTES_MAX} bytes")]
+    #[error("The configuration is longer than {CONFIG_BYTES_MAX} bytes")]
     TooLong,
-    #[error("{CONFIG_PATH} is no configuration")]
+    #[error("The configuration is malformed")]
     Malformed(#[source] serde_json::Error),
-    #[error("{CONFIG_PATH} is of version {version}, this agent of version {VERSION}")]
+    #[error("The configuration is of version {version}, this agent of version {VERSION}")]
     Version { version: u32 },
 }
 
-/// Reads the configuration.
-pub(crate) fn read() -> Result<GuestConfig, ConfigError> {
+/// Reads the configuration at `path`.
+pub(crate) fn read(path: &str) -> Result<GuestConfig, ConfigError> {
     let mut text = Vec::with_capacity(USUAL_BYTES);
     let most = u64::try_from(CONFIG_BYTES_MAX + 1).unwrap_or(u64::MAX);
-    File::open(CONFIG_PATH)
+    File::open(path)
         .and_then(|file| file.take(most).read_to_end(&mut text))
         .map_err(ConfigError::Read)?;
     parse(&text)

@@ -1,4 +1,4 @@
-//! Init systems: images whose program insists on being PID 1.
+//! Init systems other than systemd: images whose program insists on being PID 1.
 //!
 //! The agent forks. The parent, PID 1, becomes the init system, on the console, without a pipe; the
 //! child goes on serving. Some things are lost by that. Output passes the agent by, so the first of
@@ -16,19 +16,15 @@ use crate::program::{Program, Search};
 use crate::workload::StartError;
 use crate::{console, spawn};
 
-/// systemd powers off at SIGRTMIN+4 (systemd(1), "Signals"); SIGTERM makes it start over.
-const SYSTEMD_STOP: u8 = 34 + 4;
-
 /// The init of busybox powers off at SIGUSR2. Others are killed when their grace is over.
-const OTHER_STOP: u8 = 12;
+pub(crate) const POWER_OFF: u8 = 12;
 
-/// Divides this process in two. Returns in the child, with the signal at which the init system
-/// powers the guest off; the parent becomes `program`.
+/// Divides this process in two. Returns in the child; the parent becomes `program`.
 ///
 /// # Errors
 ///
 /// In the parent, with the child gone, if the program cannot be run.
-pub(crate) fn hand_over(program: &Program, port: Port) -> Result<u8, StartError> {
+pub(crate) fn hand_over(program: &Program, port: Port) -> Result<(), StartError> {
     match spawn::fork().map_err(StartError::System)? {
         None => {
             // The kernel never kills PID 1 for its memory; its child has to ask.
@@ -38,7 +34,7 @@ pub(crate) fn hand_over(program: &Program, port: Port) -> Result<u8, StartError>
             // For people who look at processes: it would go by the name of init.
             let _ = thread::set_name(c"ovum-agent");
             process::setsid().map_err(StartError::System)?;
-            Ok(stop_signal(program.name()))
+            Ok(())
         }
         Some(child) => {
             let search = become_init(program);
@@ -50,18 +46,10 @@ pub(crate) fn hand_over(program: &Program, port: Port) -> Result<u8, StartError>
     }
 }
 
-/// Returns only if the program cannot be run.
-fn become_init(program: &Program) -> Search {
+/// Makes this process the init system. Returns only if the program cannot be run.
+pub(crate) fn become_init(program: &Program) -> Search {
     if let Err(errno) = console::take_input() {
         console::say(format_args!("init system has no terminal: {errno}"));
     }
     spawn::exec(program)
-}
-
-/// The signal at which the init system at `path` powers the guest off.
-fn stop_signal(path: &str) -> u8 {
-    match fs::canonicalize(path) {
-        Ok(program) if program.ends_with("systemd") => SYSTEMD_STOP,
-        _ => OTHER_STOP,
-    }
 }

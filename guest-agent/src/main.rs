@@ -35,13 +35,14 @@ mod signals;
 #[expect(unsafe_code, reason = "clone3 and execve")]
 mod spawn;
 mod stat;
+mod systemd;
 mod terminal;
 mod workload;
 
 use std::error::Error;
 use std::{io, panic};
 
-use ovum_agent_proto::config::GuestConfig;
+use ovum_agent_proto::config::{CONFIG_PATH, GuestConfig};
 use ovum_agent_proto::report::{Exit, Failure, Phase, Report};
 use rustix::io::Errno;
 use rustix::system::RebootCommand;
@@ -72,6 +73,12 @@ enum AgentError {
         #[source]
         source: io::Error,
     },
+    #[error("Failed to prepare {path} for systemd")]
+    Unit {
+        path: String,
+        #[source]
+        source: io::Error,
+    },
 }
 
 #[cfg(not(test))]
@@ -84,10 +91,7 @@ extern "C" fn main() -> i32 {
 /// The whole life of a guest. Returns only if it cannot be ended, or never was ours.
 fn run() -> i32 {
     if !process::getpid().is_init() {
-        console::say(format_args!(
-            "this program mounts and powers off: it is for PID 1 of a guest"
-        ));
-        return 1;
+        return run_as_unit();
     }
     let port = Port::open();
     port.report(Report::Phase(Phase::AgentStarted));
@@ -99,7 +103,7 @@ fn run() -> i32 {
     }));
     match live(port) {
         Ok(Ending::Over(_)) => {}
-        Ok(Ending::Dismissed(_)) => return 0,
+        Ok(Ending::Dismissed(_) | Ending::Relieved) => return 0,
         Err(error) => {
             console::say(format_args!("{}", chain(&error)));
             port.report(Report::Failed(error.failure()));
@@ -109,26 +113,61 @@ fn run() -> i32 {
     1
 }
 
+/// The life of the agent beside systemd, which starts it.
+fn run_as_unit() -> i32 {
+    match serve_as_unit() {
+        Ok(()) => 0,
+        Err(error) => {
+            console::say(format_args!("this program is for a guest: {}", chain(&error)));
+            1
+        }
+    }
+}
+
+/// Serves beside systemd, and reports how the guest ended.
+fn serve_as_unit() -> Result<(), AgentError> {
+    let config = config::read(systemd::CONFIG)?;
+    let port = Port::open();
+    let signals = Signals::open().map_err(system("signals"))?;
+    let listener = Listener::open().map_err(system("the listener"))?;
+    port.report(Report::Phase(Phase::AgentReady));
+    let (listener, charge) = (Some(listener), Charge::Systemd);
+    match (Agent { signals, listener, charge, env: config.env }).serve() {
+        Ending::Over(exit) => {
+            port.report(Report::Exit(exit));
+            power_off();
+        }
+        Ending::Dismissed(exit) => port.report(Report::Exit(exit)),
+        Ending::Relieved => {}
+    }
+    Ok(())
+}
+
 /// Boots, serves, and reports how the workload ended.
 fn live(port: Port) -> Result<Ending, AgentError> {
     root::devices()?;
     console::open().map_err(system("the console"))?;
-    let config = config::read()?;
+    let config = config::read(CONFIG_PATH)?;
     let program = Program::new(&config.argv, &config.env)?;
     // Dropped last: what was written is on the disk before the power goes.
     let root = Root::enter(&config)?;
+    let is_unit = systemd::is_meant(&program);
+    if !is_unit {
+        root::furnish();
+    }
     port.report(Report::Phase(Phase::RootMounted));
     identity::assume(&config);
+    if is_unit {
+        let exit = become_systemd(&program, &config, port)?;
+        port.report(Report::Exit(exit));
+        return Ok(Ending::Over(exit));
+    }
 
     let signals = Signals::open().map_err(system("signals"))?;
     let listener = if config.listen { listen(port) } else { None };
     let ending = match start(&program, &config, port) {
         Ok(charge) => Agent { signals, listener, charge, env: config.env }.serve(),
-        Err(StartError::Refused(Refusal { code, message })) => {
-            // As it would have ended from a shell.
-            console::say(format_args!("{message}"));
-            Ending::Over(Exit { code, oom: false })
-        }
+        Err(StartError::Refused(refusal)) => Ending::Over(refused(&refusal)),
         Err(StartError::System(errno)) => return Err(system("the workload's process")(errno)),
     };
     match ending {
@@ -137,16 +176,32 @@ fn live(port: Port) -> Result<Ending, AgentError> {
             port.report(Report::Exit(exit));
             root.leave();
         }
+        Ending::Relieved => {}
     }
     Ok(ending)
+}
+
+/// Makes this process systemd. Returns only if that is refused.
+fn become_systemd(program: &Program, config: &GuestConfig, port: Port) -> Result<Exit, AgentError> {
+    systemd::prepare(config).map_err(|(path, source)| AgentError::Unit { path, source })?;
+    port.report(Report::Phase(Phase::WorkloadStarted));
+    let search = init::become_init(program);
+    port.reopen();
+    Ok(refused(&program.refusal(search)))
+}
+
+/// Ends as it would have from a shell.
+fn refused(refusal: &Refusal) -> Exit {
+    console::say(format_args!("{}", refusal.message));
+    Exit { code: refusal.code, oom: false }
 }
 
 /// Starts what the guest exists for.
 fn start(program: &Program, config: &GuestConfig, port: Port) -> Result<Charge, StartError> {
     if program.is_init_system() {
         port.report(Report::Phase(Phase::WorkloadStarted));
-        let stop_signal = init::hand_over(program, port)?;
-        return Ok(Charge::Init { stop_signal });
+        init::hand_over(program, port)?;
+        return Ok(Charge::Init);
     }
     let Workload { pid, output } = Workload::start(program, config)?;
     port.report(Report::Phase(Phase::WorkloadStarted));
@@ -183,7 +238,7 @@ impl AgentError {
         match self {
             Self::Config(_) | Self::Program(_) => Failure::Config,
             Self::Root(_) => Failure::Mount,
-            Self::System { .. } => Failure::System,
+            Self::System { .. } | Self::Unit { .. } => Failure::System,
         }
     }
 }

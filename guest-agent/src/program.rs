@@ -8,6 +8,7 @@ use std::ffi::{CString, NulError, OsStr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use ovum_agent_proto::config::INIT_SYSTEMS;
 use rustix::io::Errno;
 
 /// PATH of a workload that was given none.
@@ -15,9 +16,6 @@ const PATH_DEFAULT: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 
 /// HOME of a workload that was given none: workloads run as root.
 const HOME_DEFAULT: &str = "/root";
-
-/// Programs that only work as PID 1.
-const INIT_SYSTEMS: [&str; 3] = ["/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd"];
 
 /// A program with its arguments and environment.
 #[derive(Debug)]

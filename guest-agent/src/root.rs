@@ -56,7 +56,7 @@ const NEEDED: [Mount<'static>; 3] = [
     kernel("sysfs", "/sys", SAFE, c"", Place::Usual),
 ];
 
-/// These are missed by few.
+/// These are missed by few. systemd mounts them itself, with options of its own.
 const USEFUL: [Mount<'static>; 4] = [
     kernel("cgroup2", "/sys/fs/cgroup", SAFE, c"", Place::Usual),
     kernel("devpts", "/dev/pts", NO_EXEC, c"gid=5,mode=620,ptmxmode=666", Place::New),
@@ -125,7 +125,8 @@ pub(crate) enum RootError {
 }
 
 impl Root {
-    /// Mounts image and layer, enters the root and furnishes it. Needs /dev of the initramfs.
+    /// Mounts image and layer, enters the root and mounts in it what nobody can do without. Needs
+    /// /dev of the initramfs.
     pub(crate) fn enter(config: &GuestConfig) -> Result<Self, RootError> {
         Mount {
             source: &config.root_device,
@@ -155,9 +156,6 @@ impl Root {
         let root = Self { layer };
 
         NEEDED.iter().try_for_each(Mount::attach)?;
-        for error in USEFUL.iter().filter_map(|mount| mount.attach().err()) {
-            console::say(format_args!("{}", chain(&error)));
-        }
         for (points_to, path) in LINKS {
             fs::symlink(points_to, path).map_err(prepare(path))?;
         }
@@ -191,6 +189,13 @@ impl Drop for Root {
         if let Err(errno) = clean {
             console::say(format_args!("writable layer is left to its journal: {errno}"));
         }
+    }
+}
+
+/// Mounts what else programs expect, unless an init system does that.
+pub(crate) fn furnish() {
+    for error in USEFUL.iter().filter_map(|mount| mount.attach().err()) {
+        console::say(format_args!("{}", chain(&error)));
     }
 }
 

@@ -17,7 +17,10 @@ use crate::listener::Listener;
 use crate::output::Output;
 use crate::session::{Closed, Session};
 use crate::signals::{self, Signal, Signals};
-use crate::workload;
+use crate::{init, systemd, workload};
+
+/// What is reported of an init system that ended the guest by itself.
+const SUCCESS: Exit = Exit { code: 0, oom: false };
 
 /// What is reported of an init system that had to be killed.
 const KILLED: Exit = Exit { code: 137, oom: false };
@@ -53,10 +56,9 @@ pub(crate) enum Charge {
         output: Output,
     },
     /// An init system, our parent. It ends the guest itself.
-    Init {
-        /// The signal at which it does.
-        stop_signal: u8,
-    },
+    Init,
+    /// systemd, of which we are a unit. It ends the guest itself.
+    Systemd,
 }
 
 /// The loop's state.
@@ -84,6 +86,8 @@ pub(crate) enum Ending {
     Over(Exit),
     /// The init system is ending the guest, and waits for us to leave.
     Dismissed(Exit),
+    /// The guest goes on without us, or with another of us.
+    Relieved,
 }
 
 /// What was found to be ready. Clients are known by their place, which stays during a turn.
@@ -150,7 +154,7 @@ impl Loop {
     fn wait(&self) -> Vec<Ready> {
         let output = match &self.agent.charge {
             Charge::Workload { output, .. } => output.pipe(),
-            Charge::Init { .. } => None,
+            Charge::Init | Charge::Systemd => None,
         };
         let listener = self.agent.listener.as_ref().filter(|_| self.clients.len() < CLIENTS_MAX);
 
@@ -207,10 +211,15 @@ impl Loop {
                 }
                 // An init system that ends the guest tells everyone to end, and waits for that. Of
                 // how it went this is all that can be known.
-                (Signal::Stop { by_init: true }, Charge::Init { .. }) => {
-                    self.ended = Some(Ending::Dismissed(Exit { code: 0, oom: false }));
+                (Signal::Stop { by_init: true }, Charge::Init) => {
+                    self.ended = Some(Ending::Dismissed(SUCCESS));
                 }
-                (Signal::Stop { by_init: false }, Charge::Init { .. }) => {}
+                (Signal::Stop { by_init: true }, Charge::Systemd) => {
+                    let is_ending = systemd::is_ending();
+                    let dismissed = Ending::Dismissed(SUCCESS);
+                    self.ended = Some(if is_ending { dismissed } else { Ending::Relieved });
+                }
+                (Signal::Stop { by_init: false }, Charge::Init | Charge::Systemd) => {}
             }
         }
     }
@@ -242,7 +251,8 @@ impl Loop {
     fn stop(&mut self, signal: u8, grace: Duration) -> Result<(), Errno> {
         let (pid, stop_signal) = match self.agent.charge {
             Charge::Workload { pid, .. } => (pid, 15),
-            Charge::Init { stop_signal } => (Pid::INIT, stop_signal),
+            Charge::Init => (Pid::INIT, init::POWER_OFF),
+            Charge::Systemd => (Pid::INIT, systemd::POWER_OFF),
         };
         let kill_at = Instant::now() + grace;
         self.kill_at = Some(self.kill_at.map_or(kill_at, |earlier| earlier.min(kill_at)));
@@ -255,7 +265,7 @@ impl Loop {
         match self.agent.charge {
             // Its end arrives as a signal, like any other.
             Charge::Workload { pid, .. } => drop(process::kill_process(pid, process::Signal::KILL)),
-            Charge::Init { .. } => self.ended = Some(Ending::Over(KILLED)),
+            Charge::Init | Charge::Systemd => self.ended = Some(Ending::Over(KILLED)),
         }
     }
 
@@ -263,6 +273,8 @@ impl Loop {
     /// of a container would.
     fn finish(&mut self, ending: Ending) {
         let exit = match ending {
+            // Whoever is connected finds out, and the next of us.
+            Ending::Relieved => return,
             Ending::Dismissed(exit) => exit,
             Ending::Over(exit) => {
                 // "Group 1" is everyone but PID 1 and, if that is another, ourselves (kill(2)). No

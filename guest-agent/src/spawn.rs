@@ -14,9 +14,10 @@ use std::io::Error;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::process::Pid;
-use rustix::{process, stdio};
+use rustix::{fs, io, process, stdio};
 
 use crate::port::Port;
 use crate::program::{Program, Search};
@@ -30,6 +31,9 @@ const STACK_ALIGN: usize = 16;
 
 /// CLONE_INTO_CGROUP (clone(2)), for which the libc crate has too narrow a type.
 const CLONE_INTO_CGROUP: u64 = 1 << 33;
+
+/// What is added to a process's badness when memory is short; children inherit it (proc(5)).
+const OOM_SCORE: &CStr = c"/proc/self/oom_score_adj";
 
 /// Exit status of a child that became no program. Nobody sees it: `Plan::refused` says more.
 const NOTHING_RAN: i32 = 127;
@@ -64,6 +68,8 @@ pub(crate) struct Place<'a> {
     pub(crate) is_terminal: bool,
     /// Working directory; ours, if there is none.
     pub(crate) working_dir: Option<&'a CStr>,
+    /// Whether the kernel may kill it for its memory, even if it may not kill us.
+    pub(crate) is_mortal: bool,
 }
 
 /// Everything the child needs, made by the parent: the child may not allocate.
@@ -135,7 +141,14 @@ pub(crate) fn spawn(
 /// Becomes `program`, in this process. Returns only if that is refused.
 pub(crate) fn exec(program: &Program) -> Search {
     let (output, error) = (stdio::stdout(), stdio::stderr());
-    let place = Place { input: None, output, error, is_terminal: false, working_dir: None };
+    let place = Place {
+        input: None,
+        output,
+        error,
+        is_terminal: false,
+        working_dir: None,
+        is_mortal: false,
+    };
     let (argv, env) = (pointers(program.argv()), pointers(program.env()));
     Plan { program, argv, env, place, refused: None }.exec()
 }
@@ -194,7 +207,10 @@ extern "C" fn child(plan: &mut Plan<'_>) -> ! {
 impl Place<'_> {
     /// Makes this process start here.
     fn take(self) -> Result<(), Refused> {
-        let Self { input, output, error, is_terminal, working_dir } = self;
+        let Self { input, output, error, is_terminal, working_dir, is_mortal } = self;
+        if is_mortal {
+            become_mortal();
+        }
         if let Some(path) = working_dir {
             process::chdir(path).map_err(Refused::Directory)?;
         }
@@ -208,6 +224,14 @@ impl Place<'_> {
                 },
             )
             .map_err(|errno| Refused::Exec(Search::ended(errno)))
+    }
+}
+
+/// Gives this process the score of anyone else. To raise one is always allowed; a guest that has
+/// hidden /proc keeps its commands.
+fn become_mortal() {
+    if let Ok(score) = fs::open(OOM_SCORE, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()) {
+        let _ = io::write(&score, b"0");
     }
 }
 
@@ -236,7 +260,7 @@ fn pointers(strings: &[CString]) -> Vec<*const c_char> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
+    use std::fs::{self, File};
     use std::io::read_to_string;
     use std::os::fd::AsFd;
 
@@ -259,6 +283,7 @@ mod tests {
             error: input.as_fd(),
             is_terminal: false,
             working_dir: None,
+            is_mortal: true,
         };
         let pid = match spawn(&program, place, None) {
             Ok(pid) => pid,
@@ -298,6 +323,18 @@ mod tests {
             run(&["/etc/passwd"], ""),
             Err((126, "/etc/passwd: permission denied".to_owned()))
         );
+    }
+
+    /// The agent beside another PID 1 is never killed for memory; its commands are like any other.
+    #[test]
+    fn a_child_does_not_inherit_that_it_may_not_be_killed() {
+        let before = fs::read_to_string("/proc/self/oom_score_adj").unwrap();
+        fs::write("/proc/self/oom_score_adj", "500").unwrap();
+
+        let ran = run(&["/bin/sh", "-c", "cat /proc/self/oom_score_adj"], "/bin");
+        fs::write("/proc/self/oom_score_adj", before.trim()).unwrap_or(());
+
+        assert_eq!(ran.unwrap().0, "0\n");
     }
 
     #[test]

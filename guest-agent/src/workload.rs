@@ -70,6 +70,7 @@ impl Workload {
             error: input.as_fd(),
             is_terminal: false,
             working_dir: None,
+            is_mortal: false,
         };
         match spawn::spawn(program, place, cgroup) {
             Ok(pid) => Ok(Self { pid, output }),

@@ -17,7 +17,7 @@ use crate::agent::AgentError;
 const ANSWER_BYTES_MAX: usize = 32;
 
 /// How long a guest may take to take a connection.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Bytes read at a time.
 const CHUNK_BYTES: usize = 64 << 10;

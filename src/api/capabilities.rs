@@ -17,7 +17,7 @@ use crate::api::instances::view::PLATFORM;
 const FEATURES: [&str; 4] = ["exec", "images", "instances", "logs"];
 
 /// What the runtime can do by way of the API.
-const RUNTIME_FEATURES: [&str; 1] = ["vsock"];
+const RUNTIME_FEATURES: [&str; 4] = ["balloon-control", "disk-io-limit", "hotplug-memory", "vsock"];
 
 /// What this server can do.
 #[derive(Debug, Serialize, ToSchema)]

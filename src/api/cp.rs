@@ -175,6 +175,7 @@ impl Refused {
 /// Passes the bytes of a file on; returns how many there are, or what went wrong.
 async fn store(mut put: Put, source: &mut Source) -> Result<Result<u64, Refused>, Gone> {
     loop {
+        // A client that pauses learns of the guest's end, too.
         let input = tokio::select! {
             biased;
             error = put.refused() => return Ok(Err(Refused::early(chain(&error)))),

@@ -10,7 +10,7 @@ use std::error::Error;
 
 use axum::Json;
 use axum::http::header::CONNECTION;
-use axum::http::{HeaderName, HeaderValue, StatusCode};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -29,6 +29,7 @@ use crate::images::{DeleteError as ImageDeleteError, ReadyError, RequestError, T
 use crate::instances::follow::LogError;
 use crate::instances::inside::InsideError;
 use crate::instances::inside::agent::AgentError;
+use crate::instances::reclaim::HostMemoryError;
 use crate::instances::record::ReserveError;
 use crate::instances::stats::StatsError;
 use crate::instances::{
@@ -76,6 +77,12 @@ impl ApiError {
     /// A handler broke.
     pub fn panicked() -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", "the server has a bug")
+    }
+
+    /// A part of the contract that is not there yet.
+    pub fn not_there_yet(method: &Method, path: &str) -> Self {
+        let message = format!("Not supported yet: {method} {path}");
+        Self::new(StatusCode::NOT_IMPLEMENTED, "not_supported", message)
     }
 
     /// There is no such image.
@@ -429,7 +436,9 @@ impl From<StartError> for ApiError {
     fn from(error: StartError) -> Self {
         match error {
             StartError::Order(error) => error.into(),
-            StartError::Refused { .. } => Self::conflict("invalid_state", &error),
+            StartError::Refused { .. } | StartError::HalfDeleted => {
+                Self::conflict("invalid_state", &error)
+            }
             StartError::Image(ReadyError::Missing { .. }) => Self::missing("not_found", &error),
             StartError::Image(ReadyError::NotReady { .. } | ReadyError::Host(_))
             | StartError::Disk(_) => Self::internal(&error),
@@ -445,6 +454,7 @@ impl From<UpkeepError> for ApiError {
             UpkeepError::Order(error) => error.into(),
             UpkeepError::Expired { .. } => Self::conflict("instance_expired", &error),
             UpkeepError::NoAgent => Self::bad("invalid_health_check", &error),
+            UpkeepError::Worker(_) => Self::internal(&error),
             UpkeepError::Record(error) => error.into(),
         }
     }
@@ -482,6 +492,12 @@ impl From<StatsError> for ApiError {
             StatsError::Find(error) => (*error).into(),
             StatsError::Worker { .. } => Self::internal(&error),
         }
+    }
+}
+
+impl From<HostMemoryError> for ApiError {
+    fn from(error: HostMemoryError) -> Self {
+        Self::internal(&error)
     }
 }
 

@@ -15,7 +15,7 @@ use utoipa::ToSchema;
 use crate::api::App;
 use crate::api::body::JsonBody;
 use crate::api::error::{ApiError, ErrorBody};
-use crate::api::path::Path;
+use crate::api::key::Key;
 use crate::api::query::Query;
 use crate::api::tags::{self, Tags};
 use crate::images::reference::Reference;
@@ -211,7 +211,7 @@ pub(super) async fn load(
 )]
 pub(super) async fn read(
     State(app): State<App>,
-    Path(name): Path<String>,
+    Key(name): Key,
 ) -> Result<Json<ImageView>, ApiError> {
     let name = Reference::from_path(&name)?;
     let image = app.images.get(&name).ok_or_else(|| ApiError::no_image(&name.to_string()))?;
@@ -224,10 +224,7 @@ pub(super) async fn read(
     params(("name" = String, Path, description = "Slashes raw, or encoded once or twice")),
     responses((status = 204), (status = "default", body = ErrorBody)),
 )]
-pub(super) async fn delete(
-    State(app): State<App>,
-    Path(name): Path<String>,
-) -> Result<StatusCode, ApiError> {
+pub(super) async fn delete(State(app): State<App>, Key(name): Key) -> Result<StatusCode, ApiError> {
     let name = Reference::from_path(&name)?;
     app.images.delete(&name, |digest| app.instances.uses(digest)).await?;
     Ok(StatusCode::NO_CONTENT)
@@ -242,7 +239,7 @@ pub(super) async fn delete(
 )]
 pub(super) async fn tag(
     State(app): State<App>,
-    Path(name): Path<String>,
+    Key(name): Key,
     JsonBody(TagImage { target }): JsonBody<TagImage>,
 ) -> Result<(StatusCode, Json<ImageView>), ApiError> {
     let Some(name) = name.strip_suffix(TAG_SUFFIX) else {

@@ -14,7 +14,7 @@ use crate::api::instances::create::CreateInstance;
 use crate::api::instances::start::StartInstance;
 use crate::api::instances::update::UpdateInstance;
 use crate::api::instances::view::InstanceView;
-use crate::api::path::Path;
+use crate::api::key::Key;
 use crate::api::query::{Query, QueryError};
 use crate::api::tags::{self, Tags};
 use crate::api::{App, REQUEST_TIMEOUT};
@@ -101,7 +101,7 @@ pub(super) async fn create(
 )]
 pub(super) async fn read(
     State(app): State<App>,
-    Path(key): Path<String>,
+    Key(key): Key,
 ) -> Result<Json<InstanceView>, ApiError> {
     Ok(Json((&*app.instances.find(&key)?).into()))
 }
@@ -114,7 +114,7 @@ pub(super) async fn read(
 )]
 pub(super) async fn update(
     State(app): State<App>,
-    Path(key): Path<String>,
+    Key(key): Key,
     JsonBody(body): JsonBody<UpdateInstance>,
 ) -> Result<Json<InstanceView>, ApiError> {
     let upkeep = body.into_upkeep()?;
@@ -132,7 +132,7 @@ pub(super) async fn update(
 )]
 pub(super) async fn delete(
     State(app): State<App>,
-    Path(key): Path<String>,
+    Key(key): Key,
     query: Query,
 ) -> Result<StatusCode, ApiError> {
     let graceful = query.flag("graceful_shutdown")?.unwrap_or(true);
@@ -148,7 +148,7 @@ pub(super) async fn delete(
 )]
 pub(super) async fn stop(
     State(app): State<App>,
-    Path(key): Path<String>,
+    Key(key): Key,
 ) -> Result<Json<InstanceView>, ApiError> {
     Ok(Json((&*app.instances.stop(&key).await?).into()))
 }
@@ -162,7 +162,7 @@ pub(super) async fn stop(
 )]
 pub(super) async fn start(
     State(app): State<App>,
-    Path(key): Path<String>,
+    Key(key): Key,
     OptionalBody(body): OptionalBody<StartInstance>,
 ) -> Result<Json<InstanceView>, ApiError> {
     let command = body.into_command()?;
@@ -181,7 +181,7 @@ pub(super) async fn start(
 )]
 pub(super) async fn wait(
     State(app): State<App>,
-    Path(key): Path<String>,
+    Key(key): Key,
     query: Query,
 ) -> Result<Json<WaitView>, ApiError> {
     let state = wait_state(query.value("state").unwrap_or_default())?;

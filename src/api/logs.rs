@@ -14,7 +14,7 @@ use futures_util::StreamExt;
 
 use crate::api::App;
 use crate::api::error::{ApiError, ErrorBody};
-use crate::api::path::Path;
+use crate::api::key::Key;
 use crate::api::query::{Query, QueryError};
 use crate::instances::follow::{LogEnd, LogQuery, LogSource};
 
@@ -47,7 +47,7 @@ const ACCEL_BUFFERING: &str = "x-accel-buffering";
 )]
 pub(super) async fn read(
     State(app): State<App>,
-    Path(key): Path<String>,
+    Key(key): Key,
     query: Query,
 ) -> Result<Response, ApiError> {
     let source = match query.value("source").unwrap_or("app") {

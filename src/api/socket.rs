@@ -19,7 +19,7 @@ use tokio::time;
 
 use crate::api::App;
 use crate::api::error::ApiError;
-use crate::api::path::Path;
+use crate::api::key::Key;
 use crate::instances::inside::Inside;
 
 /// Most bytes of one message. Some clients send a whole input as one.
@@ -70,7 +70,7 @@ impl FromRequestParts<App> for Visit {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
-        let Path(key) = Path::<String>::from_request_parts(parts, app).await?;
+        let Key(key) = Key::from_request_parts(parts, app).await?;
         let inside = app.instances.inside(&key)?;
         let upgrade =
             WebSocketUpgrade::from_request_parts(parts, app).await.map_err(|rejection| {

@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use crate::api::App;
 use crate::api::error::{ApiError, ErrorBody};
-use crate::api::path::Path;
+use crate::api::key::Key;
 use crate::api::query::{Query, QueryError};
 use crate::instances::inside::agent::AgentError;
 use crate::instances::inside::agent::files::{PathInfo, PathKind, StatSpec};
@@ -68,7 +68,7 @@ impl From<PathInfo> for StatView {
 )]
 pub(super) async fn read(
     State(app): State<App>,
-    Path(key): Path<String>,
+    Key(key): Key,
     query: Query,
 ) -> Result<Json<StatView>, ApiError> {
     let path = query.value("path").filter(|path| !path.is_empty());

@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use crate::api::App;
 use crate::api::error::{ApiError, ErrorBody};
-use crate::api::path::Path;
+use crate::api::key::Key;
 use crate::instances::stats::Stats;
 
 /// What an instance costs the host at this moment; nothing unless it runs.
@@ -39,7 +39,7 @@ pub struct StatsView {
 impl From<&Stats> for StatsView {
     fn from(stats: &Stats) -> Self {
         let Stats { instance, usage } = stats;
-        let allocated = instance.spec.memory_bytes;
+        let allocated = instance.spec.all_memory();
         #[expect(clippy::cast_precision_loss, reason = "a ratio for people")]
         let ratio = usage.resident_bytes as f64 / allocated.max(1) as f64;
         Self {
@@ -65,7 +65,7 @@ impl From<&Stats> for StatsView {
 )]
 pub(super) async fn read(
     State(app): State<App>,
-    Path(key): Path<String>,
+    Key(key): Key,
 ) -> Result<Json<StatsView>, ApiError> {
     Ok(Json((&app.instances.stats(&key)?).into()))
 }

@@ -2,21 +2,29 @@
 //!
 //! What a path that ends in `/.` names is the content of a folder. A folder that goes where a
 //! folder is goes into it, under its own name; one that goes where nothing is becomes that. Links
-//! are copied as links unless they shall be followed.
+//! are copied as links unless they shall be followed. A `-` is a tar archive on standard input or
+//! output.
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use clap::Args;
 
-use super::ServerArgs;
+use super::{ServerArgs, output};
 use crate::api::stat::StatView;
 use crate::client::{Client, segment};
 
 mod download;
+mod pack;
+mod put;
+mod tree;
+mod unpack;
 mod upload;
+
+/// Bytes of a file sent at a time.
+const CHUNK_BYTES: usize = 32 << 10;
 
 /// What can be typed after `ovum cp`.
 #[derive(Debug, Args)]
@@ -30,9 +38,9 @@ pub(super) struct CpArgs {
     /// Says nothing
     #[arg(short, long)]
     quiet: bool,
-    /// What: a path here, or INSTANCE:PATH
+    /// What: a path here, INSTANCE:PATH, or - for a tar archive on standard input
     source: String,
-    /// Where to: INSTANCE:PATH, or a path here
+    /// Where to: INSTANCE:PATH, a path here, or - for a tar archive on standard output
     destination: String,
     #[command(flatten)]
     server: ServerArgs,
@@ -57,7 +65,12 @@ struct Guest {
 #[derive(Debug, PartialEq, Eq)]
 enum Side<'a> {
     Here(&'a str),
-    There { instance: &'a str, path: &'a str },
+    /// An archive, on standard input or output.
+    Stream,
+    There {
+        instance: &'a str,
+        path: &'a str,
+    },
 }
 
 /// What was moved.
@@ -87,14 +100,24 @@ pub(super) async fn cp(args: CpArgs) -> anyhow::Result<()> {
             let guest = Guest::of(&args.server, instance)?;
             download::download(&guest, path, Path::new(to), ways).await?
         }
-        (Side::Here(_), Side::Here(_)) => bail!("One of the two must be INSTANCE:PATH"),
+        (Side::Stream, Side::There { instance, path }) => {
+            let guest = Guest::of(&args.server, instance)?;
+            unpack::unpack(&guest, path, ways).await?
+        }
+        (Side::There { instance, path }, Side::Stream) => {
+            let guest = Guest::of(&args.server, instance)?;
+            pack::pack(&guest, path, ways).await?
+        }
+        (Side::Here(_) | Side::Stream, Side::Here(_) | Side::Stream) => {
+            bail!("One of the two must be INSTANCE:PATH")
+        }
         (Side::There { .. }, Side::There { .. }) => {
             bail!("Only one of the two may be INSTANCE:PATH")
         }
     };
     if !args.quiet {
         let Moved { entries, bytes } = moved;
-        eprintln!("Copied {entries} files and folders, {bytes} bytes");
+        output::note(&format!("Copied {entries} files and folders, {bytes} bytes"));
     }
     Ok(())
 }
@@ -103,6 +126,7 @@ impl<'a> Side<'a> {
     /// A path here may have a colon, too, if it begins with a dot or a slash.
     fn of(text: &'a str) -> Self {
         match text.split_once(':') {
+            None if text == "-" => Self::Stream,
             Some((instance, path))
                 if !instance.is_empty()
                     && !instance.contains('/')
@@ -183,19 +207,6 @@ fn base_name(path: &Path) -> anyhow::Result<String> {
     Ok(name.into_owned())
 }
 
-/// A path from an instance, below `root`: it must not lead out, not even by way of a link that
-/// came before it.
-fn below(root: &Path, parts: &Path) -> anyhow::Result<PathBuf> {
-    let mut path = root.to_owned();
-    let mut parts = parts.components().peekable();
-    while let Some(part) = parts.next() {
-        path.push(part);
-        let is_link = fs::symlink_metadata(&path).is_ok_and(|found| found.is_symlink());
-        ensure!(parts.peek().is_none() || !is_link, "Refused to write through the link {path:?}");
-    }
-    Ok(path)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -206,6 +217,7 @@ mod tests {
 
         assert_eq!(Side::of("web:/etc/hosts"), there("web", "/etc/hosts"));
         assert_eq!(Side::of("web:"), there("web", "/"));
+        assert_eq!((Side::of("-"), Side::of("./-")), (Side::Stream, Side::Here("./-")));
         assert_eq!(Side::of("web:a:b"), there("web", "a:b"));
         for here in ["file", "./a:b", "/a:b", "a/b:c", ":x", "."] {
             assert_eq!(Side::of(here), Side::Here(here));

@@ -5,27 +5,19 @@
 
 use std::convert::Infallible;
 use std::future;
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
-use std::thread;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use rustix::stdio::{stdin, stdout};
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
 
 use super::ServerArgs;
+use super::interrupt::interrupted;
+use super::terminal::{self, Raw};
 use crate::client::segment;
 use crate::client::websocket::{Receiver, Said, Sender};
-
-/// Bytes of input read at a time.
-const CHUNK_BYTES: usize = 32 << 10;
-
-/// Pieces of input that wait to be sent, before no more is read.
-const CHUNKS_MAX: usize = 4;
 
 /// What is before output and error.
 const CHANNEL_OUTPUT: u8 = 1;
@@ -47,7 +39,7 @@ pub(super) struct ExecArgs {
     #[arg(short, long, value_name = "NAME=VALUE")]
     env: Vec<String>,
     /// Working directory
-    #[arg(short = 'w', long, value_name = "PATH")]
+    #[arg(short = 'w', long, visible_alias = "workdir", value_name = "PATH")]
     cwd: Option<String>,
     /// Seconds after which it is killed
     #[arg(long, value_name = "SECONDS")]
@@ -61,29 +53,6 @@ pub(super) struct ExecArgs {
     server: ServerArgs,
 }
 
-/// A terminal that passes every key on as it is, until this is dropped.
-#[derive(Debug)]
-struct Raw {
-    before: Termios,
-}
-
-impl Raw {
-    fn make() -> io::Result<Self> {
-        let before = tcgetattr(stdin())?;
-        let mut raw = before.clone();
-        raw.make_raw();
-        tcsetattr(stdin(), OptionalActions::Now, &raw)?;
-        Ok(Self { before })
-    }
-}
-
-impl Drop for Raw {
-    fn drop(&mut self) {
-        // A terminal that is gone needs no repair.
-        let _ = tcsetattr(stdin(), OptionalActions::Now, &self.before);
-    }
-}
-
 /// Runs a command in an instance.
 pub(super) async fn exec(args: ExecArgs) -> anyhow::Result<ExitCode> {
     let is_here = io::stdin().is_terminal() && io::stdout().is_terminal();
@@ -95,7 +64,7 @@ pub(super) async fn exec(args: ExecArgs) -> anyhow::Result<ExitCode> {
         })?;
         env.insert(name.to_owned(), value.into());
     }
-    let (rows, cols) = size();
+    let (rows, cols) = terminal::size().unzip();
     let request = json!({
         "command": args.command, "tty": tty, "env": env, "cwd": args.cwd,
         "timeout": args.timeout, "rows": rows, "cols": cols, "channels": true,
@@ -107,11 +76,12 @@ pub(super) async fn exec(args: ExecArgs) -> anyhow::Result<ExitCode> {
     let raw = (tty && io::stdin().is_terminal()).then(Raw::make).transpose();
     let raw = raw.context("Failed to prepare the terminal")?;
     let ended = tokio::select! {
-        ended = show(receiver) => ended,
+        ended = show(receiver) => ended.map(ExitCode::from),
         failed = feed(sender, tty) => failed.map(|never| match never {}),
+        code = interrupted() => code,
     };
     drop(raw);
-    ended.map(ExitCode::from)
+    ended
 }
 
 /// Shows what the command writes until it has ended; returns its exit status.
@@ -126,7 +96,7 @@ async fn show(mut receiver: Receiver) -> anyhow::Result<u8> {
 
 /// Passes input and sizes on for as long as it is let.
 async fn feed(mut sender: Sender, tty: bool) -> anyhow::Result<Infallible> {
-    let mut input = read_input();
+    let mut input = terminal::input();
     let mut has_input = true;
     let mut resized = signal(SignalKind::window_change())?;
     loop {
@@ -139,7 +109,7 @@ async fn feed(mut sender: Sender, tty: bool) -> anyhow::Result<Infallible> {
                 }
             },
             _ = resized.recv(), if tty => {
-                let (rows, cols) = size();
+                let (rows, cols) = terminal::size().unzip();
                 let resize = json!({ "resize": { "rows": rows, "cols": cols } });
                 sender.say(resize.to_string()).await
             }
@@ -150,20 +120,6 @@ async fn feed(mut sender: Sender, tty: bool) -> anyhow::Result<Infallible> {
             return future::pending().await;
         }
     }
-}
-
-/// What is typed or piped in. The thread ends with the process: a read cannot be called off.
-fn read_input() -> mpsc::Receiver<Vec<u8>> {
-    let (sender, receiver) = mpsc::channel(CHUNKS_MAX);
-    thread::spawn(move || {
-        let mut chunk = vec![0; CHUNK_BYTES];
-        while let Ok(read @ 1..) = io::stdin().read(&mut chunk) {
-            if sender.blocking_send(chunk[..read].to_vec()).is_err() {
-                return;
-            }
-        }
-    });
-    receiver
 }
 
 fn write(bytes: &[u8]) -> anyhow::Result<()> {
@@ -187,12 +143,6 @@ fn exit_code(text: &str) -> anyhow::Result<u8> {
     }
     let code = said["exitCode"].as_u64().context("The server sent no exit status")?;
     Ok(u8::try_from(code).unwrap_or(u8::MAX))
-}
-
-/// Rows and columns of the terminal here; nothing if there is none.
-fn size() -> (Option<u16>, Option<u16>) {
-    let size = tcgetwinsize(stdout()).ok().filter(|size| size.ws_row > 0 && size.ws_col > 0);
-    (size.map(|size| size.ws_row), size.map(|size| size.ws_col))
 }
 
 #[cfg(test)]

@@ -112,7 +112,10 @@ pub(super) struct CompletionsArgs {
 /// Writes the script that makes a shell complete `command`, without what is not for people.
 pub(super) fn completions(args: &CompletionsArgs, command: &Command) -> anyhow::Result<()> {
     let shown = command.get_subcommands().filter(|command| !command.is_hide_set());
-    let mut shown = Command::new(NAME).subcommands(shown.cloned());
+    let mut shown = Command::new(NAME)
+        .version(env!("CARGO_PKG_VERSION"))
+        .propagate_version(true)
+        .subcommands(shown.cloned());
     let mut script = Vec::new();
     generate(args.shell, &mut shown, NAME, &mut script);
     output::line(String::from_utf8_lossy(&script).trim_end())

@@ -1,20 +1,16 @@
-//! `ovum ps`, `logs`, `inspect`, `rm`.
+//! `ovum ps`, `logs`, `inspect`: what there is to see.
 
 use std::pin::pin;
 
-use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use futures_util::TryStreamExt;
 
-use super::{ServerArgs, output};
+use super::{AT_REST, ServerArgs, output};
 use crate::api::instances::view::InstanceView;
-use crate::client::{Client, segment};
+use crate::client::segment;
 
 /// Characters of an id in a table: enough to tell instances apart, and to be typed.
 const ID_CHARS: usize = 12;
-
-/// States in which an instance costs nothing but disk.
-const AT_REST: [&str; 2] = ["Stopped", "Standby"];
 
 /// What can be typed after `ovum ps`.
 #[derive(Debug, Args)]
@@ -57,6 +53,8 @@ enum Source {
     App,
     /// The machine's process
     Vmm,
+    /// What the server did with it
+    Hypeman,
 }
 
 /// What can be typed after `ovum inspect`.
@@ -64,22 +62,6 @@ enum Source {
 pub(super) struct InspectArgs {
     /// Id, name, or the beginning of an id
     instance: String,
-    #[command(flatten)]
-    server: ServerArgs,
-}
-
-/// What can be typed after `ovum rm`.
-#[derive(Debug, Args)]
-pub(super) struct RmArgs {
-    /// Ids, names, or beginnings of ids
-    #[arg(required_unless_present = "all")]
-    instances: Vec<String>,
-    /// Also instances that run
-    #[arg(short, long)]
-    force: bool,
-    /// All instances
-    #[arg(long, conflicts_with = "instances")]
-    all: bool,
     #[command(flatten)]
     server: ServerArgs,
 }
@@ -116,6 +98,7 @@ pub(super) async fn logs(args: LogsArgs) -> anyhow::Result<()> {
     let source = match args.source {
         Source::App => "app",
         Source::Vmm => "vmm",
+        Source::Hypeman => "hypeman",
     };
     let follow = if args.follow { "&follow=true&until=Stopped" } else { "" };
     let instance = segment(&args.instance);
@@ -131,38 +114,4 @@ pub(super) async fn logs(args: LogsArgs) -> anyhow::Result<()> {
 pub(super) async fn inspect(args: InspectArgs) -> anyhow::Result<()> {
     let path = format!("/instances/{}", segment(&args.instance));
     output::json(&args.server.client()?.get::<serde_json::Value>(&path).await?)
-}
-
-pub(super) async fn rm(args: RmArgs) -> anyhow::Result<()> {
-    let client = args.server.client()?;
-    let keys = if args.all {
-        let instances: Vec<InstanceView> = client.get("/instances").await?;
-        instances.into_iter().map(|instance| instance.id).collect()
-    } else {
-        args.instances
-    };
-    let mut failed = 0;
-    for key in keys {
-        match remove(&client, &key, args.force).await {
-            Ok(()) => output::line(key)?,
-            Err(error) => {
-                output::error(&error);
-                failed += 1;
-            }
-        }
-    }
-    if failed > 0 {
-        bail!("{failed} not deleted");
-    }
-    Ok(())
-}
-
-async fn remove(client: &Client, key: &str, force: bool) -> anyhow::Result<()> {
-    let path = format!("/instances/{}", segment(key));
-    let failed = || format!("Failed to delete {key}");
-    let instance: InstanceView = client.get(&path).await.with_context(failed)?;
-    if !force && !AT_REST.contains(&instance.state.as_str()) {
-        bail!("Instance {key} is {}: --force deletes it", instance.state);
-    }
-    client.delete(&path).await.with_context(failed)
 }

@@ -18,21 +18,29 @@ pub(super) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     line(serde_json::to_string_pretty(value)?)
 }
 
-/// Prints rows in columns as wide as their widest cell, two spaces apart.
+/// Prints rows in columns.
 pub(super) fn table<const COLUMNS: usize>(
     head: [&str; COLUMNS],
     rows: &[[String; COLUMNS]],
 ) -> anyhow::Result<()> {
+    columns(head, rows).iter().try_for_each(line)
+}
+
+/// Rows in columns as wide as their widest cell, two spaces apart.
+pub(super) fn columns<const COLUMNS: usize>(
+    head: [&str; COLUMNS],
+    rows: &[[String; COLUMNS]],
+) -> Vec<String> {
     let widths: [usize; COLUMNS] = array::from_fn(|column| {
         let cells = rows.iter().map(|row| row[column].chars().count());
         cells.chain([head[column].len()]).max().unwrap_or_default()
     });
-    let print = |cells: [&str; COLUMNS]| {
+    let padded = |cells: [&str; COLUMNS]| {
         let padded = cells.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
-        line(padded.collect::<Vec<_>>().join("  ").trim_end())
+        padded.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
-    print(head)?;
-    rows.iter().try_for_each(|row| print(row.each_ref().map(String::as_str)))
+    let cells = rows.iter().map(|row| row.each_ref().map(String::as_str));
+    [head].into_iter().chain(cells).map(padded).collect()
 }
 
 /// Prints an error and its causes to stderr.

@@ -11,9 +11,10 @@ use std::sync::OnceLock;
 use anyhow::{Context, bail};
 use clap::Args;
 use futures_util::TryStreamExt;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::embedded::Reached;
+use super::interrupt::interrupted;
+use super::upkeep::UpkeepArgs;
 use super::{ServerArgs, images, output};
 use crate::api::instances::WaitView;
 use crate::api::instances::create::CreateInstance;
@@ -22,10 +23,6 @@ use crate::client::{Client, ClientError, segment};
 
 /// Exit code if the workload has none, as docker does it.
 const NO_EXIT_CODE: u8 = 125;
-
-/// Exit codes after a signal: 128 and its number.
-const INTERRUPTED: u8 = 130;
-const TERMINATED: u8 = 143;
 
 /// Phases in their order, which JSON does not keep.
 const PHASES: [&str; 8] =
@@ -76,6 +73,8 @@ pub(super) struct RunArgs {
     #[arg(long, conflicts_with = "detach")]
     timeline: bool,
     #[command(flatten)]
+    upkeep: UpkeepArgs,
+    #[command(flatten)]
     server: ServerArgs,
 }
 
@@ -86,7 +85,9 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
         server.close().await;
         bail!("--detach needs a server that stays: `ovum serve` starts one");
     }
-    let body = request(args);
+    // A guest that nobody could ever end would outlive a command that is killed.
+    let ends_with_server = server.is_embedded().then_some(true);
+    let body = CreateInstance { ends_with_server, ..request(args) };
     let created = OnceLock::new();
     let (outcome, is_cut_off) = tokio::select! {
         code = work(&mut server, &body, &created, (detach, timeline)) => (code, false),
@@ -104,16 +105,6 @@ pub(super) async fn run(args: RunArgs) -> anyhow::Result<ExitCode> {
     server.close().await;
     let code = outcome?;
     cleaned.map(|()| code)
-}
-
-/// Waits to be told to end; returns the exit code for it.
-async fn interrupted() -> anyhow::Result<ExitCode> {
-    let mut interrupt = signal(SignalKind::interrupt()).context("Failed to await Ctrl-C")?;
-    let mut terminate = signal(SignalKind::terminate()).context("Failed to await SIGTERM")?;
-    Ok(ExitCode::from(tokio::select! {
-        _ = interrupt.recv() => INTERRUPTED,
-        _ = terminate.recv() => TERMINATED,
-    }))
 }
 
 async fn remove(client: &Client, instance: &InstanceView) -> anyhow::Result<()> {
@@ -162,6 +153,7 @@ fn request(args: RunArgs) -> CreateInstance {
         vcpus: Some(args.cpus),
         env: Some(environment(&args.env)),
         tags: Some(tags.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()),
+        upkeep: args.upkeep.fields(),
         skip_guest_agent: args.skip_guest_agent.then_some(true),
         entrypoint: Some(args.entrypoint),
         cmd: Some(args.command),

@@ -20,15 +20,16 @@ use toml::de::Error as TomlError;
 use toml::{Table, Value};
 
 use super::{CONFIG_FILE, IMAGE_JOBS, Settings, VCPUS};
-use crate::size::ByteSize;
+use crate::size::{ByteRate, ByteSize};
 
 /// Longest file that is read.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// All keys there are.
-pub(super) const KEYS: [&str; 13] = [
+pub(super) const KEYS: [&str; 14] = [
     "agent",
     "data_dir",
+    "disk_io_capacity",
     "image_jobs",
     "insecure_registries",
     "jwt_secret",
@@ -139,6 +140,7 @@ fn set(settings: &mut Settings, key: &str, value: &Value) -> Result<(), String> 
     match key {
         "agent" => settings.agent = Some(word(value)?),
         "data_dir" => settings.data_dir = Some(word(value)?),
+        "disk_io_capacity" => settings.disk_io_capacity = Some(rate(value)?),
         "image_jobs" => settings.image_jobs = Some(number(value, IMAGE_JOBS)?),
         "insecure_registries" => settings.insecure_registries = Some(words(value)?),
         "jwt_secret" => settings.jwt_secret = Some(word(value)?),
@@ -184,6 +186,12 @@ fn size(value: &Value) -> Result<ByteSize, String> {
     }
 }
 
+/// A rate like that of a disk.
+fn rate(value: &Value) -> Result<ByteRate, String> {
+    let text = value.as_str().ok_or_else(|| not("a rate like \"500MB/s\"", value))?;
+    ByteRate::from_disk(text).map_err(|error| error.to_string())
+}
+
 fn number(value: &Value, range: RangeInclusive<u8>) -> Result<u8, String> {
     let number = value.as_integer().ok_or_else(|| not("a whole number", value))?;
     u8::try_from(number)
@@ -219,6 +227,8 @@ mod tests {
             ("max_memory", "\"lots\"", "lots"),
             ("max_memory", "-1", "less than nothing"),
             ("max_memory", "1.5", "a size like"),
+            ("disk_io_capacity", "1", "a rate like"),
+            ("disk_io_capacity", "\"fast\"", "fast"),
         ] {
             let message = refused(&format!("{key} = {value}"));
             assert!(message.contains(key) && message.contains("/etc/c.toml"), "{message}");

@@ -74,6 +74,7 @@ fn everything_can_be_in_the_file() {
         max_image_packed = "3GB"
         max_image_unpacked = "4GB"
         min_free = 0
+        disk_io_capacity = "1GB/s"
         jwt_secret = "s"
     "#;
 
@@ -85,6 +86,7 @@ fn everything_can_be_in_the_file() {
     assert_eq!(jwt_secret.as_deref(), Some("s"));
     assert_eq!((limits.vcpus_max, limits.memory_bytes_max), (4, 1 << 30));
     assert_eq!(limits.overlay_bytes_max, 2 << 30);
+    assert_eq!(limits.disk_io_bps, NonZeroU64::new(1 << 30));
     let expected = ImagesConfig {
         insecure_registries: vec!["localhost:5000".to_owned()],
         jobs_max: 3,

@@ -12,7 +12,7 @@ use tokio::task;
 
 use super::worker::{Happened, OrderError};
 use super::*;
-use crate::control::{Event, Happening, Order};
+use crate::control::{Event, Happening, Order, RateLimitSpec, Status};
 
 /// A program that takes any argument, says nothing to anybody, and never ends.
 const ENDLESS: &str = "/usr/bin/yes";
@@ -132,7 +132,7 @@ async fn an_order_gets_its_answer_though_events_come_first() {
         let answer = task::spawn_blocking(move || {
             let order = connection.recv().unwrap();
             send(&connection, &Reply::Event(event(0)));
-            send(&connection, &Reply::Done { pid: 7, running: true });
+            send(&connection, &Reply::Done(status(7)));
             let refused = connection.recv().unwrap();
             send(&connection, &Reply::Failed { message: "no".into() });
             [order.bytes, refused.bytes]
@@ -147,7 +147,7 @@ async fn an_order_gets_its_answer_though_events_come_first() {
     let (orders, (done, refused, queued)) = tokio::join!(script, orders);
 
     assert_eq!(orders, [&br#"{"order":"status"}"#[..], br#"{"order":"stop"}"#]);
-    assert_eq!(done.unwrap(), Reply::Done { pid: 7, running: true });
+    assert_eq!(done.unwrap(), Reply::Done(status(7)));
     assert!(matches!(refused, Err(OrderError::Refused { message }) if message == "no"));
     assert_eq!(queued, Some(event(0)));
 }
@@ -183,12 +183,19 @@ fn fleet(program: &str) -> Fleet {
     Fleet { program: program.into(), kvm: nowhere.clone(), kernel: nowhere }
 }
 
+fn status(pid: u32) -> Status {
+    Status { pid, running: true, plugged_bytes: 0, given_bytes: 0 }
+}
+
 fn any_machine() -> MachineSpec {
     MachineSpec {
         vcpus: 1,
         memory_bytes: 64 << 20,
+        hotplug_bytes: 0,
+        balloon: false,
         cmdline: String::new(),
         disks: Vec::new(),
+        disk_limit: RateLimitSpec::default(),
         vsock_cid: None,
         serial: false,
     }
@@ -237,7 +244,7 @@ async fn a_worker_is_found_again_until_it_ends() {
     let answering = thread::spawn(move || {
         let connection = PacketListener::from(listener).accept().unwrap();
         assert_eq!(connection.recv().unwrap().bytes, br#"{"order":"status"}"#);
-        send(&connection, &Reply::Done { pid, running: true });
+        send(&connection, &Reply::Done(status(pid)));
     });
 
     let found = fleet.adopt(dir).await.unwrap().expect("it runs");
@@ -256,6 +263,9 @@ async fn a_worker_is_found_again_until_it_ends() {
 async fn what_is_not_the_kvm_device_is_not_handed_on() {
     let dir = tempfile::tempdir().unwrap();
     let spec = || WorkerSpec {
+        ends_with_us: false,
+        hotplug_bytes: 0,
+        disk_io_bps: None,
         dir: dir.path(),
         vcpus: 1,
         memory_bytes: 64 << 20,

@@ -158,7 +158,7 @@ impl Worker {
     /// Its process id, as the worker itself says.
     pub(super) async fn status(&mut self) -> Result<u32, OrderError> {
         match self.exchange(&Order::Status).await? {
-            Reply::Done { pid, .. } => Ok(pid),
+            Reply::Done(status) => Ok(status.pid),
             Reply::Failed { .. } | Reply::Event(_) => Err(OrderError::Gone),
         }
     }

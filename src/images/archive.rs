@@ -24,7 +24,7 @@ use crate::images::manifest::{
     ManifestError, select,
 };
 use crate::images::reference::Reference;
-use crate::images::tar::{EntryKind, TarError, TarReader};
+use crate::tar::{EntryKind, TarError, TarReader};
 
 /// Most files in an archive: several thousand images.
 const FILES_MAX: usize = 50_000;

@@ -25,8 +25,8 @@ use crate::images::erofs::{
     DataArea, DataError, XattrError, admit_xattr, device_fits, xattr_bytes,
 };
 use crate::images::erofs::{SYMLINK_BYTES_MAX, XATTRS_BYTES_MAX};
-use crate::images::tar::{Entry, EntryKind, TarError, TarReader};
 use crate::images::tree::{Kind, Meta, Node, PathError, Place, Tree, Xattr};
+use crate::tar::{Entry, EntryKind, TarError, TarReader};
 
 /// Most layers of an image: the bound container runtimes have.
 pub const LAYERS_MAX: usize = 128;

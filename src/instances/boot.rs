@@ -54,12 +54,15 @@ impl Boot {
             dir,
             vcpus: spec.vcpus,
             memory_bytes: spec.memory_bytes,
+            hotplug_bytes: spec.hotplug_bytes,
             initramfs: self.initramfs,
             disks: vec![
                 WorkerDisk { id: "root", read_only: true, file: self.image.file.as_fd() },
                 WorkerDisk { id: "overlay", read_only: false, file: overlay },
             ],
+            disk_io_bps: spec.disk_io_bps,
             vsock: spec.agent,
+            ends_with_us: spec.ends_with_server,
         };
         Ok(shared.fleet.spawn(worker).await?)
     }

@@ -8,13 +8,11 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 
 use chrono::{SecondsFormat, Utc};
-use rustix::fs::{FallocateFlags, fallocate};
+
+use crate::logs::bound;
 
 /// Bytes that are kept on disk, at most.
 const BYTES_MAX: u64 = 256 << 10;
-
-/// Bytes that are left when there were more. Offsets of holes are multiples of it.
-const BYTES_LEFT: u64 = 128 << 10;
 
 /// Where the lines go.
 #[derive(Debug)]
@@ -40,14 +38,7 @@ impl Diary {
         let line = format!("{at} {}\n", text.replace('\n', " "));
         let mut file = File::options().append(true).create(true).open(&self.path)?;
         file.write_all(line.as_bytes())?;
-        let end = file.metadata()?.len();
-        // One hole each time half of what may be kept was written.
-        if end > BYTES_MAX && end % BYTES_LEFT < line.len() as u64 {
-            let hole_bytes = (end - BYTES_LEFT) / BYTES_LEFT * BYTES_LEFT;
-            let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            fallocate(&file, mode, 0, hole_bytes)?;
-        }
-        Ok(())
+        bound(&file, line.len() as u64, BYTES_MAX)
     }
 }
 

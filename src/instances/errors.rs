@@ -4,9 +4,10 @@ use std::io;
 use std::path::PathBuf;
 
 use chrono::{DateTime, Utc};
+use rusqlite::ErrorCode;
 
 use crate::disks::DiskError;
-use crate::fleet::SpawnError;
+use crate::fleet::{SpawnError, worker};
 use crate::images::{ImagesError, ReadyError, RequestError};
 use crate::initramfs::ArchiveError;
 use crate::instances::record::ReserveError;
@@ -164,6 +165,13 @@ pub struct RecordError {
     pub source: rusqlite::Error,
 }
 
+impl RecordError {
+    /// Whether there is no room for the change.
+    pub(super) fn lacks_room(&self) -> bool {
+        self.source.sqlite_error_code() == Some(ErrorCode::DiskFull)
+    }
+}
+
 /// Why a machine was not ended.
 #[derive(Debug, thiserror::Error)]
 pub enum EndError {
@@ -216,6 +224,9 @@ pub enum StartError {
         /// The state.
         state: State,
     },
+    /// Part of it may be gone.
+    #[error("Instance is half deleted: delete it once more")]
+    HalfDeleted,
     /// Its root disk.
     #[error("The image of the instance cannot be had")]
     Image(#[source] ReadyError),
@@ -248,6 +259,9 @@ pub enum UpkeepError {
     /// The record.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// Its worker was not told; all of it is written down.
+    #[error("Failed to tell the machine, for which the change holds from its next start on")]
+    Worker(#[source] worker::OrderError),
 }
 
 /// Why an instance was not deleted.

@@ -3,7 +3,7 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ovum_agent_proto::VERSION;
-use ovum_agent_proto::config::GuestConfig;
+use ovum_agent_proto::config::{GuestConfig, INIT_SYSTEMS};
 
 use crate::images::config::ImageConfig;
 use crate::instances::spec::InstanceSpec;
@@ -19,9 +19,7 @@ const OVERLAY_DEVICE: &str = "/dev/vdb";
 /// Entrypoint and arguments override each other's counterpart only: an entrypoint alone keeps the
 /// image's arguments. Programs run as root, whatever the image's user.
 pub(super) fn config(spec: &InstanceSpec, image: &ImageConfig) -> Option<GuestConfig> {
-    let entrypoint = if spec.entrypoint.is_empty() { &image.entrypoint } else { &spec.entrypoint };
-    let cmd = if spec.cmd.is_empty() { &image.cmd } else { &spec.cmd };
-    let argv: Vec<String> = entrypoint.iter().chain(cmd).cloned().collect();
+    let argv: Vec<String> = argv(spec, image).cloned().collect();
     let mut env = image.env.clone();
     env.extend(spec.env.clone());
     let working_dir =
@@ -38,6 +36,17 @@ pub(super) fn config(spec: &InstanceSpec, image: &ImageConfig) -> Option<GuestCo
         listen: spec.agent,
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
     })
+}
+
+/// Whether `spec`'s guest is ended by a program of the image's, which has others to end before.
+pub(super) fn has_init_system(spec: &InstanceSpec, image: &ImageConfig) -> bool {
+    argv(spec, image).next().is_some_and(|program| INIT_SYSTEMS.contains(&program.as_str()))
+}
+
+fn argv<'a>(spec: &'a InstanceSpec, image: &'a ImageConfig) -> impl Iterator<Item = &'a String> {
+    let entrypoint = if spec.entrypoint.is_empty() { &image.entrypoint } else { &spec.entrypoint };
+    let cmd = if spec.cmd.is_empty() { &image.cmd } else { &spec.cmd };
+    entrypoint.iter().chain(cmd)
 }
 
 #[cfg(test)]
@@ -72,6 +81,19 @@ mod tests {
         assert_eq!(argv(("own", "c"), ("run", "a b")), Some(words("own c")));
         assert_eq!(argv(("", "c"), ("", "")), Some(words("c")));
         assert_eq!(argv(("", ""), ("", "")), None);
+    }
+
+    #[test]
+    fn a_program_that_ends_the_guest_itself_is_known_by_its_path() {
+        let has = |entrypoint: &str, cmd: &str| {
+            let image = ImageConfig { cmd: words("/sbin/init"), ..ImageConfig::default() };
+            let (entrypoint, cmd) = (words(entrypoint), words(cmd));
+            let spec = InstanceSpec { entrypoint, cmd, ..InstanceSpec::sample() };
+            has_init_system(&spec, &image)
+        };
+
+        assert!(has("", "") && has("/lib/systemd/systemd", "--user"));
+        assert!(!has("", "sh") && !has("sh", ""));
     }
 
     #[test]

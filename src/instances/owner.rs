@@ -18,6 +18,7 @@ use crate::instances::health::Health;
 use crate::instances::history::{Ending, History};
 use crate::instances::owner::checking::Checks;
 use crate::instances::owner::upkeep::ring;
+use crate::instances::reclaim::{Hold, ReclaimError};
 use crate::instances::record::{End, Phase, Record};
 use crate::instances::restart::RestartStatus;
 use crate::instances::spec::{Command, Upkeep};
@@ -29,6 +30,7 @@ use crate::instances::{
 
 mod checking;
 mod ending;
+mod reclaiming;
 mod starting;
 mod upkeep;
 
@@ -56,6 +58,18 @@ pub(super) enum Order {
         upkeep: Upkeep,
         /// The instance afterwards.
         done: Done<Arc<Instance>, UpkeepError>,
+    },
+    /// Have its guest give up memory.
+    Reclaim {
+        /// How much and until when; nothing gives all of it back.
+        hold: Option<Hold>,
+        /// What it has given up so far, in bytes.
+        done: Done<u64, ReclaimError>,
+    },
+    /// Say how much memory its guest has given up.
+    CountGiven {
+        /// In bytes.
+        done: Done<u64, ReclaimError>,
     },
     /// End it and remove all of it.
     Delete {
@@ -106,6 +120,7 @@ impl Owner {
             phase: ("created", None),
             phases: Vec::new(),
             health: Health::default(),
+            held_bytes: 0,
             restart: RestartStatus::default(),
             restart_at: None,
         };
@@ -214,7 +229,13 @@ impl Owner {
                 let _ = done.send(self.start(command).await);
             }
             Order::LookAfter { upkeep, done } => {
-                let _ = done.send(self.look_after(upkeep));
+                let _ = done.send(self.look_after(upkeep).await);
+            }
+            Order::Reclaim { hold, done } => {
+                let _ = done.send(self.reclaim(hold).await);
+            }
+            Order::CountGiven { done } => {
+                let _ = done.send(self.count_given().await);
             }
             Order::Delete { graceful, done } => {
                 let outcome = self.delete(graceful).await;
@@ -259,6 +280,7 @@ impl Owner {
     /// The worker is gone: writes down how it ended.
     fn ended(&mut self) {
         self.worker = None;
+        self.record.hold = None;
         self.change(Event::Ended);
         self.begin_checks();
         self.ending = self.history.ending();
@@ -293,6 +315,23 @@ impl Owner {
         let mut record = self.record.clone();
         change(&mut record);
         let written = self.shared.store.transact(|records| record.update(records));
+        self.replace(record, written)
+    }
+
+    /// As [`Self::update`], for the beginning of what nobody is told of before it is done: a disk
+    /// is not waited for.
+    fn begin(&mut self, change: impl FnOnce(&mut Record)) -> Result<(), RecordError> {
+        let mut record = self.record.clone();
+        change(&mut record);
+        let written = self.shared.store.intend(|records| record.update(records));
+        self.replace(record, written)
+    }
+
+    fn replace(
+        &mut self,
+        record: Record,
+        written: rusqlite::Result<()>,
+    ) -> Result<(), RecordError> {
         written.map_err(|source| RecordError { id: record.id.clone(), source })?;
         self.record = record;
         Ok(())
@@ -342,6 +381,7 @@ impl Owner {
             phase: self.phase(),
             phases: self.history.timeline.phases(),
             health: self.checks.health.seen(self.record.spec.health_check.as_ref(), self.state),
+            held_bytes: self.record.hold.map_or(0, |hold| hold.bytes),
             restart: self.record.restart.clone(),
             restart_at: self.restart_at(),
         };

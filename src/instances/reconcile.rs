@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `Creating` | any | gone: nobody was told of it |
 //! | `Deleting` | any | gone: somebody may have been told so |
+//! | of one that ends with its server | any | gone: that server is |
 //! | `Starting` | any | stopped, as before: nobody was told of the start |
 //! | `Stopping` | a worker | watched again, and told to end once more |
 //! | `Kept`, ended | any | stopped, as before |
@@ -55,6 +56,9 @@ fn strays(dir: &Path, records: &BTreeMap<String, Option<Record>>) -> io::Result<
 }
 
 async fn settle(shared: &Arc<Shared>, record: Record) {
+    if record.spec.ends_with_server {
+        return clear(shared, &record.id).await;
+    }
     match record.phase {
         Phase::Creating | Phase::Deleting => clear(shared, &record.id).await,
         Phase::Kept | Phase::Stopping => {

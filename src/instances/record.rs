@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::images::digest::Digest;
 use crate::instances::history::Ending;
+use crate::instances::reclaim::Hold;
 use crate::instances::restart::RestartStatus;
 use crate::instances::spec::InstanceSpec;
 use crate::instances::timeline::Timeline;
@@ -34,6 +35,9 @@ pub struct Record {
     pub timeline: Timeline,
     /// How and when it ended, once it has; while it is started again, how it had ended.
     pub end: Option<End>,
+    /// Memory that its guest was asked to give up.
+    #[serde(default)]
+    pub hold: Option<Hold>,
     /// How starting it again by itself has gone.
     #[serde(default)]
     pub restart: RestartStatus,

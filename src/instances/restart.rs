@@ -11,6 +11,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::instances::record::End;
 
+/// Least time from an end to the next attempt, whatever was asked for: a workload that ends at once
+/// would have its host boot guests without end. The original looks at its instances every 5 s, so
+/// that nobody can count on less.
+pub const BACKOFF_MIN: Duration = Duration::from_secs(1);
+
 /// When an instance is started again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestartPolicy {
@@ -110,7 +115,7 @@ impl RestartPolicy {
             return Decision::GiveUp;
         }
         let last = status.last_attempt_at.map_or(end.at, |attempt| attempt.max(end.at));
-        Decision::At(later(last, self.backoff))
+        Decision::At(later(last, self.backoff.max(BACKOFF_MIN)))
     }
 
     /// When a run that began at `started_at` is stable.
@@ -220,6 +225,17 @@ mod tests {
 
         assert_eq!(policy.decide(&tried(0), &end(None, false)), Decision::At(at(105)));
         assert_eq!(policy.decide(&tried(200), &end(None, false)), Decision::At(at(205)));
+    }
+
+    #[test]
+    fn no_backoff_is_still_one_second() {
+        let policy = |backoff| RestartPolicy { backoff, ..policy(RestartWhen::Always, 0) };
+        let status = RestartStatus::default();
+
+        let none = policy(Duration::ZERO).decide(&status, &end(Some(1), false));
+        let more = policy(Duration::from_secs(2)).decide(&status, &end(Some(1), false));
+
+        assert_eq!((none, more), (Decision::At(at(101)), Decision::At(at(102))));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::num::NonZeroU64;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -30,8 +31,14 @@ pub struct InstanceSpec {
     pub image: Reference,
     /// Guest memory, in bytes, as asked for; the machine's is rounded up to its step.
     pub memory_bytes: u64,
+    /// Memory added after the boot, in bytes.
+    #[serde(default)]
+    pub hotplug_bytes: u64,
     /// Size of the writable layer, in bytes.
     pub overlay_bytes: u64,
+    /// Bytes per second to and from all disks together, if there is a limit.
+    #[serde(default)]
+    pub disk_io_bps: Option<NonZeroU64>,
     /// vCPUs, at least 1.
     pub vcpus: u8,
     /// Environment, over that of the image.
@@ -52,6 +59,9 @@ pub struct InstanceSpec {
     /// When it is started again, if ever.
     #[serde(default)]
     pub restart_policy: Option<RestartPolicy>,
+    /// Nobody wants it any more once this server has ended.
+    #[serde(default)]
+    pub ends_with_server: bool,
 }
 
 /// When an instance is to be deleted by itself.
@@ -85,6 +95,8 @@ pub struct Upkeep {
     pub restart_policy: Option<Option<RestartPolicy>>,
     /// When it is deleted.
     pub expiry: Option<Expiry>,
+    /// Bytes per second to and from its disks; `Some(None)`: no limit.
+    pub disk_io_bps: Option<Option<NonZeroU64>>,
 }
 
 /// What to run instead of what was run before; what is empty stays as it was.
@@ -104,6 +116,11 @@ impl Command {
 }
 
 impl InstanceSpec {
+    /// All the memory it may have, in bytes.
+    pub fn all_memory(&self) -> u64 {
+        self.memory_bytes.saturating_add(self.hotplug_bytes)
+    }
+
     /// The same with another command.
     #[must_use]
     pub fn with_command(mut self, command: Command) -> Self {
@@ -201,7 +218,9 @@ impl InstanceSpec {
             name: InstanceName("sample".to_owned()),
             image: "alpine".parse().unwrap(),
             memory_bytes: 1 << 30,
+            hotplug_bytes: 0,
             overlay_bytes: 10 << 30,
+            disk_io_bps: None,
             vcpus: 2,
             env: BTreeMap::new(),
             tags: BTreeMap::new(),
@@ -211,6 +230,7 @@ impl InstanceSpec {
             cmd: Vec::new(),
             health_check: None,
             restart_policy: None,
+            ends_with_server: false,
         }
     }
 }

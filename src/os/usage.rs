@@ -30,6 +30,35 @@ pub struct Usage {
     pub virtual_bytes: u64,
 }
 
+/// The host's memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct HostMemory {
+    /// All of it.
+    pub total_bytes: u64,
+    /// What could be used without swapping.
+    pub available_bytes: u64,
+}
+
+impl HostMemory {
+    /// As it is now.
+    ///
+    /// # Errors
+    ///
+    /// What /proc says.
+    pub fn read() -> io::Result<Self> {
+        Ok(Self::parse(&fs::read_to_string("/proc/meminfo")?).unwrap_or_default())
+    }
+
+    fn parse(meminfo: &str) -> Option<Self> {
+        let bytes = |name: &str| {
+            let value = meminfo.lines().find_map(|line| line.strip_prefix(name))?;
+            value.trim().strip_suffix(" kB")?.parse::<u64>().ok()?.checked_mul(1024)
+        };
+        let (total_bytes, available_bytes) = (bytes("MemTotal:")?, bytes("MemAvailable:")?);
+        Some(Self { total_bytes, available_bytes })
+    }
+}
+
 impl Usage {
     /// Of the process that is `identity`; `None` if it has ended.
     ///
@@ -80,6 +109,17 @@ mod tests {
         assert_eq!(usage.cpu, Duration::from_secs(2));
         assert_eq!((usage.virtual_bytes, usage.resident_bytes), (8192, 3 * 4096));
         assert_eq!(Usage::parse("7 (a) S 1"), None);
+    }
+
+    #[test]
+    fn the_hosts_memory_is_what_it_says() {
+        let meminfo = "MemTotal:       16 kB\nMemFree:        1 kB\nMemAvailable:   12 kB\n";
+
+        let memory = HostMemory::parse(meminfo).unwrap();
+
+        assert_eq!((memory.total_bytes, memory.available_bytes), (16 << 10, 12 << 10));
+        assert_eq!(HostMemory::parse("MemTotal: 16 kB\n"), None);
+        assert!(HostMemory::read().unwrap().total_bytes > 0);
     }
 
     #[test]

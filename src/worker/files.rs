@@ -19,6 +19,8 @@ pub(super) struct Files {
     pub(super) events: File,
     /// Where control connections arrive.
     pub(super) control: PacketListener,
+    /// The process that the machine does not outlive, if there is one.
+    pub(super) lifeline: Option<OwnedFd>,
 }
 
 impl Files {
@@ -50,7 +52,8 @@ impl Files {
         };
         let events = single.take(FileRole::Events)?.into();
         let control = PacketListener::from(single.take(FileRole::Control)?);
-        Ok(Self { machine, events, control })
+        let lifeline = single.take(FileRole::Lifeline).ok();
+        Ok(Self { machine, events, control, lifeline })
     }
 }
 

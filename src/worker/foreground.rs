@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, bail};
 use ovum_vmm::machine::{Machine, MachineEventKind, StopReason};
+use ovum_vmm::rate_limiter::RateLimitSpec;
 use ovum_vmm::spec::{self, MachineFiles, MachineSpec};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
@@ -77,8 +78,11 @@ fn build(spec: ForegroundSpec) -> anyhow::Result<Machine> {
     let machine = MachineSpec {
         vcpus,
         memory_bytes: memory_mib.checked_mul(1 << 20).context("--memory-mib is too large")?,
+        hotplug_bytes: 0,
+        balloon: false,
         cmdline,
         disks: Vec::new(),
+        disk_limit: RateLimitSpec::default(),
         vsock_cid: None,
         // A kernel that is being developed has something to say before it has a virtio console.
         serial: true,

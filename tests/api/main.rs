@@ -211,6 +211,7 @@ async fn health_and_the_document_need_no_token() {
             "/instances/{id}/stats",
             "/instances/{id}/stop",
             "/instances/{id}/wait",
+            "/resources/memory/reclaim",
         ]
     );
     let schemas = &document.body["components"]["schemas"];
@@ -258,7 +259,8 @@ async fn what_the_server_can_do_is_told_to_those_who_may_know() {
     let told = as_one_with("resource:read").await.body;
     let refused = as_one_with("instance:read").await;
 
-    let runtime = json!([{ "name": "native", "available": false, "features": ["vsock"] }]);
+    let features = ["balloon-control", "disk-io-limit", "hotplug-memory", "vsock"];
+    let runtime = json!([{ "name": "native", "available": false, "features": features }]);
     assert_eq!(told["runtimes"], runtime, "there is no KVM");
     assert_eq!(told["features"], json!(["exec", "images", "instances", "logs"]));
     assert_eq!(told["host"], json!({ "os": "linux", "arch": "amd64" }));
@@ -303,9 +305,23 @@ async fn what_is_not_routed_is_told_in_the_family_of_the_middleware() {
     let server = Server::start().await;
 
     server.get("/nothing").await.says(StatusCode::NOT_FOUND, "Not Found");
+    server.get("/instances/%ff").await.says(StatusCode::BAD_REQUEST, "Bad Request");
+    server.get("/images/%ff").await.says(StatusCode::BAD_REQUEST, "Bad Request");
     server.delete("/instances").await.says(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed");
     let tagless = server.post("/images/tiny", &json!({ "target": "x" })).await;
     tagless.says(StatusCode::NOT_FOUND, "Not Found");
+}
+
+#[tokio::test]
+async fn what_the_contract_has_and_this_server_has_not_yet_is_no_404() {
+    let server = Server::start().await;
+
+    for path in ["/volumes", "/v2/", "/instances/one/standby", "/instances/one/volumes/two"] {
+        let answer = server.post(path, &json!({})).await;
+        answer.says(StatusCode::NOT_IMPLEMENTED, "not_supported");
+        assert!(answer.message().contains(path), "{answer:?}");
+    }
+    server.get("/instances/one/other").await.says(StatusCode::NOT_FOUND, "Not Found");
 }
 
 #[tokio::test]
@@ -328,6 +344,27 @@ async fn a_body_of_the_wrong_shape_is_told_which_field() {
     let large = json!({ "name": "a", "image": "b", "cmd": ["x".repeat(100_000)] });
     let large = server.post("/instances", &large).await;
     large.says(StatusCode::PAYLOAD_TOO_LARGE, "Payload Too Large");
+}
+
+#[tokio::test]
+async fn memory_is_reclaimed_from_nobody_if_nobody_runs() {
+    let server = Server::start().await;
+
+    let body = json!({ "reclaim_bytes": 1 << 30, "hold_for": "1m", "dry_run": true });
+    let answer = server.post("/resources/memory/reclaim", &body).await;
+
+    assert_eq!(answer.status, StatusCode::OK, "{answer:?}");
+    let body = answer.body;
+    assert_eq!(body["requested_reclaim_bytes"], 1 << 30);
+    assert_eq!((&body["planned_reclaim_bytes"], &body["actions"]), (&json!(0), &json!([])));
+    assert!(body["host_available_bytes"].as_u64() > Some(0), "{body}");
+    for bad in [json!({ "reclaim_bytes": -1 }), json!({}), json!({ "reclaim_bytes": "much" })] {
+        let answer = server.post("/resources/memory/reclaim", &bad).await;
+        answer.says(StatusCode::BAD_REQUEST, "Bad Request");
+    }
+    let bad = json!({ "reclaim_bytes": 1, "hold_for": "2h" });
+    let answer = server.post("/resources/memory/reclaim", &bad).await;
+    answer.says(StatusCode::BAD_REQUEST, "invalid_request");
 }
 
 #[tokio::test]
@@ -693,6 +730,26 @@ async fn an_instance_whose_time_is_over_is_deleted() {
 
     assert_eq!((soon.status, later.status), (StatusCode::OK, StatusCode::OK));
     assert_eq!(server.instance_folders(), [""; 0]);
+}
+
+/// What was begun is finished, now or by the next server, and nobody is told that it runs again.
+#[tokio::test]
+async fn a_half_deleted_instance_can_only_be_deleted() {
+    let server = stopped_instances(&["one"]).await;
+    let folder = server.dir.path().join("data/instances/one");
+    fs::remove_dir(&folder).unwrap();
+    fs::write(&folder, "no folder").unwrap();
+
+    let failed = server.delete("/instances/one").await;
+    let started = server.post("/instances/one/start", &json!({})).await;
+    fs::remove_file(&folder).unwrap();
+    let again = server.delete("/instances/one").await;
+
+    assert_eq!(failed.status, StatusCode::INTERNAL_SERVER_ERROR, "{failed:?}");
+    started.says(StatusCode::CONFLICT, "invalid_state");
+    assert!(started.message().contains("delete it once more"), "{started:?}");
+    assert_eq!(again.status, StatusCode::NO_CONTENT, "{again:?}");
+    server.get("/instances/one").await.says(StatusCode::NOT_FOUND, "not_found");
 }
 
 #[tokio::test]

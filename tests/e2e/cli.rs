@@ -13,11 +13,16 @@ use tokio::time;
 
 use crate::cases;
 
+pub(crate) mod inside;
+pub(crate) mod orders;
+mod terminal;
+
 cases![
     a_bare_kernel_boots_in_the_foreground,
     a_kernel_that_panics_in_the_foreground_is_a_failure,
     an_image_runs_without_a_server_and_leaves_nothing,
     ctrl_c_ends_a_run_without_a_server_and_leaves_nothing,
+    a_killed_run_without_a_server_takes_its_guest_along,
     runs_without_a_server_share_one_and_outlive_it,
     a_run_goes_through_the_server_of_its_data_folder,
     a_state_is_waited_for_or_given_up,
@@ -131,7 +136,11 @@ fn console(data_dir: &Path) -> String {
 }
 
 fn signal(child: &Child, name: &str) {
-    let sent = Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
+    signal_process(child.id(), name);
+}
+
+fn signal_process(pid: u32, name: &str) {
+    let sent = Command::new("kill").args([name, &pid.to_string()]).status().unwrap();
     assert!(sent.success());
 }
 
@@ -147,6 +156,22 @@ async fn ctrl_c_ends_a_run_without_a_server_and_leaves_nothing(_: &TestHost) {
         assert_eq!(ended.status.code(), Some(code), "{}", text(&ended.stderr));
         assert_nothing_is_left(data_dir);
     }
+}
+
+/// A command that is killed cannot clean up: its guest ends with it, and the next one does the
+/// rest.
+async fn a_killed_run_without_a_server_takes_its_guest_along(_: &TestHost) {
+    let data_dir = Path::new("/var/lib/ovum/killed-run");
+    let mut child = run(data_dir, "echo up; sleep 1000").spawn().unwrap();
+    until("the guest is up", || console(data_dir).contains("up\n")).await;
+
+    child.kill().unwrap();
+    child.wait().unwrap();
+    until("the guest is gone", || workers().is_empty()).await;
+    let next = run(data_dir, "echo next").output().unwrap();
+
+    assert_eq!(next.status.code(), Some(0), "{}", text(&next.stderr));
+    assert_nothing_is_left(data_dir);
 }
 
 async fn runs_without_a_server_share_one_and_outlive_it(_: &TestHost) {
@@ -171,10 +196,15 @@ async fn runs_without_a_server_share_one_and_outlive_it(_: &TestHost) {
 }
 
 /// `ovum` with the rights of the host's server.
-fn on(server: &Server, arguments: &[&str]) -> Output {
+fn typed(server: &Server, arguments: &[&str]) -> Command {
     let mut typed = Command::new(ovum());
-    typed.args(arguments).env("OVUM_DATA_DIR", &server.data_dir);
-    typed.env("OVUM_JWT_SECRET", SECRET).output().unwrap()
+    typed.args(arguments).env("OVUM_DATA_DIR", &server.data_dir).env("OVUM_JWT_SECRET", SECRET);
+    typed
+}
+
+/// What comes of it.
+fn on(server: &Server, arguments: &[&str]) -> Output {
+    typed(server, arguments).stdin(Stdio::null()).output().unwrap()
 }
 
 async fn a_run_goes_through_the_server_of_its_data_folder(host: &TestHost) {

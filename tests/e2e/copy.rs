@@ -18,6 +18,7 @@ cases![
     a_large_sparse_file_stays_sparse,
     what_cannot_be_copied_is_refused,
     a_copy_that_is_given_up_harms_nothing,
+    an_instance_is_deleted_during_copies,
     a_path_is_looked_up,
     how_long_many_small_files_take,
 ];
@@ -251,6 +252,27 @@ async fn a_copy_that_is_given_up_harms_nothing(host: &TestHost) {
     let tree = get(server, "given-up", "/part", false).await;
     assert_eq!(tree["part"].1, b"some", "what came stays");
     server.delete("given-up").await;
+}
+
+/// Copies in both directions are under way, neither of which ends by itself.
+async fn an_instance_is_deleted_during_copies(host: &TestHost) {
+    let server = &host.server;
+    server.start_idle("copied", BUSYBOX).await;
+    let large = server.sh("copied", "dd if=/dev/zero of=/large bs=1M count=64").await;
+    assert_eq!(large.code, 0, "{}", large.text());
+    let mut into = server.socket("/instances/copied/cp").await;
+    into.say(&to("/part").to_string()).await;
+    into.send(b"some").await;
+    let mut out = server.socket("/instances/copied/cp").await;
+    out.say(r#"{"direction":"from","guest_path":"/large"}"#).await;
+    out.json().await;
+
+    let began = Instant::now();
+    server.delete("copied").await;
+    assert_eq!(into.json().await["success"], false);
+    while !matches!(out.next().await, Frame::Close(_)) {}
+
+    assert!(began.elapsed() < Duration::from_secs(20), "{:?}", began.elapsed());
 }
 
 async fn a_path_is_looked_up(host: &TestHost) {

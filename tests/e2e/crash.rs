@@ -29,7 +29,7 @@ const ROUNDS: u32 = 40;
 /// Names that its orders are about.
 const NAMES: u64 = 3;
 
-fn data_dir(name: &str) -> PathBuf {
+pub(crate) fn data_dir(name: &str) -> PathBuf {
     Path::new("/var/lib/ovum").join(name)
 }
 
@@ -169,7 +169,7 @@ async fn order(server: &Server, order: u64, name: &str, patience: Duration) -> O
 }
 
 /// Waits until there is a worker for each instance that is not stopped, and a folder for each.
-async fn settle(server: &Server) -> Vec<Value> {
+pub(crate) async fn settle(server: &Server) -> Vec<Value> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let list = server.get("/instances").await.as_array().unwrap().clone();

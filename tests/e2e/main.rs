@@ -13,12 +13,16 @@ mod boot;
 mod cli;
 mod copy;
 mod crash;
+mod disk;
 mod exec;
 mod images;
+mod killed;
 mod kvm;
 mod lifecycle;
+mod memory;
 mod refusals;
 mod sdk;
+mod systemd;
 
 use std::env;
 use std::panic::AssertUnwindSafe;
@@ -61,11 +65,17 @@ fn main() -> ExitCode {
         lifecycle::CASES,
         exec::CASES,
         copy::CASES,
+        systemd::CASES,
+        memory::CASES,
+        disk::CASES,
         sdk::CASES,
         images::CASES,
         refusals::CASES,
         crash::CASES,
+        killed::CASES,
         cli::CASES,
+        cli::inside::CASES,
+        cli::orders::CASES,
     ];
     let chosen: Vec<&Case> = suites
         .into_iter()

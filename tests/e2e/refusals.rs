@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use futures_util::future::join_all;
 use reqwest::{Method, StatusCode};
@@ -21,6 +21,7 @@ cases![
     a_body_that_never_ends_is_refused,
     a_host_without_kvm_says_so,
     a_disk_without_room_says_so,
+    a_full_disk_keeps_nobody_from_ending_what_runs,
     a_second_server_on_the_same_folder_is_refused,
     an_image_that_nobody_has_is_not_found,
     an_overlay_without_room_says_so,
@@ -70,8 +71,6 @@ async fn wrong_types_are_refused_by_name(host: &TestHost) {
 async fn what_is_not_there_yet_is_refused_by_name(host: &TestHost) {
     for (field, value) in [
         ("network", json!({ "enabled": true })),
-        ("hotplug_size", json!("1GB")),
-        ("disk_io_bps", json!("10MB/s")),
         ("volumes", json!([{ "volume_id": "v", "mount_path": "/mnt/v" }])),
         ("devices", json!(["gpu"])),
         ("gpu", json!({ "profile": "L40S-1Q" })),
@@ -158,6 +157,48 @@ async fn a_disk_without_room_says_so(_: &TestHost) {
     assert!(failed, "{status}: {error}");
     assert!(["space", "room", "free"].iter().any(|word| error.contains(word)), "{error}");
     assert_eq!(server.get("/health").await, json!({ "status": "ok" }));
+    server.kill();
+    assert!(Command::new("umount").arg(data_dir).status().unwrap().success());
+}
+
+/// What runs can be ended, and what is deleted makes room, however full the disk.
+async fn a_full_disk_keeps_nobody_from_ending_what_runs(_: &TestHost) {
+    let data_dir = Path::new("/var/lib/ovum/full");
+    fs::create_dir_all(data_dir).unwrap();
+    let tmpfs = ["-t", "tmpfs", "-o", "size=64m", "none"];
+    let mounted = Command::new("mount").args(tmpfs).arg(data_dir).status().unwrap();
+    assert!(mounted.success());
+    let command = {
+        let mut command = Command::new(ovum());
+        command.env("OVUM_MIN_FREE", "1MB");
+        command
+    };
+    let mut server = Server::start_as(data_dir, command).await;
+    server.pull(BUSYBOX).await;
+    for name in ["stopped", "deleted"] {
+        server.start_idle(name, BUSYBOX).await;
+    }
+    let filler = data_dir.join("filler");
+    let _until_full = Command::new("dd")
+        .args(["if=/dev/zero", "bs=4k", "status=none"])
+        .arg(format!("of={}", filler.display()))
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+
+    let body = json!({ "name": "more", "image": BUSYBOX, "size": "128MB", "cmd": ["true"] });
+    let (created, why) = server.call(Method::POST, "/instances", Some(body.clone())).await;
+    let (stopped, answer) = server.call(Method::POST, "/instances/stopped/stop", None).await;
+
+    assert_eq!((created, &why["code"]), (StatusCode::CONFLICT, &json!("insufficient_resources")));
+    assert!(why["message"].as_str().unwrap_or_default().contains("space"), "{why}");
+    assert_eq!((stopped, &answer["state"]), (StatusCode::OK, &json!("Stopped")), "{answer}");
+    assert_eq!(server.get("/instances").await.as_array().map(Vec::len), Some(2));
+    server.delete("deleted").await;
+    server.delete("stopped").await;
+    fs::remove_file(&filler).unwrap();
+    let (_, instance) = server.run_body(body).await;
+    assert_eq!(instance["exit_code"], 0, "{instance}");
     server.kill();
     assert!(Command::new("umount").arg(data_dir).status().unwrap().success());
 }

@@ -1,31 +1,65 @@
-//! The official Python SDK against the server: each file of `tests/sdk` is a case.
+//! The official Python SDK against the server: each file of `tests/sdk` is a case, but for
+//! `suite.py`, on which they stand.
 //!
-//! The scripts say what they checked and fail by ending with a status other than 0.
+//! Each of their cases runs with the synchronous and the asynchronous client. The scripts say what
+//! they checked and fail by ending with a status other than 0.
 
 use std::env;
 use std::process::{Command, Stdio};
 
+use serde_json::json;
 use tokio::task;
 
 use crate::cases;
-use ovum_test_host::{BUSYBOX, TestHost, root};
+use ovum_test_host::{BUSYBOX, SECRET, TestHost, ovum, root};
 
-cases![exec_and_cp_are_driven_by_the_sdk];
+cases![
+    health_and_rights_are_as_the_sdk_wants_them,
+    images_are_driven_by_the_sdk,
+    instances_are_driven_by_the_sdk,
+    exec_and_cp_are_driven_by_the_sdk,
+];
+
+async fn health_and_rights_are_as_the_sdk_wants_them(host: &TestHost) {
+    let minted = Command::new(ovum())
+        .args(["token", "--scopes=instance:read", "--data-dir"])
+        .arg(&host.server.data_dir)
+        .env("OVUM_JWT_SECRET", SECRET)
+        .output()
+        .unwrap();
+    let token = String::from_utf8(minted.stdout).unwrap();
+
+    run(host, "server.py", &[token.trim()]).await;
+}
+
+async fn images_are_driven_by_the_sdk(host: &TestHost) {
+    run(host, "images.py", &[BUSYBOX]).await;
+}
+
+async fn instances_are_driven_by_the_sdk(host: &TestHost) {
+    run(host, "instances.py", &[BUSYBOX]).await;
+}
 
 async fn exec_and_cp_are_driven_by_the_sdk(host: &TestHost) {
     host.server.start_idle("sdk", BUSYBOX).await;
-    run(host, "exec_and_cp.py", "sdk").await;
+    let ended = json!({ "name": "ended", "image": BUSYBOX, "size": "128MB", "cmd": ["true"] });
+    host.server.create(ended).await;
+    host.server.wait("ended", "Stopped").await;
+
+    run(host, "exec_and_cp.py", &["sdk", "ended"]).await;
+
     host.server.delete("sdk").await;
+    host.server.delete("ended").await;
 }
 
 /// Runs a script of `tests/sdk` against the shared server.
-async fn run(host: &TestHost, script: &str, instance: &str) {
+async fn run(host: &TestHost, script: &str, arguments: &[&str]) {
     let python = env::var_os("OVUM_SDK_PYTHON")
         .expect("OVUM_SDK_PYTHON names the interpreter that dev/sdk printed");
     let mut command = Command::new(python);
     command
         .arg(root().join("tests/sdk").join(script))
-        .arg(instance)
+        .args(arguments)
         .env("HYPEMAN_BASE_URL", &host.server.base_url)
         .env("HYPEMAN_API_KEY", host.server.token())
         .env("PYTHONDONTWRITEBYTECODE", "1")

@@ -1,53 +1,55 @@
-"""hypeman.lib against a running instance: exec and cp, sync and async.
+"""hypeman.lib against a running instance: exec and cp.
 
-Usage: exec_and_cp.py INSTANCE, with HYPEMAN_BASE_URL and HYPEMAN_API_KEY in the environment.
+Usage: exec_and_cp.py INSTANCE STOPPED, the second of which is not running.
 """
 
 import asyncio
+import json
 import os
 import sys
 import tempfile
 from pathlib import Path
 
-from hypeman import AsyncHypeman, Hypeman
-from hypeman.lib import (
-    CopyProtocolError,
-    cp_from_instance,
-    cp_from_instance_async,
-    cp_to_instance,
-    cp_to_instance_async,
-    exec,
-    exec_async,
-)
+from hypeman.lib import CopyProtocolError
+from websockets.exceptions import InvalidStatus
 
-INSTANCE = sys.argv[1]
-client = Hypeman()
+from suite import check, run
+
+INSTANCE, STOPPED = sys.argv[1:]
 
 
-def run(*command, **options):
-    result = exec(client, INSTANCE, command, **options)
+async def sh(sdk, *command, **options):
+    result = await sdk.lib("exec", INSTANCE, command, **options)
     return result.output.decode(), result.exit_code
 
 
-def check(found, expected):
-    assert found == expected, f"{found!r} is not {expected!r}"
-
-
-def exec_sync():
-    check(run("sh", "-c", "echo hi; echo there >&2; exit 3"), ("hi\nthere\n", 3))
-    check(run("sh", "-c", "echo $A; pwd", env={"A": "b"}, cwd="/bin"), ("b\n/bin\n", 0))
-    check(run("head", "-n", "2", stdin=b"one\ntwo\nthree\n"), ("one\ntwo\n", 0))
-    check(run("head", "-n", "1", stdin=[b"par", b"ts\n"], wait_for_agent=3), ("parts\n", 0))
-    check(run("sleep", "100", timeout=1), ("", 124))
-    check(run("sh", "-c", "kill -9 $$")[1], 137)
-    check(run("stty", "size", tty=True), ("24 80\r\n", 0))
-    check(run("stty", "size", tty=True, rows=40, cols=120), ("40 120\r\n", 0))
-    resized = run("sh", "-c", "sleep 1; stty size", tty=True, resize=[(50, 132)])
-    check(resized, ("50 132\r\n", 0))
-    output, code = run("nothing")
-    check((output, code), ("Error: nothing: not found\r\n", 127))
-    output, code = run("head", "-c", "5000000", "/dev/zero")
+async def commands(sdk):
+    script = "echo hi; echo there >&2; exit 3"
+    check(await sh(sdk, "sh", "-c", script), ("hi\nthere\n", 3))
+    check(await sh(sdk, "sh", "-c", "echo $A; pwd", env={"A": "b"}, cwd="/bin"), ("b\n/bin\n", 0))
+    check(await sh(sdk, "head", "-n", "2", stdin=b"one\ntwo\nthree\n"), ("one\ntwo\n", 0))
+    parts = [b"par", b"ts\n"]
+    check(await sh(sdk, "head", "-n", "1", stdin=parts, wait_for_agent=3), ("parts\n", 0))
+    check(await sh(sdk, "sleep", "100", timeout=1), ("", 124))
+    check((await sh(sdk, "sh", "-c", "kill -9 $$"))[1], 137)
+    check(await sh(sdk, "nothing"), ("Error: nothing: not found\r\n", 127))
+    output, code = await sh(sdk, "head", "-c", "5000000", "/dev/zero")
     check((len(output), code), (5_000_000, 0))
+
+
+async def terminals(sdk):
+    check(await sh(sdk, "stty", "size", tty=True), ("24 80\r\n", 0))
+    check(await sh(sdk, "stty", "size", tty=True, rows=40, cols=120), ("40 120\r\n", 0))
+    script = "while [ \"$(stty size)\" = '24 80' ]; do sleep 0.05; done; stty size"
+    resized = await sh(sdk, "sh", "-c", script, tty=True, resize=[(50, 132)])
+    check(resized, ("50 132\r\n", 0))
+
+
+async def many_commands_at_once(sdk):
+    if not sdk.is_async:
+        return
+    calls = (sdk.lib("exec", INSTANCE, ["echo", str(number)]) for number in range(8))
+    check([int(result.output) for result in await asyncio.gather(*calls)], list(range(8)))
 
 
 def tree(root):
@@ -68,54 +70,57 @@ def compare(ours, theirs):
             check((theirs / name).read_bytes(), (ours / name).read_bytes())
 
 
-def cp_sync(folder):
-    ours = folder / "ours"
-    tree(ours)
-    cp_to_instance(client, INSTANCE, ours, "/sdk/tree")
-    check(run("/sdk/tree/sub/script"), ("ran\n", 0))
-    cp_from_instance(client, INSTANCE, "/sdk/tree", folder / "back")
-    compare(ours, folder / "back" / "tree")
-
-    cp_to_instance(client, INSTANCE, ours / "file", "/sdk/mode", mode=0o600, archive=True)
-    check(run("stat", "-c", "%a %u", "/sdk/mode"), (f"600 {os.getuid()}\n", 0))
-
-    check(run("sh", "-c", "mkdir /links; cd /links; echo a > f; ln -s f l")[1], 0)
-    cp_from_instance(client, INSTANCE, "/links", folder / "back", archive=True)
-    check(os.readlink(folder / "back" / "links" / "l"), "f")
-    cp_from_instance(client, INSTANCE, "/links", folder / "followed", follow_symlinks=True)
-    check((folder / "followed" / "links" / "l").read_text(), "a\n")
-
-    for attempt in (
-        lambda: cp_from_instance(client, INSTANCE, "/nowhere", folder / "none"),
-        lambda: cp_to_instance(client, INSTANCE, ours / "file", "/bin"),
-        lambda: cp_to_instance(client, INSTANCE, ours / "sub", "/bin/busybox"),
-    ):
-        try:
-            attempt()
-        except CopyProtocolError as error:
-            print("refused:", error)
-        else:
-            raise AssertionError("it was not refused")
-
-
-async def both_async(folder):
-    async with AsyncHypeman() as client:
-        result = await exec_async(client, INSTANCE, ["sh", "-c", "echo hi; exit 4"])
-        check((result.output, result.exit_code), (b"hi\n", 4))
-        results = await asyncio.gather(
-            *(exec_async(client, INSTANCE, ["echo", str(number)]) for number in range(8))
-        )
-        check([int(result.output) for result in results], list(range(8)))
+async def copies(sdk):
+    there = f"/sdk-{sdk.name}"
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
         ours = folder / "ours"
-        await cp_to_instance_async(client, INSTANCE, ours, "/sdk/async")
-        await cp_from_instance_async(client, INSTANCE, "/sdk/async", folder / "async")
-        compare(ours, folder / "async" / "async")
+        tree(ours)
+        await sdk.lib("cp_to_instance", INSTANCE, ours, f"{there}/tree")
+        check(await sh(sdk, f"{there}/tree/sub/script"), ("ran\n", 0))
+        await sdk.lib("cp_from_instance", INSTANCE, f"{there}/tree", folder / "back")
+        compare(ours, folder / "back" / "tree")
+
+        mode = f"{there}/mode"
+        await sdk.lib("cp_to_instance", INSTANCE, ours / "file", mode, mode=0o600, archive=True)
+        check(await sh(sdk, "stat", "-c", "%a %u", mode), (f"600 {os.getuid()}\n", 0))
+
+        links = f"{there}/links"
+        script = f"mkdir {links}; cd {links}; echo a > f; ln -s f l"
+        check((await sh(sdk, "sh", "-c", script))[1], 0)
+        await sdk.lib("cp_from_instance", INSTANCE, links, folder / "back", archive=True)
+        check(os.readlink(folder / "back" / "links" / "l"), "f")
+        await sdk.lib(
+            "cp_from_instance", INSTANCE, links, folder / "followed", follow_symlinks=True
+        )
+        check((folder / "followed" / "links" / "l").read_text(), "a\n")
+
+        for attempt, words in (
+            (sdk.lib("cp_from_instance", INSTANCE, "/nowhere", folder / "none"), "/nowhere"),
+            (sdk.lib("cp_to_instance", INSTANCE, ours / "file", "/bin"), "is a directory"),
+            (sdk.lib("cp_to_instance", INSTANCE, ours / "sub", "/bin/busybox"), "is a file"),
+        ):
+            try:
+                await attempt
+            except CopyProtocolError as error:
+                assert words in str(error), error
+            else:
+                raise AssertionError("it was not refused")
 
 
-with tempfile.TemporaryDirectory() as name:
-    exec_sync()
-    print("exec: ok")
-    cp_sync(Path(name))
-    print("cp: ok")
-    asyncio.run(both_async(Path(name)))
-    print("async: ok")
+async def refusals_before_the_upgrade(sdk):
+    for instance, status, code in ((STOPPED, 409, "invalid_state"), ("nobody", 404, "not_found")):
+        for attempt in (
+            sdk.lib("exec", instance, ["true"]),
+            sdk.lib("cp_from_instance", instance, "/", "/nowhere"),
+        ):
+            try:
+                await attempt
+            except InvalidStatus as error:
+                check(error.response.status_code, status)
+                check(json.loads(error.response.body)["code"], code)
+            else:
+                raise AssertionError("it was not refused")
+
+
+run(commands, terminals, many_commands_at_once, copies, refusals_before_the_upgrade)

@@ -47,6 +47,10 @@ pub const KVM_TSS_START: u64 = 0xfffb_d000;
 /// RAM after the 32-bit hole.
 pub const HIGH_RAM_START: u64 = 1 << 32;
 
+/// Memory that is added later begins at a multiple of this: the largest piece that Linux adds to
+/// its memory on x86.
+pub const HOTPLUG_ALIGN: u64 = 2 << 30;
+
 /// Interrupt line of virtio-mmio slot 0; the lines below are those of old devices.
 pub const MMIO_GSI_FIRST: u32 = 5;
 /// Lines that the IOAPIC has.
@@ -95,6 +99,13 @@ pub fn ram_ranges(memory_bytes: u64) -> Vec<(u64, u64)> {
     }
 }
 
+/// Where memory that is added later begins, in a machine with `memory_bytes` at the start.
+pub fn hotplug_start(memory_bytes: u64) -> u64 {
+    let end =
+        memory_bytes + if memory_bytes <= HOLE_START { 0 } else { HIGH_RAM_START - HOLE_START };
+    end.max(HIGH_RAM_START).next_multiple_of(HOTPLUG_ALIGN)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,6 +116,17 @@ mod tests {
         assert_eq!(ram_ranges(HOLE_START), [(0, HOLE_START)]);
         let high_bytes = (6 << 30) - HOLE_START;
         assert_eq!(ram_ranges(6 << 30), [(0, HOLE_START), (HIGH_RAM_START, high_bytes)]);
+    }
+
+    #[test]
+    fn memory_added_later_lies_behind_all_other() {
+        for (memory_bytes, start) in
+            [(64 << 20, 4_u64 << 30), (HOLE_START, 4 << 30), (HOLE_START + (2 << 20), 6 << 30)]
+        {
+            assert_eq!(hotplug_start(memory_bytes), start);
+        }
+        let (high, bytes) = ram_ranges(1 << 40)[1];
+        assert!(hotplug_start(1 << 40) >= high + bytes);
     }
 
     #[test]

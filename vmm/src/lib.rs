@@ -21,6 +21,7 @@ pub mod arch;
 pub mod layout;
 pub mod memory;
 pub mod ports;
+pub mod rate_limiter;
 pub mod reactor;
 pub mod slots;
 pub mod virtio;

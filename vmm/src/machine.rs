@@ -11,6 +11,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::sync::{Arc, MutexGuard};
+use std::time::Instant;
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
@@ -22,19 +23,25 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::arch::{acpi, boot, cpuid, registers};
 use crate::events::Events;
 pub use crate::events::{MachineEvent, MachineEventKind, StopReason};
-use crate::layout::{KVM_TSS_START, MMIO_GSI_FIRST, MMIO_SLOTS, SERIAL_GSI, mmio_slot};
+use crate::layout::{
+    KVM_TSS_START, MMIO_GSI_FIRST, MMIO_SLOTS, SERIAL_GSI, hotplug_start, mmio_slot,
+};
 use crate::machine_error::{BuildError, Ended, SaveError};
 use crate::machine_state::{DeviceSlotState, IrqchipState, MachineState};
-use crate::memory::{Memory, MemoryListener, MemoryRange};
+use crate::memory::{Mem, Memory, MemoryListener, MemoryRange};
 use crate::ports::{Ports, SerialInterrupt};
+use crate::rate_limiter::{RateLimitSpec, RateLimiter};
 use crate::reactor::{self, Orders, Reactor};
 use crate::slots::Slots;
 use crate::spec::{MachineFiles, MachineSpec};
 use crate::vcpu::{Exits, Platform, Vcpu, install_kick};
 use crate::virtio::Device;
+use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::blk::Blk;
+use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::console::Console;
 use crate::virtio::entropy::Entropy;
+use crate::virtio::mem::{MemDevice, MemError, MemHandle};
 use crate::virtio::mmio::{Identity, QUEUE_NOTIFY, Registers};
 use crate::virtio::task::{Line, Task};
 use crate::virtio::vsock::Vsock;
@@ -51,6 +58,10 @@ const CMDLINE_NO_SERIAL: &str = "console=hvc0 8250.nr_uarts=0";
 /// it said before it knew of the port is said again then, if by then nothing is kept quiet.
 const CMDLINE_SERIAL: &str = "ignore_loglevel console=ttyS0 earlyprintk=ttyS0";
 
+/// Memory that is added later is for programs as far as it is not needed for the kernel's own use
+/// of all the memory: what programs have can be moved, and so the memory taken away again.
+const CMDLINE_HOTPLUG: &str = " memory_hotplug.online_policy=auto-movable";
+
 /// One machine.
 #[derive(Debug)]
 pub struct Machine {
@@ -61,10 +72,19 @@ pub struct Machine {
     orders: Orders,
     platform: Arc<Platform>,
     events: Arc<Events>,
-    vm: VmFd,
+    vm: Arc<VmFd>,
     msrs: Arc<[u32]>,
+    handles: Handles,
     phase: Phase,
-    _memory: Memory,
+    _mem: Arc<Mem>,
+}
+
+/// What is told to devices while they run.
+#[derive(Debug)]
+struct Handles {
+    disk_limiter: RateLimiter,
+    hotplug: Option<MemHandle>,
+    balloon: Option<BalloonHandle>,
 }
 
 /// What was asked of a machine last; its guest may have ended it meanwhile.
@@ -85,27 +105,33 @@ impl Machine {
         spec.check(&files)?;
         install_kick().map_err(BuildError::Thread)?;
         let kvm = kvm(files.kvm)?;
-        let vm = kvm.create_vm().map_err(BuildError::kvm("create a virtual machine"))?;
+        let vm = Arc::new(kvm.create_vm().map_err(BuildError::kvm("create a virtual machine"))?);
         set_up_interrupts(&vm)?;
-        let mut slots = KvmSlots { vm: &vm, starts: Vec::new() };
-        let memory = Memory::new(spec.memory_bytes, &mut slots)?;
+        let slots = KvmSlots { vm: Arc::clone(&vm), starts: Vec::new() };
+        let memory = Memory::new(spec.memory_bytes, vec![Box::new(slots)])?;
+        let mem = Arc::clone(memory.mem());
         let events = Arc::new(Events::new().map_err(BuildError::Thread)?);
 
         let log = files.console.try_clone().map_err(BuildError::Thread)?;
-        let devices = devices(spec, files.disks, files.vsock, files.console)?;
+        let disk_limiter = RateLimiter::new(spec.disk_limit, Instant::now());
+        let mut devices = disks(spec, files.disks, &disk_limiter)?;
+        devices.extend(streams(spec, files.vsock, files.console)?);
+        let (hotplug, balloon) = add_memory_devices(&mut devices, spec, memory)?;
+        let handles = Handles { disk_limiter, hotplug, balloon };
         let device_count = devices.len() as u64;
         let (orders, inbox) = reactor::orders().map_err(BuildError::Thread)?;
-        let (tasks, registers) = place(&vm, &memory, devices, &orders)?;
+        let (tasks, registers) = place(&vm, &mem, devices, &orders)?;
         let reactor = Reactor::start(tasks, orders.clone(), inbox, Arc::clone(&events))
             .map_err(BuildError::Thread)?;
 
-        acpi::write_tables(memory.mem(), spec.vcpus, device_count, spec.serial)?;
+        acpi::write_tables(&mem, spec.vcpus, device_count, spec.serial)?;
         let mut cmdline = String::from(CMDLINE);
         let words = if spec.serial { CMDLINE_SERIAL } else { CMDLINE_NO_SERIAL };
-        write!(cmdline, " {words} {}", spec.cmdline).expect("a String takes all");
+        let hotplug = if spec.hotplug_bytes > 0 { CMDLINE_HOTPLUG } else { "" };
+        write!(cmdline, " {words}{hotplug} {}", spec.cmdline).expect("a String takes all");
         let kernel = &mut files.kernel;
-        let entry = boot::load(memory.mem(), kernel, &mut files.initramfs, cmdline.trim_end())?;
-        registers::write_tables(memory.mem()).map_err(BuildError::Tables)?;
+        let entry = boot::load(&mem, kernel, &mut files.initramfs, cmdline.trim_end())?;
+        registers::write_tables(&mem).map_err(BuildError::Tables)?;
 
         let unstarted = vcpus(&kvm, &vm, spec.vcpus, entry)?;
         let serial = if spec.serial { Some(serial(&vm, log)?) } else { None };
@@ -125,8 +151,9 @@ impl Machine {
             events,
             vm,
             msrs: msrs.as_slice().into(),
+            handles,
             phase: Phase::Running,
-            _memory: memory,
+            _mem: mem,
         })
     }
 
@@ -197,6 +224,35 @@ impl Machine {
         self.events.push(MachineEventKind::Stopped { reason: StopReason::Ordered });
     }
 
+    /// Limits all disks together to something else from now on.
+    pub fn limit_disks(&self, limit: RateLimitSpec) {
+        self.handles.disk_limiter.set(limit, Instant::now());
+    }
+
+    /// Asks the guest to have `bytes` of memory beyond what it booted with: a multiple of the step
+    /// of the spec, and at most what the spec set aside. It does so when it can.
+    ///
+    /// # Errors
+    ///
+    /// [`MemError::Size`], and nothing has changed.
+    pub fn resize_hotplug(&self, bytes: u64) -> Result<(), MemError> {
+        match &self.handles.hotplug {
+            Some(hotplug) => hotplug.resize(bytes),
+            None if bytes == 0 => Ok(()),
+            None => Err(MemError::Size { bytes, max: 0 }),
+        }
+    }
+
+    /// How much memory it has beyond what it booted with.
+    pub fn plugged_bytes(&self) -> u64 {
+        self.handles.hotplug.as_ref().map_or(0, MemHandle::plugged_bytes)
+    }
+
+    /// The balloon, if there is one.
+    pub fn balloon(&self) -> Option<&BalloonHandle> {
+        self.handles.balloon.as_ref()
+    }
+
     /// Everything but the content of memory, of a machine that is paused.
     ///
     /// # Errors
@@ -243,12 +299,13 @@ impl Machine {
 }
 
 /// KVM's memory slots: the guest address of each, by its number.
-struct KvmSlots<'v> {
-    vm: &'v VmFd,
+#[derive(Debug)]
+struct KvmSlots {
+    vm: Arc<VmFd>,
     starts: Vec<Option<u64>>,
 }
 
-impl KvmSlots<'_> {
+impl KvmSlots {
     /// The slot of the range at `guest_start`, or, before there is one, the first that is free.
     fn place(&mut self, guest_start: Option<u64>) -> Option<usize> {
         self.starts.iter().position(|&start| start == guest_start)
@@ -263,15 +320,16 @@ impl KvmSlots<'_> {
             memory_size: range.bytes,
             userspace_addr: range.host_start,
         };
-        // SAFETY: the range is one live mapping of `Memory`, which `Machine` drops after the vCPUs
-        // and the VM; no other slot has its guest addresses, for the layout's ranges are apart.
+        // SAFETY: the range is one live mapping of `Memory`, which unmaps none before it has told
+        // so here, and all of them when the vCPUs have ended; no other slot has its guest
+        // addresses, for the ranges of `Memory` are apart.
         #[expect(unsafe_code, reason = "the guest is given this process's memory")]
         let set = unsafe { self.vm.set_user_memory_region(region) };
         set.map_err(|error| io::Error::from_raw_os_error(error.errno()))
     }
 }
 
-impl MemoryListener for KvmSlots<'_> {
+impl MemoryListener for KvmSlots {
     fn added(&mut self, range: MemoryRange) -> io::Result<()> {
         let slot = self.place(None).unwrap_or(self.starts.len());
         self.set(slot, range)?;
@@ -307,18 +365,27 @@ fn set_up_interrupts(vm: &VmFd) -> Result<(), BuildError> {
     vm.create_irq_chip().map_err(BuildError::kvm("create interrupt controllers"))
 }
 
-/// The machine's devices in the order of their slots; disks first, so that slot n is vd[a+n].
-fn devices(
+/// The machine's disks. They have the first slots, so that slot n is vd[a+n].
+fn disks(
     spec: &MachineSpec,
-    disks: Vec<File>,
+    files: Vec<File>,
+    limiter: &RateLimiter,
+) -> Result<Vec<Box<dyn Device>>, BuildError> {
+    let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    for (file, disk) in files.into_iter().zip(&spec.disks) {
+        let failed = |source| BuildError::Disk { id: disk.id.clone(), source };
+        devices.push(Box::new(Blk::new(file, disk, limiter).map_err(failed)?));
+    }
+    Ok(devices)
+}
+
+/// The devices that come behind the disks in every machine.
+fn streams(
+    spec: &MachineSpec,
     vsock: Option<UnixListener>,
     console: File,
 ) -> Result<Vec<Box<dyn Device>>, BuildError> {
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
-    for (file, disk) in disks.into_iter().zip(&spec.disks) {
-        let failed = |source| BuildError::Disk { id: disk.id.clone(), source };
-        devices.push(Box::new(Blk::new(file, disk).map_err(failed)?));
-    }
     if let (Some(cid), Some(listener)) = (spec.vsock_cid, vsock) {
         devices.push(Box::new(Vsock::new(cid, listener).map_err(BuildError::Vsock)?));
     }
@@ -327,10 +394,31 @@ fn devices(
     Ok(devices)
 }
 
+/// Adds the devices that change guest memory; whoever may add memory gets to own it.
+fn add_memory_devices(
+    devices: &mut Vec<Box<dyn Device>>,
+    spec: &MachineSpec,
+    memory: Memory,
+) -> Result<(Option<MemHandle>, Option<BalloonHandle>), BuildError> {
+    let (mut hotplug, mut balloon) = (None, None);
+    if spec.balloon {
+        let device = Balloon::new().map_err(BuildError::Thread)?;
+        balloon = Some(device.handle());
+        devices.push(Box::new(device));
+    }
+    if spec.hotplug_bytes > 0 {
+        let start = hotplug_start(spec.memory_bytes);
+        let device = MemDevice::new(memory, start, spec.hotplug_bytes)?;
+        hotplug = Some(device.handle());
+        devices.push(Box::new(device));
+    }
+    Ok((hotplug, balloon))
+}
+
 /// Puts each device into a slot: kicks, interrupt line, registers.
 fn place(
     vm: &VmFd,
-    memory: &Memory,
+    mem: &Arc<Mem>,
     devices: Vec<Box<dyn Device>>,
     orders: &Orders,
 ) -> Result<(Vec<Task>, Vec<Registers>), BuildError> {
@@ -341,9 +429,10 @@ fn place(
         let irq = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BuildError::Thread)?);
         vm.register_irqfd(&irq, gsi).map_err(BuildError::kvm("register an interrupt"))?;
         let line = Line::new(irq);
-        let mem = memory.mem().clone();
-        let identity = Identity::of(&*device);
-        let task = Task::new(device, mem, line.clone()).map_err(BuildError::Thread)?;
+        let config = ConfigSpace::new(device.config());
+        let identity = Identity::of(&*device, config.clone());
+        let task =
+            Task::new(device, config, Arc::clone(mem), line.clone()).map_err(BuildError::Thread)?;
         let notify = IoEventAddress::Mmio(start + QUEUE_NOTIFY);
         for (kick, queue) in task.kicks().iter().zip(0_u32..) {
             vm.register_ioevent(kick, &notify, queue)

@@ -9,6 +9,7 @@ use crate::spec::SpecError;
 use crate::vcpu_state::VcpuStateError;
 use crate::virtio::blk::BlkError;
 use crate::virtio::console::ConsoleError;
+use crate::virtio::mem::MemError;
 use crate::virtio::vsock::VsockError;
 
 /// Why a machine could not be built.
@@ -50,6 +51,9 @@ pub enum BuildError {
     /// The console's log cannot be used.
     #[error("Failed to use the console log")]
     Console(#[source] ConsoleError),
+    /// No device for memory that is added later.
+    #[error("Failed to set up memory that can be added")]
+    Hotplug(#[from] MemError),
     /// More devices than slots.
     #[error("More than {max} virtio devices")]
     TooManyDevices {

@@ -6,7 +6,8 @@
 //! process.
 //!
 //! Lock order: a vCPU holds the lock of its slot's registers while it waits for an order to be
-//! carried out. That cannot deadlock, because this thread takes no lock and waits for no vCPU.
+//! carried out. That cannot deadlock, because this thread waits for no vCPU and takes only locks
+//! that are held for a few instructions: of a configuration space, of a rate limit.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -19,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::events::{self, MachineEventKind, StopReason};
 use crate::layout::MMIO_SLOTS;
+use crate::memory::Mem;
 use crate::virtio::task::{Activation, Task, TaskState};
 use crate::virtio::{Interest, TOKEN_MAX, Watch};
 
@@ -123,7 +125,8 @@ impl Reactor {
         machine: Arc<events::Events>,
     ) -> io::Result<Self> {
         let mut manager = EventManager::new().map_err(io::Error::other)?;
-        let board = Board { tasks, inbox, failed: None, ended: false };
+        let mem = tasks.first().map(|task| Arc::clone(task.mem()));
+        let board = Board { tasks, mem, inbox, failed: None, ended: false };
         let board = manager.add_subscriber(board);
         let failed = manager.subscriber_mut(board).map_err(io::Error::other)?.failed.take();
         if let Some(error) = failed {
@@ -158,6 +161,8 @@ impl Drop for Reactor {
 #[derive(Debug)]
 struct Board {
     tasks: Vec<Task>,
+    /// Guest memory as all devices know it.
+    mem: Option<Arc<Mem>>,
     inbox: Inbox,
     failed: Option<event_manager::Error>,
     ended: bool,
@@ -193,6 +198,7 @@ impl MutEventSubscriber for Board {
             Token::Device { token, .. } => task.wake(token, watch),
             Token::Orders => {}
         }
+        self.share_memory(slot);
     }
 }
 
@@ -225,6 +231,19 @@ impl Board {
             Order::Resume => {}
             Order::End => self.ended = true,
         }
+    }
+
+    /// If the device in `slot` changed guest memory, the others learn of it before they run again.
+    fn share_memory(&mut self, slot: u8) {
+        let Some(mem) = self.tasks.get(usize::from(slot)).map(Task::mem) else { return };
+        if self.mem.as_ref().is_some_and(|known| Arc::ptr_eq(known, mem)) {
+            return;
+        }
+        let mem = Arc::clone(mem);
+        for task in &mut self.tasks {
+            task.set_mem(Arc::clone(&mem));
+        }
+        self.mem = Some(mem);
     }
 
     /// Follows orders and nothing else until one says to go on.

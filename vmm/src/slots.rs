@@ -58,6 +58,7 @@ mod tests {
     use crate::layout::MMIO_SLOTS;
     use crate::reactor;
     use crate::virtio::Device;
+    use crate::virtio::config_space::ConfigSpace;
     use crate::virtio::console::Console;
     use crate::virtio::entropy::Entropy;
     use crate::virtio::mmio::Identity;
@@ -71,7 +72,8 @@ mod tests {
         let (orders, _) = reactor::orders().unwrap();
         let registers = devices.into_iter().zip(0..).map(|(device, slot)| {
             let line = Line::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()));
-            Registers::new(slot, Identity::of(&*device), orders.clone(), line)
+            let config = ConfigSpace::new(device.config());
+            Registers::new(slot, Identity::of(&*device, config), orders.clone(), line)
         });
         Slots::new(registers.collect())
     }

@@ -9,6 +9,8 @@ use std::os::unix::net::UnixListener;
 
 use serde::{Deserialize, Serialize};
 
+use crate::rate_limiter::RateLimitSpec;
+
 /// Most vCPUs a machine can have.
 pub const VCPUS_MAX: u8 = 32;
 
@@ -20,6 +22,9 @@ pub const MEMORY_BYTES_MAX: u64 = 1 << 40;
 
 /// Guest memory is given in multiples of this many bytes: one huge page.
 pub const MEMORY_BYTES_STEP: u64 = 2 << 20;
+
+/// Most guest memory, in bytes, that can be added later.
+pub const HOTPLUG_BYTES_MAX: u64 = 1 << 40;
 
 /// Most disks a machine can have.
 pub const DISKS_MAX: usize = 16;
@@ -33,10 +38,17 @@ pub struct MachineSpec {
     /// Guest memory in bytes: a multiple of [`MEMORY_BYTES_STEP`] between [`MEMORY_BYTES_MIN`]
     /// and [`MEMORY_BYTES_MAX`].
     pub memory_bytes: u64,
+    /// Memory that can be added later, in bytes: a multiple of [`MEMORY_BYTES_STEP`], at most
+    /// [`HOTPLUG_BYTES_MAX`]. Without any there is no memory device.
+    pub hotplug_bytes: u64,
+    /// Adds a balloon: memory that the guest does not use goes back to the host.
+    pub balloon: bool,
     /// Words for the kernel's command line, after those the machine itself needs.
     pub cmdline: String,
     /// Block devices, in the order in which the guest names them (vda, vdb, ...).
     pub disks: Vec<DiskSpec>,
+    /// What all of them may do together.
+    pub disk_limit: RateLimitSpec,
     /// The guest's vsock address, 3 or more; without one there is no vsock device.
     pub vsock_cid: Option<u32>,
     /// Adds a 16550 at the legacy port for the kernel's earliest messages; they go to the console
@@ -90,6 +102,15 @@ pub enum SpecError {
         /// What was asked for.
         bytes: u64,
     },
+    /// Too much memory to be added later, or not a whole number of steps.
+    #[error(
+        "hotplug_bytes is {bytes}: it has to be at most {HOTPLUG_BYTES_MAX}, a multiple of \
+         {MEMORY_BYTES_STEP}"
+    )]
+    Hotplug {
+        /// What was asked for.
+        bytes: u64,
+    },
     /// More disks than names for them.
     #[error("{disks} disks: a machine has at most {DISKS_MAX}")]
     Disks {
@@ -122,13 +143,27 @@ impl MachineSpec {
     ///
     /// The first [`SpecError`] found.
     pub fn check(&self, files: &MachineFiles) -> Result<(), SpecError> {
-        let Self { vcpus, memory_bytes, cmdline: _, disks, vsock_cid, serial: _ } = self;
+        let Self {
+            vcpus,
+            memory_bytes,
+            hotplug_bytes,
+            balloon: _,
+            cmdline: _,
+            disks,
+            disk_limit: _,
+            vsock_cid,
+            serial: _,
+        } = self;
         if !(1..=VCPUS_MAX).contains(vcpus) {
             return Err(SpecError::Vcpus { vcpus: *vcpus });
         }
         let in_range = (MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX).contains(memory_bytes);
         if !in_range || !memory_bytes.is_multiple_of(MEMORY_BYTES_STEP) {
             return Err(SpecError::Memory { bytes: *memory_bytes });
+        }
+        let in_range = *hotplug_bytes <= HOTPLUG_BYTES_MAX;
+        if !in_range || !hotplug_bytes.is_multiple_of(MEMORY_BYTES_STEP) {
+            return Err(SpecError::Hotplug { bytes: *hotplug_bytes });
         }
         if disks.len() > DISKS_MAX {
             return Err(SpecError::Disks { disks: disks.len() });
@@ -152,8 +187,11 @@ mod tests {
         MachineSpec {
             vcpus: 1,
             memory_bytes: 256 << 20,
+            hotplug_bytes: 0,
+            balloon: false,
             cmdline: String::new(),
             disks: Vec::new(),
+            disk_limit: RateLimitSpec::default(),
             vsock_cid: None,
             serial: false,
         }
@@ -196,6 +234,17 @@ mod tests {
         for bytes in refused {
             let asked = MachineSpec { memory_bytes: bytes, ..spec() };
             assert_eq!(check(&asked, 0), Err(SpecError::Memory { bytes }));
+        }
+    }
+
+    #[test]
+    fn memory_to_be_added_comes_in_huge_pages_and_has_a_bound() {
+        for hotplug_bytes in [0, 2 << 20, 1 << 40] {
+            assert_eq!(check(&MachineSpec { hotplug_bytes, ..spec() }, 0), Ok(()));
+        }
+        for bytes in [1, 1 << 20, (1 << 40) + (2 << 20), u64::MAX] {
+            let asked = MachineSpec { hotplug_bytes: bytes, ..spec() };
+            assert_eq!(check(&asked, 0), Err(SpecError::Hotplug { bytes }));
         }
     }
 

@@ -7,6 +7,7 @@ use std::fmt::{self, Debug, Formatter};
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use virtio_queue::desc::RawDescriptor;
@@ -24,7 +25,7 @@ use crate::virtio::{Device, DeviceIo, Fault, Interest, Served, Watch};
 const MEMORY_BYTES: u64 = 32 << 20;
 /// Queues lie at the start of memory, this far apart; buffers come behind the last.
 const QUEUE_STRIDE: u64 = 64 << 10;
-const QUEUES: u64 = 4;
+const QUEUES: u64 = 5;
 /// Where the rings of a queue lie, for queues of at most 256 descriptors.
 const AVAIL_OFFSET: u64 = 8 << 10;
 const USED_OFFSET: u64 = 16 << 10;
@@ -43,6 +44,11 @@ pub(crate) struct Guest {
 impl Guest {
     pub(crate) fn new() -> Self {
         Self::with_bytes(MEMORY_BYTES)
+    }
+
+    /// The guest that has `mem`, of so many bytes.
+    pub(crate) fn over(mem: &Mem, bytes: u64) -> Self {
+        Self { mem: mem.clone(), bytes, next: Cell::new(QUEUES * QUEUE_STRIDE) }
     }
 
     /// Memory in two adjacent regions, so that buffers can cross from one to the other.
@@ -241,17 +247,18 @@ fn flagged(readable: &[Buffer], writable: &[Buffer]) -> Vec<(Buffer, u16)> {
 }
 
 /// A device on the bench: its rings, and a thread's worth of waiting.
-pub(crate) struct Bench<'g, D> {
+#[derive(Debug)]
+pub(crate) struct Bench<D> {
     pub(crate) device: D,
-    mem: &'g Mem,
+    pub(crate) mem: Arc<Mem>,
     pub(crate) rings: Vec<Ring>,
     watch: Poll,
     again: u32,
 }
 
-impl<'g, D: Device> Bench<'g, D> {
+impl<D: Device> Bench<D> {
     /// Activates `device` with its own features and these queues.
-    pub(crate) fn new(device: D, queues: &mut [&mut QueueFixture<'g>]) -> Self {
+    pub(crate) fn new(device: D, queues: &mut [&mut QueueFixture<'_>]) -> Self {
         let features = device.features();
         Self::with_features(device, features, queues)
     }
@@ -259,13 +266,23 @@ impl<'g, D: Device> Bench<'g, D> {
     pub(crate) fn with_features(
         device: D,
         features: u64,
-        queues: &mut [&mut QueueFixture<'g>],
+        queues: &mut [&mut QueueFixture<'_>],
     ) -> Self {
-        let mem = &queues[0].guest.mem;
+        let queues: Vec<_> = queues.iter().map(|queue| &**queue).collect();
+        Self::activated(device, features, &queues).unwrap()
+    }
+
+    /// What comes of activating `device` with these features.
+    pub(crate) fn activated(
+        device: D,
+        features: u64,
+        queues: &[&QueueFixture<'_>],
+    ) -> Result<Self, Fault> {
+        let mem = Arc::new(queues[0].guest.mem.clone());
         let rings = queues.iter().map(|queue| queue.ring()).collect();
         let mut bench = Self { device, mem, rings, watch: Poll::new(), again: 0 };
-        bench.with_io(|device, io| device.activate(features, io)).unwrap();
-        bench
+        bench.with_io(|device, io| device.activate(features, io))?;
+        Ok(bench)
     }
 
     /// The driver kicked a queue.
@@ -327,7 +344,8 @@ impl<'g, D: Device> Bench<'g, D> {
     }
 
     fn with_io<R>(&mut self, call: impl FnOnce(&mut D, &mut DeviceIo<'_>) -> R) -> R {
-        let mut io = DeviceIo { mem: self.mem, rings: &mut self.rings, watch: &mut self.watch };
+        let mut io =
+            DeviceIo { mem: &mut self.mem, rings: &mut self.rings, watch: &mut self.watch };
         call(&mut self.device, &mut io)
     }
 }

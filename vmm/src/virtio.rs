@@ -4,11 +4,14 @@
 //! being the same for every device. A [`Device`] says what it is and serves a queue when told to.
 //! Section numbers are those of "Virtual I/O Device (VIRTIO) Version 1.3".
 
+pub mod balloon;
 pub mod blk;
 #[expect(unsafe_code, reason = "hands guest memory to the kernel as iovecs")]
 pub mod buffers;
+pub mod config_space;
 pub mod console;
 pub mod entropy;
+pub mod mem;
 pub mod mmio;
 pub mod ring;
 pub mod task;
@@ -17,9 +20,11 @@ pub mod vsock;
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use crate::memory::Mem;
 use blk::BlkState;
+use mem::MemState;
 use ring::Ring;
 use vsock::VsockState;
 
@@ -41,6 +46,11 @@ pub trait Device: Debug + Send {
     /// Configuration space, little-endian. Empty if the kind has none.
     fn config(&self) -> &[u8] {
         &[]
+    }
+
+    /// Whether [`Device::config`] is not always the same.
+    fn has_variable_config(&self) -> bool {
+        false
     }
 
     /// The driver is ready: `features` were accepted. A device with files of its own to wait for
@@ -96,8 +106,8 @@ pub trait Device: Debug + Send {
 /// What a device may touch while it serves.
 #[derive(Debug)]
 pub struct DeviceIo<'a> {
-    /// Guest memory.
-    pub mem: &'a Mem,
+    /// Guest memory. A device that adds memory or removes it leaves the new one here.
+    pub mem: &'a mut Arc<Mem>,
     /// The device's queues, in order; those the driver left out are not ready.
     pub rings: &'a mut [Ring],
     /// Where it says which files it waits for.
@@ -155,25 +165,34 @@ pub struct Served {
     pub used: u32,
     /// Bit n: queue n has more to serve; call `service(n)` again soon.
     pub again: u32,
+    /// The configuration changed in a way that the driver has to look at.
+    pub config: bool,
 }
 
 impl Served {
     /// Nothing happened.
-    pub const NOTHING: Self = Self { used: 0, again: 0 };
+    pub const NOTHING: Self = Self { used: 0, again: 0, config: false };
+
+    /// The driver has to look at the configuration.
+    pub const CONFIG: Self = Self { config: true, ..Self::NOTHING };
 
     /// Queue `index` has used buffers.
     pub fn used(index: u16) -> Self {
-        Self { used: 1 << index, again: 0 }
+        Self { used: 1 << index, ..Self::NOTHING }
     }
 
     /// Queue `index` has more to serve.
     pub fn again(index: u16) -> Self {
-        Self { used: 0, again: 1 << index }
+        Self { again: 1 << index, ..Self::NOTHING }
     }
 
     /// Both.
     pub fn and(self, other: Self) -> Self {
-        Self { used: self.used | other.used, again: self.again | other.again }
+        Self {
+            used: self.used | other.used,
+            again: self.again | other.again,
+            config: self.config | other.config,
+        }
     }
 }
 
@@ -215,6 +234,8 @@ pub enum DeviceState {
     Stateless,
     /// A disk.
     Blk(BlkState),
+    /// A memory device.
+    Mem(MemState),
     /// A vsock device.
     Vsock(VsockState),
 }

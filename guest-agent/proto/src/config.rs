@@ -8,6 +8,10 @@ pub const CONFIG_PATH: &str = "/ovum/config.json";
 /// Most bytes the configuration may take: arguments and environment of an image are far smaller.
 pub const CONFIG_BYTES_MAX: usize = 1 << 20;
 
+/// Programs that only work as PID 1, and end the guest themselves.
+pub const INIT_SYSTEMS: [&str; 3] =
+    ["/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd"];
+
 /// Everything the agent has to know.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestConfig {

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::num::NonZeroU64;
 use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
@@ -18,7 +19,7 @@ use crate::api::tags::{self, Tags, TagsError};
 use crate::config::Limits;
 use crate::images::reference::{Reference, ReferenceError};
 use crate::instances::spec::{Expiry, InstanceSpec, MEMORY_BYTES_MIN, Upkeep};
-use crate::size::ByteSize;
+use crate::size::{ByteRate, ByteSize};
 
 /// vCPUs unless told otherwise.
 const VCPUS: u8 = 2;
@@ -28,6 +29,9 @@ const SIZE: ByteSize = ByteSize(1 << 30);
 
 /// Writable layer unless told otherwise.
 const OVERLAY_SIZE: ByteSize = ByteSize(10 << 30);
+
+/// Least limit of disks: below it a guest does not even boot within a minute.
+const DISK_IO_BPS_MIN: ByteRate = ByteRate(256 << 10);
 
 /// Name of the only runtime.
 pub(in crate::api) const RUNTIME: &str = "native";
@@ -45,7 +49,7 @@ pub struct CreateInstance {
     /// Memory; `1GB` if omitted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub size: Option<String>,
-    /// Memory added after boot; none if omitted. Not there yet.
+    /// Memory added after the boot, as far as the guest can use it; none if omitted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hotplug_size: Option<String>,
     /// Size of the writable layer; `10GB` if omitted.
@@ -54,7 +58,8 @@ pub struct CreateInstance {
     /// vCPUs; 2 if omitted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vcpus: Option<i64>,
-    /// Bytes per second to and from disks. Not there yet.
+    /// Bytes per second to and from all disks together; `0` is without limit, and if omitted the
+    /// instance has its share of the host's `disk_io_capacity`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk_io_bps: Option<String>,
     /// Environment, over that of the image.
@@ -99,6 +104,10 @@ pub struct CreateInstance {
     /// Instead of the image's; empty is as if omitted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cmd: Option<Vec<String>>,
+    /// However this server ends, the instance ends with it and is deleted: for a server that lives
+    /// as long as one command. Not in the original.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ends_with_server: Option<bool>,
 }
 
 /// Names for the runtime that clients know.
@@ -132,10 +141,17 @@ impl CreateInstance {
         check_platform(self.platform.as_deref().unwrap_or(PLATFORM))?;
         let range = MEMORY_BYTES_MIN..=limits.memory_bytes_max;
         let memory_bytes = sized("size", self.size.as_deref(), SIZE, range)?;
+        let range = 0..=limits.memory_bytes_max - memory_bytes;
+        let hotplug = self.hotplug_size.as_deref();
+        let hotplug_bytes = sized("hotplug_size", hotplug, ByteSize(0), range)?;
         let overlay = self.overlay_size.as_deref();
         let overlay_bytes =
             sized("overlay_size", overlay, OVERLAY_SIZE, 1..=limits.overlay_bytes_max)?;
         let vcpus = checked_vcpus(self.vcpus, limits.vcpus_max)?;
+        let disk_io_bps = match self.disk_io_bps.as_deref() {
+            Some(text) => checked_disk_io(text)?,
+            None => limits.disk_io_share(vcpus),
+        };
         let env = self.env.unwrap_or_default();
         check_env(&env)?;
         let tags = self.tags.unwrap_or_default();
@@ -143,7 +159,7 @@ impl CreateInstance {
         let entrypoint = checked_words("entrypoint", self.entrypoint)?;
         let cmd = checked_words("cmd", self.cmd)?;
         let hypervisor = runtime_name(self.hypervisor)?.to_owned();
-        let Upkeep { health_check, restart_policy, expiry } = self.upkeep.parsed()?;
+        let Upkeep { health_check, restart_policy, expiry, .. } = self.upkeep.parsed()?;
         let (health_check, restart_policy) = (health_check.flatten(), restart_policy.flatten());
         let agent = !self.skip_guest_agent.unwrap_or_default();
         if !agent && health_check.is_some() {
@@ -156,7 +172,9 @@ impl CreateInstance {
             name,
             image,
             memory_bytes,
+            hotplug_bytes,
             overlay_bytes,
+            disk_io_bps,
             vcpus,
             env,
             tags,
@@ -166,6 +184,7 @@ impl CreateInstance {
             cmd,
             health_check,
             restart_policy,
+            ends_with_server: self.ends_with_server.unwrap_or_default(),
         };
         Ok((spec, expiry.unwrap_or(Expiry::Never)))
     }
@@ -186,6 +205,16 @@ fn sized(
     }
     let (least, most) = (ByteSize(*range.start()), ByteSize(*range.end()));
     Err(SpecError::invalid(field, format!("{} is not within {least} to {most}", ByteSize(bytes))))
+}
+
+pub(super) fn checked_disk_io(text: &str) -> Result<Option<NonZeroU64>, SpecError> {
+    let rate = ByteRate::from_disk(text);
+    let rate = rate.map_err(|error| SpecError::invalid("disk_io_bps", error))?;
+    if rate != ByteRate(0) && rate < DISK_IO_BPS_MIN {
+        let why = format!("{rate} is less than {DISK_IO_BPS_MIN}; 0 is without limit");
+        return Err(SpecError::invalid("disk_io_bps", why));
+    }
+    Ok(NonZeroU64::new(rate.0))
 }
 
 fn checked_vcpus(asked: Option<i64>, vcpus_max: u8) -> Result<u8, SpecError> {
@@ -293,11 +322,11 @@ pub enum SpecError {
 }
 
 impl SpecError {
-    pub(super) fn schema(field: &'static str, why: impl Display) -> Self {
+    pub(in crate::api) fn schema(field: &'static str, why: impl Display) -> Self {
         Self::Schema { field, why: format!("{why}") }
     }
 
-    pub(super) fn invalid(field: &'static str, why: impl Display) -> Self {
+    pub(in crate::api) fn invalid(field: &'static str, why: impl Display) -> Self {
         Self::Invalid { field, why: format!("{why}") }
     }
 }

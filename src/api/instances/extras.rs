@@ -147,7 +147,7 @@ pub enum CompressionAlgorithm {
 }
 
 /// When an instance goes to standby.
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct AutoStandby {
     /// Whether.
     pub enabled: Option<bool>,
@@ -163,8 +163,6 @@ impl CreateInstance {
     /// Checks the fields of this file; returns the first that asks for something.
     pub(super) fn check_extras(&self) -> Result<Option<&'static str>, SpecError> {
         let asks = [
-            ("hotplug_size", size_asks("hotplug_size", self.hotplug_size.as_deref())?),
-            ("disk_io_bps", rate_asks("disk_io_bps", self.disk_io_bps.as_deref())?),
             ("network", self.network.as_ref().map_or(Ok(false), Network::asks)?),
             ("credentials", self.credentials_ask()?),
             ("devices", self.devices.as_ref().is_some_and(|devices| !devices.is_empty())),
@@ -320,12 +318,6 @@ fn size_asks(field: &'static str, text: Option<&str>) -> Result<bool, SpecError>
     let Some(text) = text else { return Ok(false) };
     let size: ByteSize = text.parse().map_err(|error| SpecError::invalid(field, error))?;
     Ok(size.0 > 0)
-}
-
-fn rate_asks(field: &'static str, text: Option<&str>) -> Result<bool, SpecError> {
-    let Some(text) = text else { return Ok(false) };
-    let rate = ByteRate::from_disk(text).map_err(|error| SpecError::invalid(field, error))?;
-    Ok(rate.0 > 0)
 }
 
 /// Whether a duration is longer than nothing. A negative one is invalid.

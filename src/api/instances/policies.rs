@@ -124,7 +124,7 @@ pub struct RestartPolicy {
     /// When; never if omitted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<RestartWhen>,
-    /// After how long; `5s` if omitted.
+    /// After how long; `5s` if omitted, and a second at least.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backoff: Option<String>,
     /// How often; 0, or omitted, is without end.

@@ -11,7 +11,7 @@ use crate::api::instances::policies::{HealthCheck, RestartPolicy};
 use crate::instances::spec::{Expiry, Upkeep};
 
 /// How an instance is looked after.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct UpkeepFields {
     /// When to go to standby. Not there yet.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -60,6 +60,7 @@ impl UpkeepFields {
             expiry: expiry(self.ttl.as_deref(), self.expires_at)?,
             restart_policy: self.restart_policy.map(RestartPolicy::parsed).transpose()?,
             health_check: self.health_check.map(HealthCheck::parsed).transpose()?,
+            disk_io_bps: None,
         })
     }
 }

@@ -12,7 +12,7 @@ use crate::api::tags::Tags;
 use crate::instances::Instance;
 use crate::instances::health::Health;
 use crate::instances::restart::RestartStatus;
-use crate::size::ByteSize;
+use crate::size::{ByteRate, ByteSize};
 
 /// The only platform there is.
 pub(in crate::api) const PLATFORM: &str = "linux/amd64";
@@ -35,10 +35,13 @@ pub struct InstanceView {
     pub expires_at: Option<DateTime<Utc>>,
     /// Memory.
     pub size: String,
-    /// Memory that is added after boot.
+    /// Memory that is added after the boot.
     pub hotplug_size: String,
     /// Size of the writable layer.
     pub overlay_size: String,
+    /// Bytes per second to and from all disks together; missing if there is no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk_io_bps: Option<String>,
     /// vCPUs.
     pub vcpus: u8,
     /// Its network.
@@ -194,8 +197,9 @@ impl From<&Instance> for InstanceView {
             created_at: *created_at,
             expires_at: *expires_at,
             size: ByteSize(spec.memory_bytes).to_string(),
-            hotplug_size: ByteSize(0).to_string(),
+            hotplug_size: ByteSize(spec.hotplug_bytes).to_string(),
             overlay_size: ByteSize(spec.overlay_bytes).to_string(),
+            disk_io_bps: spec.disk_io_bps.map(|rate| ByteRate(rate.get()).to_string()),
             vcpus: spec.vcpus,
             network: NetworkView { enabled: false },
             hypervisor: spec.hypervisor.clone(),

@@ -277,6 +277,20 @@ async fn a_refusal_arrives_while_the_client_still_sends() {
     client.hear_close().await;
 }
 
+#[tokio::test]
+async fn a_client_that_pauses_hears_that_the_guest_has_ended() {
+    let mut client = Client::at("cp").await;
+    let (mut agent, _) = client.ask(&json!({ "direction": "to", "guest_path": "/a" })).await;
+    agent.say(1, &ToServer::Ack).await;
+    client.send(b"some").await;
+    agent.hear().await;
+
+    drop(agent);
+
+    let result = client.json().await;
+    assert_eq!((&result["type"], &result["success"]), (&json!("result"), &json!(false)));
+}
+
 fn entry(path: &str, kind: EntryKind, size: u64) -> ToServer {
     let path = path.to_owned();
     ToServer::Entry(Entry { path, kind, mode: 0o755, size, mtime: 5, uid: 0, gid: 0 })

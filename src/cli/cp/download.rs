@@ -1,46 +1,15 @@
-//! Out of an instance: a whole tree over one connection. What it says is not trusted: nothing is
-//! written outside of where the tree goes.
+//! Out of an instance, into files here: nothing is written outside of where the tree goes.
 
 use std::fs::{self, File, Permissions};
 use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{PermissionsExt, chown, lchown, symlink};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, bail, ensure};
-use serde::Deserialize;
-use serde_json::json;
+use anyhow::{Context, ensure};
 
-use super::{Guest, Moved, Place, Ways, below, is_content};
-use crate::client::websocket::Said;
-
-/// What the server says beside bytes.
-#[derive(Debug, Deserialize)]
-#[serde(tag = "type", rename_all = "lowercase")]
-enum Word {
-    Header(Header),
-    End {
-        #[serde(rename = "final")]
-        is_final: bool,
-    },
-    Error {
-        message: String,
-    },
-}
-
-#[derive(Debug, Deserialize)]
-struct Header {
-    path: PathBuf,
-    mode: u32,
-    is_dir: bool,
-    link_target: Option<String>,
-    size: u64,
-    mtime: u64,
-    #[serde(default)]
-    uid: u32,
-    #[serde(default)]
-    gid: u32,
-}
+use super::tree::{Header, Step, Tree};
+use super::{Guest, Moved, Place, Ways, is_content};
 
 /// A tree that arrives.
 struct Arrival<'a> {
@@ -49,7 +18,7 @@ struct Arrival<'a> {
     ways: Ways,
     /// Where its root goes, once that is known.
     root: Option<PathBuf>,
-    /// The file that is being written, and what is missing of it.
+    /// The file that is being written.
     file: Option<(File, PathBuf, Header)>,
     /// Folders get their mode and time when everything is in them.
     folders: Vec<(PathBuf, Header)>,
@@ -64,55 +33,38 @@ pub(super) async fn download(
     ways: Ways,
 ) -> anyhow::Result<Moved> {
     let to = to.to_str().context("The destination is not UTF-8")?;
-    let (folder, is_content) = (from.trim_end_matches('.'), is_content(from));
-    let path = if is_content && !folder.is_empty() { folder } else { from };
-    let request =
-        json!({ "direction": "from", "guest_path": path, "follow_links": ways.follow_links });
-    let (mut sender, mut receiver) = guest.client.websocket(&format!("{}/cp", guest.route)).await?;
-    sender.say(request.to_string()).await?;
+    let mut tree = Tree::open(guest, from, ways).await?;
     let mut arrival = Arrival {
         to,
-        is_content,
+        is_content: is_content(from),
         ways,
         root: None,
         file: None,
         folders: Vec::new(),
         moved: Moved::default(),
     };
-    loop {
-        match receiver.next().await? {
-            Said::Binary(bytes) => arrival.write(&bytes)?,
-            Said::Text(text) => match serde_json::from_str(&text)? {
-                Word::Header(header) => arrival.begin(header)?,
-                Word::End { is_final } => {
-                    arrival.end_file()?;
-                    if is_final {
-                        return arrival.finish();
-                    }
-                }
-                Word::Error { message } => bail!("{message}"),
-            },
+    while let Some(step) = tree.next().await? {
+        match step {
+            Step::Entry(header) => arrival.begin(header)?,
+            Step::Data(bytes) => arrival.write(&bytes)?,
+            Step::Whole => arrival.end_file()?,
         }
     }
+    arrival.finish()
 }
 
 impl Arrival<'_> {
     fn begin(&mut self, header: Header) -> anyhow::Result<()> {
-        let mut parts = header.path.components();
-        let first = parts.next();
-        let Some(Component::Normal(name)) = first else { bail!("The server sent a bad path") };
-        let is_inside = parts.clone().all(|part| matches!(part, Component::Normal(_)));
-        ensure!(is_inside, "The server sent a path that leads out: {}", header.path.display());
         let root = match &self.root {
             Some(root) => root,
             None => {
                 let place = Place::here(Path::new(self.to))?;
-                let name = name.to_string_lossy();
-                let root = place.target(self.to, &name, header.is_dir, self.is_content)?;
+                let name = header.root_name();
+                let root = place.target(self.to, name, header.is_dir, self.is_content)?;
                 self.root.insert(root.into())
             }
         };
-        let path = below(root, parts.as_path())?;
+        let path = below(root, header.below_root())?;
         self.moved.entries += 1;
         let failed = || format!("Failed to write {}", path.display());
         if header.is_dir {
@@ -139,17 +91,13 @@ impl Arrival<'_> {
     }
 
     fn write(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
-        let (file, path, header) =
-            self.file.as_mut().context("The server sent bytes of no file")?;
-        let count = u64::try_from(bytes.len())?;
-        header.size = header.size.checked_sub(count).context("The server sent too many bytes")?;
-        self.moved.bytes += count;
+        let (file, path, _) = self.file.as_mut().context("The server sent bytes of no file")?;
+        self.moved.bytes += u64::try_from(bytes.len())?;
         file.write_all(bytes).with_context(|| format!("Failed to write {}", path.display()))
     }
 
     fn end_file(&mut self) -> anyhow::Result<()> {
         let Some((file, path, header)) = self.file.take() else { return Ok(()) };
-        ensure!(header.size == 0, "The server sent too few bytes of {}", path.display());
         furnish(&file, &path, &header, self.ways)
     }
 
@@ -160,6 +108,19 @@ impl Arrival<'_> {
         }
         Ok(self.moved)
     }
+}
+
+/// A path from an instance, below `root`: it must not lead out, not even by way of a link that
+/// came before it.
+fn below(root: &Path, parts: &Path) -> anyhow::Result<PathBuf> {
+    let mut path = root.to_owned();
+    let mut parts = parts.components().peekable();
+    while let Some(part) = parts.next() {
+        path.push(part);
+        let is_link = fs::symlink_metadata(&path).is_ok_and(|found| found.is_symlink());
+        ensure!(parts.peek().is_none() || !is_link, "Refused to write through the link {path:?}");
+    }
+    Ok(path)
 }
 
 /// Owner, mode, time.

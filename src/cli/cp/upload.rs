@@ -1,19 +1,15 @@
-//! Into an instance: one connection for each file, folder and link, parents first.
+//! Files and folders from here into an instance, parents first.
 
 use std::fs::{self, File, Metadata};
 use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::pin::pin;
 
 use anyhow::{Context, bail, ensure};
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::{Guest, Moved, Ways, base_name, is_content};
-use crate::client::websocket::Said;
-
-/// Bytes sent at a time.
-const CHUNK_BYTES: usize = 32 << 10;
+use super::put::put;
+use super::{CHUNK_BYTES, Guest, Moved, Ways, base_name, is_content};
 
 /// Permission bits of a mode.
 const MODE_BITS: u32 = 0o7777;
@@ -44,13 +40,13 @@ pub(super) async fn upload(
         if item.found.is_dir() {
             items.extend(children(&item, ways)?);
         }
-        moved.bytes += put(guest, &item, ways).await?;
+        moved.bytes += send(guest, &item, ways).await?;
         moved.entries += 1;
         folders.extend(item.found.is_dir().then_some(item));
     }
     // Once more, innermost first: what was put into them has changed their time.
     for folder in folders.iter().rev() {
-        put(guest, folder, ways).await?;
+        send(guest, folder, ways).await?;
     }
     Ok(moved)
 }
@@ -75,7 +71,7 @@ fn look(path: &Path, follow_links: bool) -> anyhow::Result<Metadata> {
 }
 
 /// Makes one thing in the instance; returns how many bytes it has.
-async fn put(guest: &Guest, item: &Item, ways: Ways) -> anyhow::Result<u64> {
+async fn send(guest: &Guest, item: &Item, ways: Ways) -> anyhow::Result<u64> {
     let Item { from, to, found } = item;
     let mut request = json!({
         "direction": "to", "guest_path": to, "is_dir": found.is_dir(),
@@ -96,38 +92,13 @@ async fn put(guest: &Guest, item: &Item, ways: Ways) -> anyhow::Result<u64> {
     } else if !found.is_dir() {
         bail!("{} is neither a file, a folder nor a link", from.display());
     }
-    let (mut sender, mut receiver) = guest.client.websocket(&format!("{}/cp", guest.route)).await?;
-    let mut sending = pin!(async {
-        sender.say(request.to_string()).await?;
+    let read = async || {
+        let Some(file) = &mut file else { return Ok(None) };
         let mut chunk = vec![0; CHUNK_BYTES];
-        let mut bytes = 0;
-        while let Some(file) = &mut file {
-            let read = file.read(&mut chunk)?;
-            if read == 0 {
-                break;
-            }
-            bytes += u64::try_from(read)?;
-            sender.send(chunk[..read].to_vec()).await?;
-        }
-        sender.say(json!({ "type": "end" }).to_string()).await?;
-        anyhow::Ok(bytes)
-    });
-    // A server that refuses says so before it has everything.
-    let (bytes, said) = tokio::select! {
-        biased;
-        said = receiver.next() => (None, said?),
-        bytes = &mut sending => (Some(bytes?), receiver.next().await?),
+        let read = file.read(&mut chunk)?;
+        chunk.truncate(read);
+        Ok((read > 0).then_some(chunk))
     };
-    check(&said).with_context(|| format!("Failed to copy {} to {to}", from.display()))?;
-    bytes.context("The server answered before it had the file")
-}
-
-fn check(said: &Said) -> anyhow::Result<()> {
-    let Said::Text(text) = said else { bail!("The server sent bytes for an answer") };
-    let answer: Value = serde_json::from_str(text).context("The server sent no JSON")?;
-    if answer["success"] == true {
-        return Ok(());
-    }
-    let error = answer["error"].as_str().or(answer["message"].as_str());
-    bail!("{}", error.unwrap_or("The server refused and did not say why"))
+    let sent = put(guest, &request, read).await;
+    sent.with_context(|| format!("Failed to copy {} to {to}", from.display()))
 }

@@ -16,7 +16,9 @@ use crate::instances::owner::{Owner, next};
 use crate::instances::record::{Phase, Record};
 use crate::instances::restart::Blocked;
 use crate::instances::state::{Event, Request, State, Verdict};
-use crate::instances::{DeleteError, EndError, Instance, RecordError, StopError, remove_folder};
+use crate::instances::{
+    DeleteError, EndError, Instance, RecordError, StopError, guest, remove_folder,
+};
 
 /// How long a machine may take to end once its power is cut; then the process is killed.
 const CUT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -42,6 +44,10 @@ struct Patience {
 /// For one whose disk shall be in order afterwards: 5 s, and some to write it back.
 const STOP: Patience = Patience { grace: Duration::from_secs(5), total: Duration::from_secs(9) };
 
+/// For one with an init system, which has units of its own to end in order.
+const STOP_INIT: Patience =
+    Patience { grace: Duration::from_secs(10), total: Duration::from_secs(14) };
+
 /// For one of which nothing stays.
 const DELETE: Patience =
     Patience { grace: Duration::from_millis(1500), total: Duration::from_secs(2) };
@@ -58,11 +64,11 @@ impl Owner {
                 self.update(|record| record.restart.blocked = Some(Blocked::ManualStop))?;
             }
             Verdict::Act => {
-                self.update(|record| {
+                self.intend(|record| {
                     record.phase = Phase::Stopping;
                     record.restart.blocked = Some(Blocked::ManualStop);
                 })?;
-                self.end_worker(Some(STOP)).await?;
+                self.end_worker(Some(self.patience())).await?;
             }
         }
         Ok(self.instance())
@@ -71,7 +77,7 @@ impl Owner {
     /// Ends the machine for its bad health, as gracefully as a stop. The policy says what follows.
     pub(super) async fn end_unhealthy(&mut self) {
         self.is_unhealthy = true;
-        if let Err(error) = self.end_worker(Some(STOP)).await {
+        if let Err(error) = self.end_worker(Some(self.patience())).await {
             tracing::error!(id = self.record.id, %error, "Failed to end an unhealthy instance");
         }
     }
@@ -79,24 +85,51 @@ impl Owner {
     /// Goes on with a stop that an earlier server began.
     pub(super) async fn finish_stop(&mut self) {
         if self.record.phase == Phase::Stopping
-            && let Err(error) = self.end_worker(Some(STOP)).await
+            && let Err(error) = self.end_worker(Some(self.patience())).await
         {
             tracing::error!(id = self.record.id, %error, "Failed to finish a stop");
         }
     }
 
     /// Ends the machine and removes all there is. The record goes last: a server killed in
-    /// between leaves it behind in phase `Deleting`, and the next one comes here again.
+    /// between leaves it behind in phase `Deleting`, and the next one comes here again. A machine
+    /// that cannot be ended leaves all as it was.
     pub(super) async fn delete(&mut self, graceful: bool) -> Result<(), DeleteError> {
         let id = self.record.id.clone();
-        self.update(|record| record.phase = Phase::Deleting)?;
-        self.end_worker(graceful.then_some(DELETE)).await?;
+        let before = self.record.phase;
+        self.intend(|record| record.phase = Phase::Deleting)?;
+        if let Err(error) = self.end_worker(graceful.then_some(DELETE)).await {
+            self.record.phase = before;
+            self.save();
+            return Err(error.into());
+        }
         let dir = self.shared.dir_of(&id);
         remove_folder(&dir).map_err(|source| DeleteError::Folder { path: dir, source })?;
         let removed = self.shared.store.transact(|records| Record::remove(&id, records));
         removed.map_err(|source| RecordError { id: id.clone(), source })?;
         self.shared.write().remove(&id);
         Ok(())
+    }
+
+    /// How patient a stop is.
+    fn patience(&self) -> Patience {
+        let image = self.shared.images.root_disk(&self.record.digest);
+        let is_init =
+            image.is_ok_and(|image| guest::has_init_system(&self.record.spec, &image.config));
+        if is_init { STOP_INIT } else { STOP }
+    }
+
+    /// Changes the record on the way to an end. A disk without room must not keep a guest running:
+    /// then the change is written down with the next one.
+    fn intend(&mut self, change: impl Fn(&mut Record)) -> Result<(), RecordError> {
+        match self.begin(&change) {
+            Err(error) if error.lacks_room() => {
+                tracing::warn!(id = error.id, "No room to write down that an instance is ended");
+                change(&mut self.record);
+                Ok(())
+            }
+            outcome => outcome,
+        }
     }
 
     /// Ends the worker, if there is one; with `patience` its guest is asked first.

@@ -30,6 +30,9 @@ impl Owner {
         match self.state.verdict(request) {
             Verdict::Refuse => return Err(StartError::Refused { state: self.state }),
             Verdict::Done => return Ok(self.instance()),
+            Verdict::Act if self.record.phase == Phase::Deleting => {
+                return Err(StartError::HalfDeleted);
+            }
             Verdict::Act => {}
         }
         let spec = self.record.spec.clone().with_command(command);
@@ -63,7 +66,7 @@ impl Owner {
         let boot = Boot::prepare(&shared, &spec, image)?;
         let dir = shared.dir_of(&self.record.id);
         let overlay = shared.disks.reopen(&dir.join(OVERLAY))?;
-        self.update(|record| record.phase = Phase::Starting)?;
+        self.begin(|record| record.phase = Phase::Starting)?;
         self.change(Event::Start);
         self.started_at = None;
         self.ending = Ending::default();

@@ -11,7 +11,10 @@ use std::time::Duration;
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::time;
 
+use crate::control::Order;
+use crate::fleet::disk_limit;
 use crate::instances::owner::Owner;
+use crate::instances::record::Phase;
 use crate::instances::restart::{Blocked, Decision, RestartReason};
 use crate::instances::spec::Upkeep;
 use crate::instances::state::State;
@@ -34,6 +37,8 @@ pub(super) enum Due {
     Check,
     /// It has run long enough for attempts to be forgotten.
     Stability,
+    /// Its guest may have its memory again.
+    Release,
 }
 
 /// Waits until `alarm`, and says for what; for ever, if there is none.
@@ -55,6 +60,7 @@ impl Owner {
             (self.restart_at(), Due::Restart),
             (self.check_at(), Due::Check),
             (self.stable_at(), Due::Stability),
+            (self.record.hold.map(|hold| hold.until), Due::Release),
         ];
         let times = alarms.into_iter().filter_map(|(at, due)| Some((at?, due)));
         let (at, due) = times.min_by_key(|(at, _)| *at)?;
@@ -64,7 +70,8 @@ impl Owner {
     /// When it is to be started again by itself.
     pub(super) fn restart_at(&self) -> Option<DateTime<Utc>> {
         let policy = self.record.spec.restart_policy.as_ref()?;
-        let end = self.record.end.as_ref().filter(|_| self.state == State::Stopped)?;
+        let has_stopped = self.state == State::Stopped && self.record.phase != Phase::Deleting;
+        let end = self.record.end.as_ref().filter(|_| has_stopped)?;
         match policy.decide(&self.record.restart, end) {
             Decision::At(at) => Some(at),
             Decision::Leave | Decision::GiveUp => None,
@@ -96,6 +103,7 @@ impl Owner {
                 self.restart(unhealthy.then_some(RestartReason::HealthCheckFailed)).await;
             }
             Due::Check => self.ask(),
+            Due::Release => self.release().await,
             Due::Stability => {
                 self.record.restart.attempts = 0;
                 self.save();
@@ -127,12 +135,15 @@ impl Owner {
     }
 
     /// Changes how the instance is looked after.
-    pub(super) fn look_after(&mut self, upkeep: Upkeep) -> Result<Arc<Instance>, UpkeepError> {
+    pub(super) async fn look_after(
+        &mut self,
+        upkeep: Upkeep,
+    ) -> Result<Arc<Instance>, UpkeepError> {
         let now = Utc::now();
         if let Some(at) = self.record.expires_at.filter(|&at| at <= now) {
             return Err(UpkeepError::Expired { at });
         }
-        let Upkeep { health_check, restart_policy, expiry } = upkeep;
+        let Upkeep { health_check, restart_policy, expiry, disk_io_bps } = upkeep;
         if !self.record.spec.agent && matches!(health_check, Some(Some(_))) {
             return Err(UpkeepError::NoAgent);
         }
@@ -148,7 +159,14 @@ impl Owner {
             if let Some(expiry) = expiry {
                 record.expires_at = expiry.from(now);
             }
+            if let Some(disk_io_bps) = disk_io_bps {
+                record.spec.disk_io_bps = disk_io_bps;
+            }
         })?;
+        if let (Some(limit), Some(worker)) = (disk_io_bps, &mut self.worker) {
+            let order = Order::LimitDisks { limit: disk_limit(limit) };
+            worker.order(&order).await.map_err(UpkeepError::Worker)?;
+        }
         if is_checked_anew {
             self.begin_checks();
         }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use reqwest::{Client, Method, StatusCode};
+use reqwest::{Body, Client, Method, StatusCode};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::time;
@@ -17,6 +17,8 @@ use tokio::time;
 pub use socket::{Frame, Ran, Socket};
 
 mod socket;
+#[expect(unsafe_code, reason = "ptrace(2), which rustix does not have")]
+pub mod trap;
 
 /// How long a guest may take to do what a case waits for.
 const PATIENCE: Duration = Duration::from_secs(150);
@@ -29,6 +31,9 @@ pub const BUSYBOX: &str = "127.0.0.1:5000/busybox:latest";
 
 /// Debian as debootstrap makes it.
 pub const DEBIAN: &str = "127.0.0.1:5000/debian:bookworm";
+
+/// Debian with systemd, which is its command.
+pub const DEBIAN_SYSTEMD: &str = "127.0.0.1:5000/debian-systemd:bookworm";
 
 /// What servers here sign tokens with.
 pub const SECRET: &str = "the secret of a test";
@@ -122,15 +127,20 @@ impl Server {
     }
 
     /// Starts `ovum` by way of `command`.
-    pub async fn start_as(data_dir: &Path, mut command: Command) -> Self {
+    pub async fn start_as(data_dir: &Path, command: Command) -> Self {
+        Self::start_other(data_dir, &ovum(), command).await
+    }
+
+    /// Starts `program`, another `ovum` than the released one, by way of `command`.
+    pub async fn start_other(data_dir: &Path, program: &Path, mut command: Command) -> Self {
         let address = free_address();
         let child = command
             .args(["serve", "--listen", &address, "--data-dir"])
             .arg(data_dir)
             .env("OVUM_JWT_SECRET", SECRET)
             .spawn()
-            .expect("target/release/ovum starts");
-        let minted = Command::new(ovum())
+            .expect("ovum starts");
+        let minted = Command::new(program)
             .args(["token", "--data-dir"])
             .arg(data_dir)
             .env("OVUM_JWT_SECRET", SECRET)
@@ -175,6 +185,25 @@ impl Server {
         }
         let response = request.send().await.expect("the server answers");
         (response.status(), response.text().await.expect("the answer ends"))
+    }
+
+    /// Sends a request to a server that may be killed meanwhile; nothing if it was.
+    pub async fn attempt(
+        &self,
+        method: Method,
+        path: &str,
+        body: impl Into<Body>,
+    ) -> Option<(StatusCode, Value)> {
+        let url = format!("{}{path}", self.base_url);
+        let request = self.client.request(method, url).bearer_auth(&self.token).body(body);
+        let response = request.send().await.ok()?;
+        let (status, text) = (response.status(), response.text().await.ok()?);
+        Some((status, serde_json::from_str(&text).unwrap_or(Value::String(text))))
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
     }
 
     /// What a GET that must succeed answers.

@@ -22,12 +22,15 @@ mod uring;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
+use std::time::Instant;
 
 use rustix::fs::{OFlags, fcntl_getfl};
 use serde::{Deserialize, Serialize};
 use zerocopy::IntoBytes;
 
+use super::ring::Answer;
 use super::{Device, DeviceIo, DeviceState, Fault, Interest, Served, Watch};
+use crate::rate_limiter::{Gate, RateLimiter};
 use crate::spec::DiskSpec;
 use config::Config;
 use lane::Lane;
@@ -56,6 +59,8 @@ const F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// The file that becomes readable when io_uring has finished something.
 const TOKEN_COMPLETIONS: u32 = 0;
+/// The timer that says when a request which is over the limit may go.
+const TOKEN_LIMIT: u32 = 1;
 
 /// Why there is no disk.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +103,15 @@ pub enum BlkError {
         #[source]
         source: io::Error,
     },
+    /// There is no timer for its rate limit.
+    #[error("Failed to get a timer for disk {id:?}")]
+    Timer {
+        /// The disk's id.
+        id: String,
+        /// What the kernel says.
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// How a disk's file is read and written.
@@ -116,6 +130,7 @@ pub struct Blk {
     config: Config,
     /// What one queue has of its own. A second queue would be a second lane.
     lane: Lane,
+    gate: Gate,
     watching: bool,
 }
 
@@ -130,18 +145,18 @@ pub struct BlkState {
 }
 
 impl Blk {
-    /// A disk over `file`, through io_uring where the host allows it.
+    /// A disk over `file`, through io_uring where the host allows it, as fast as `limiter` lets it.
     ///
     /// # Errors
     ///
     /// See [`BlkError`].
-    pub fn new(file: File, spec: &DiskSpec) -> Result<Self, BlkError> {
-        let disk = inspect(&file, spec)?;
-        match Uring::new(&file, QUEUE_SIZE.into()) {
-            Ok(uring) => Ok(Self::over(file, disk, Some(uring))),
-            Err(error) if refused(&error) => Ok(Self::over(file, disk, None)),
-            Err(source) => Err(BlkError::Uring { id: spec.id.clone(), source }),
-        }
+    pub fn new(file: File, spec: &DiskSpec, limiter: &RateLimiter) -> Result<Self, BlkError> {
+        let uring = match Uring::new(&file, QUEUE_SIZE.into()) {
+            Ok(uring) => Some(uring),
+            Err(error) if refused(&error) => None,
+            Err(source) => return Err(BlkError::Uring { id: spec.id.clone(), source }),
+        };
+        Self::over(file, spec, limiter, uring)
     }
 
     /// The same with the engine of choice.
@@ -149,8 +164,12 @@ impl Blk {
     /// # Errors
     ///
     /// See [`BlkError`]; a refused io_uring is one, too.
-    pub fn with_engine(file: File, spec: &DiskSpec, kind: EngineKind) -> Result<Self, BlkError> {
-        let disk = inspect(&file, spec)?;
+    pub fn with_engine(
+        file: File,
+        spec: &DiskSpec,
+        limiter: &RateLimiter,
+        kind: EngineKind,
+    ) -> Result<Self, BlkError> {
         let uring = match kind {
             EngineKind::Uring => Some(
                 Uring::new(&file, QUEUE_SIZE.into())
@@ -158,7 +177,7 @@ impl Blk {
             ),
             EngineKind::Direct => None,
         };
-        Ok(Self::over(file, disk, uring))
+        Self::over(file, spec, limiter, uring)
     }
 
     /// Which engine it runs on.
@@ -166,9 +185,17 @@ impl Blk {
         if self.lane.uring().is_some() { EngineKind::Uring } else { EngineKind::Direct }
     }
 
-    fn over(file: File, disk: Disk, uring: Option<Uring>) -> Self {
+    fn over(
+        file: File,
+        spec: &DiskSpec,
+        limiter: &RateLimiter,
+        uring: Option<Uring>,
+    ) -> Result<Self, BlkError> {
+        let disk = inspect(&file, spec)?;
+        let gate =
+            limiter.gate().map_err(|source| BlkError::Timer { id: spec.id.clone(), source })?;
         let config = Config::new(disk.sectors, disk.read_only, QUEUE_SIZE);
-        Self { disk, config, lane: Lane::new(file, uring, QUEUE_SIZE), watching: false }
+        Ok(Self { disk, config, lane: Lane::new(file, uring, QUEUE_SIZE), gate, watching: false })
     }
 }
 
@@ -195,45 +222,48 @@ impl Device for Blk {
     fn activate(&mut self, features: u64, io: &mut DeviceIo<'_>) -> Result<(), Fault> {
         // A driver that cannot flush takes every completed write for stable (5.2.5.2).
         self.disk.write_through = features & F_FLUSH == 0;
+        let failed = |source| Fault::Host { what: "wait for a disk", source };
         if let Some(uring) = self.lane.uring() {
-            io.watch
-                .add(uring.completions(), TOKEN_COMPLETIONS, Interest::Read)
-                .map_err(|source| Fault::Host { what: "wait for a disk", source })?;
-            self.watching = true;
+            io.watch.add(uring.completions(), TOKEN_COMPLETIONS, Interest::Read).map_err(failed)?;
         }
-        Ok(())
+        self.watching = true;
+        io.watch.add(self.gate.timer(), TOKEN_LIMIT, Interest::Read).map_err(failed)
     }
 
-    /// Here is the place for a rate limiter: it answers [`Answer::Blocked`] for a request without
-    /// tokens, and serves the queue again when its timer, one more token in the watch, fires.
-    ///
-    /// [`Answer::Blocked`]: super::ring::Answer::Blocked
+    /// A request over the limit stays in the queue, and all behind it, until the timer fires.
     fn service(&mut self, index: u16, io: &mut DeviceIo<'_>) -> Result<Served, Fault> {
         let Some(ring) = io.rings.get_mut(usize::from(index)) else { return Ok(Served::NOTHING) };
-        let (disk, lane) = (&self.disk, &mut self.lane);
+        let (disk, lane, gate) = (&self.disk, &mut self.lane, &mut self.gate);
+        let now = Instant::now();
         let served = ring.serve(io.mem, |head, buffers| {
-            lane.start(head, disk.parse(buffers, index)?, io.mem, index)
+            let request = disk.parse(buffers, index)?;
+            let admitted = gate.admits(request.cost(), now);
+            if !admitted.map_err(|source| Fault::Host { what: "set a timer", source })? {
+                return Ok(Answer::Blocked);
+            }
+            lane.start(head, request, io.mem, index)
         })?;
         Ok(served.and(lane.submit(index)?))
     }
 
     fn wake(&mut self, token: u32, io: &mut DeviceIo<'_>) -> Result<Served, Fault> {
-        let Some(ring) = io.rings.first_mut() else { return Ok(Served::NOTHING) };
-        if token != TOKEN_COMPLETIONS {
-            return Ok(Served::NOTHING);
+        if token == TOKEN_LIMIT {
+            self.gate.acknowledge();
+            return self.service(0, io);
         }
+        let Some(ring) = io.rings.first_mut() else { return Ok(Served::NOTHING) };
         let served = self.lane.finish(0, |head, used_bytes| ring.push(io.mem, head, used_bytes))?;
         Ok(served.and(self.lane.submit(0)?))
     }
 
     fn reset(&mut self, watch: &mut dyn Watch) {
-        if let Some(uring) = self.lane.uring()
-            && self.watching
-        {
+        if self.watching {
             // It fails if the file is not there, which is what is wanted.
-            let _ = watch.remove(uring.completions());
+            let _ = self.lane.uring().map(|uring| watch.remove(uring.completions()));
+            let _ = watch.remove(self.gate.timer());
         }
         self.watching = false;
+        self.gate.forget();
         self.lane.abandon();
     }
 

@@ -20,7 +20,7 @@ use vm_memory::{Address, GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
 use super::Fault;
 use super::ring::Chain;
-use crate::memory::Mem;
+use crate::memory::{Mem, give_back_slice};
 
 /// Slices handed to the kernel in one call, where the rest can follow in the next.
 const IOVECS_PER_CALL: usize = 64;
@@ -170,6 +170,12 @@ impl<'m> Span<'m> {
         }
         self.advance(front.bytes);
         front
+    }
+
+    /// Gives the pages of the first `count` bytes back to the host, and drops those bytes; returns
+    /// how many were given back.
+    pub fn give_back(&mut self, count: usize) -> usize {
+        self.take_front(count).live().iter().map(give_back_slice).sum()
     }
 
     /// Keeps the first `count` bytes.

@@ -16,6 +16,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::Device;
+use super::config_space::ConfigSpace;
 use super::task::{Activation, Line};
 use crate::reactor::Orders;
 
@@ -68,23 +69,23 @@ pub struct Registers {
     line: Line,
 }
 
-/// What a device says of itself, once: it does not change while it runs.
+/// What a device says of itself. Only the configuration space can change while it runs.
 #[derive(Debug)]
 pub struct Identity {
     kind: u32,
     features: u64,
     queue_sizes: &'static [u16],
-    config: Vec<u8>,
+    config: ConfigSpace,
 }
 
 impl Identity {
-    /// What `device` says.
-    pub fn of(device: &dyn Device) -> Self {
+    /// What `device` says, its configuration in `config`.
+    pub fn of(device: &dyn Device, config: ConfigSpace) -> Self {
         Self {
             kind: device.kind(),
             features: device.features() | TRANSPORT_FEATURES,
             queue_sizes: device.queue_sizes(),
-            config: device.config().to_vec(),
+            config,
         }
     }
 }
@@ -150,10 +151,7 @@ impl Registers {
     pub fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let Some(offset) = offset.checked_sub(CONFIG) {
-            let start = usize::try_from(offset).unwrap_or(usize::MAX);
-            if let Some(bytes) = self.identity.config.get(start..start.saturating_add(data.len())) {
-                data.copy_from_slice(bytes);
-            }
+            self.identity.config.read(offset, data);
         } else if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
             *data = self.read_register(offset).to_le_bytes();
         }
@@ -179,8 +177,7 @@ impl Registers {
             INTERRUPT_STATUS => self.line.pending(),
             STATUS if self.line.broken() => self.state.status | NEEDS_RESET,
             STATUS => self.state.status,
-            // The configuration space of our devices does not change while they run.
-            CONFIG_GENERATION => 0,
+            CONFIG_GENERATION => self.identity.config.generation(),
             _ => u32::MAX,
         }
     }

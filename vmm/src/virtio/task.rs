@@ -13,6 +13,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::config_space::ConfigSpace;
 use super::mmio::QueueSetup;
 use super::ring::Ring;
 use super::{Device, DeviceIo, DeviceState, Fault, Served, Watch};
@@ -20,7 +21,7 @@ use crate::memory::Mem;
 
 /// A used buffer waits to be looked at (virtio 1.3, 4.2.2, InterruptStatus).
 const USED_BUFFER: u32 = 1;
-/// The configuration, here the status, changed.
+/// The configuration, or the status, changed.
 const CONFIG_CHANGE: u32 = 2;
 
 /// The driver's choice, once it is ready.
@@ -120,7 +121,8 @@ impl Line {
 #[derive(Debug)]
 pub struct Task {
     device: Box<dyn Device>,
-    mem: Mem,
+    config: ConfigSpace,
+    mem: Arc<Mem>,
     /// Empty while the device is not active.
     rings: Vec<Ring>,
     kicks: Vec<EventFd>,
@@ -128,23 +130,38 @@ pub struct Task {
 }
 
 impl Task {
-    /// A task for `device` that interrupts by `line`.
+    /// A task for `device` that shows its configuration in `config` and interrupts by `line`.
     ///
     /// # Errors
     ///
     /// What eventfd(2) says.
-    pub fn new(device: Box<dyn Device>, mem: Mem, line: Line) -> io::Result<Self> {
+    pub fn new(
+        device: Box<dyn Device>,
+        config: ConfigSpace,
+        mem: Arc<Mem>,
+        line: Line,
+    ) -> io::Result<Self> {
         let kicks = device
             .queue_sizes()
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<io::Result<_>>()?;
-        Ok(Self { device, mem, rings: Vec::new(), kicks, line })
+        Ok(Self { device, config, mem, rings: Vec::new(), kicks, line })
     }
 
     /// The kick of each queue, to be registered as ioeventfd.
     pub fn kicks(&self) -> &[EventFd] {
         &self.kicks
+    }
+
+    /// Guest memory as this device knows it: another after a call in which it was changed.
+    pub fn mem(&self) -> &Arc<Mem> {
+        &self.mem
+    }
+
+    /// Guest memory is `mem` now.
+    pub fn set_mem(&mut self, mem: Arc<Mem>) {
+        self.mem = mem;
     }
 
     /// The driver is ready: checks its queues, which are frozen from here on, and starts the
@@ -194,8 +211,10 @@ impl Task {
         for (index, (setup, &size_max)) in (0..).zip(activation.queues.iter().zip(sizes)) {
             self.rings.push(ring(index, setup, size_max, activation.event_idx, &self.mem)?);
         }
-        let mut io = DeviceIo { mem: &self.mem, rings: &mut self.rings, watch };
-        self.device.activate(activation.features, &mut io)
+        let mut io = DeviceIo { mem: &mut self.mem, rings: &mut self.rings, watch };
+        self.device.activate(activation.features, &mut io)?;
+        self.config.publish(self.device.config());
+        Ok(())
     }
 
     /// Lets the device work, then tells the guest of used buffers and comes back for the rest.
@@ -207,7 +226,7 @@ impl Task {
         if self.rings.is_empty() {
             return;
         }
-        let mut io = DeviceIo { mem: &self.mem, rings: &mut self.rings, watch };
+        let mut io = DeviceIo { mem: &mut self.mem, rings: &mut self.rings, watch };
         let told = work(&mut *self.device, &mut io).and_then(|served| self.tell(served));
         if told.is_err() {
             self.fail(watch);
@@ -215,14 +234,20 @@ impl Task {
     }
 
     fn tell(&mut self, served: Served) -> Result<(), Fault> {
-        let mut raise = false;
+        let mut raise = 0;
+        if self.device.has_variable_config() {
+            self.config.publish(self.device.config());
+        }
+        if served.config {
+            raise |= CONFIG_CHANGE;
+        }
         for (index, ring) in self.rings.iter_mut().enumerate() {
-            if served.used & 1 << index != 0 {
-                raise |= ring.wants_interrupt(&self.mem)?;
+            if served.used & 1 << index != 0 && ring.wants_interrupt(&self.mem)? {
+                raise |= USED_BUFFER;
             }
         }
-        if raise {
-            self.line.raise(USED_BUFFER);
+        if raise != 0 {
+            self.line.raise(raise);
         }
         // What is left waits behind the other devices, as if the driver had kicked again.
         for (index, kick) in self.kicks.iter().enumerate() {

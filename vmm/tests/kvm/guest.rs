@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ovum_vmm::machine::{Machine, MachineEventKind, StopReason};
+use ovum_vmm::rate_limiter::RateLimitSpec;
 use ovum_vmm::spec::{DiskSpec, MachineFiles, MachineSpec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
@@ -39,8 +40,11 @@ pub(crate) fn guest(script: &str) -> GuestSpec {
     let spec = MachineSpec {
         vcpus: 1,
         memory_bytes: 128 << 20,
+        hotplug_bytes: 0,
+        balloon: false,
         cmdline: String::new(),
         disks: Vec::new(),
+        disk_limit: RateLimitSpec::default(),
         vsock_cid: None,
         serial: false,
     };
@@ -55,6 +59,23 @@ impl GuestSpec {
 
     pub(crate) fn memory_mib(mut self, memory_mib: u64) -> Self {
         self.spec.memory_bytes = memory_mib << 20;
+        self
+    }
+
+    /// Memory that can be added later.
+    pub(crate) fn hotplug_mib(mut self, hotplug_mib: u64) -> Self {
+        self.spec.hotplug_bytes = hotplug_mib << 20;
+        self
+    }
+
+    pub(crate) fn balloon(mut self) -> Self {
+        self.spec.balloon = true;
+        self
+    }
+
+    /// What all disks may do together.
+    pub(crate) fn disk_limit(mut self, limit: RateLimitSpec) -> Self {
+        self.spec.disk_limit = limit;
         self
     }
 
@@ -151,6 +172,30 @@ impl Guest {
         while !self.console.skip_past(text) {
             let more = self.console.take(deadline.saturating_duration_since(Instant::now()));
             assert!(more, "no {text:?} in time; the guest said:\n{}", self.console.text());
+        }
+    }
+
+    /// The lines it writes before one that is `last`, of which there must be so many.
+    pub(crate) fn lines_until<const N: usize>(&mut self, last: &str) -> [String; N] {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let text = self.console.text();
+            if let Some((before, _)) = text.split_once(&format!("{last}\n")) {
+                let lines: Vec<_> = before.lines().map(String::from).collect();
+                self.console.skip_past(last);
+                return lines[lines.len().saturating_sub(N)..].to_vec().try_into().expect(&text);
+            }
+            let more = self.console.take(deadline.saturating_duration_since(Instant::now()));
+            assert!(more, "no {last:?} in time; the guest said:\n{text}");
+        }
+    }
+
+    /// Waits until `done`, whatever it writes meanwhile.
+    pub(crate) fn until(&mut self, what: &str, done: impl Fn(&Machine) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !done(&self.machine) {
+            self.console.take(Duration::from_millis(50));
+            assert!(Instant::now() < deadline, "not {what} in time: {}", self.console.text());
         }
     }
 

@@ -2,9 +2,11 @@
 
 mod archive;
 mod guest;
+mod memory;
 mod program;
 
 use std::fs::File;
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 
 use kvm_bindings::kvm_msr_entry;
@@ -14,6 +16,7 @@ use ovum_vmm::layout::REPORT_PORT;
 use ovum_vmm::machine::{Machine, StopReason};
 use ovum_vmm::machine_error::{BuildError, Ended, SaveError};
 use ovum_vmm::machine_state::MachineState;
+use ovum_vmm::rate_limiter::{RateLimitSpec, RateSpec};
 use ovum_vmm::spec::{DiskSpec, MachineFiles, MachineSpec, SpecError};
 use ovum_vmm::vcpu_state::VcpuState;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -112,6 +115,29 @@ fn a_read_only_disk_is_not_written() {
     let mut content = [0; 4096];
     disk.read_exact_at(&mut content, 0).unwrap();
     assert_eq!(content, [0x55; 4096]);
+}
+
+/// 512 KiB in a second, of which one twentieth may come at once.
+#[test]
+fn a_limit_of_disks_holds_in_a_guest_and_can_be_lifted() {
+    let per_second = NonZeroU64::new(512 << 10).unwrap();
+    let bytes = Some(RateSpec::steady(per_second));
+    let disk = file(&[0x55; 4 << 20]);
+    let read = "dd if=/dev/vda of=/dev/null bs=64k count=32 iflag=direct 2> /dev/null";
+    let up = "cut -d' ' -f1 /proc/uptime";
+    let script = format!("{up}; {read}; {up}; echo half; {read}; {up}");
+    let limit = RateLimitSpec { bytes, operations: None };
+    let mut guest = guest(&script).disk(&disk, true).disk_limit(limit).boot();
+
+    let up: [String; 2] = guest.lines_until("half");
+    guest.machine.limit_disks(RateLimitSpec::default());
+    let (_, said) = guest.end();
+
+    let [before, limited] = up.map(|line| line.parse::<f64>().unwrap());
+    let free: f64 = said.trim().parse().unwrap();
+    // The kernel looks for partitions before, so that nothing may be saved up.
+    assert!((3.85..4.2).contains(&(limited - before)), "2 MiB at 512 KiB/s: {before} {limited}");
+    assert!(free - limited < 1.0, "{limited} {free}");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Bodies of `POST /instances`: what they become, and what is said about bad ones.
 
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -12,6 +13,8 @@ const LIMITS: Limits = Limits {
     memory_bytes_max: 8 << 30,
     overlay_bytes_max: 20 << 30,
     body_bytes_max: 0,
+    disk_io_bps: None,
+    host_cpus: NonZeroUsize::MIN,
 };
 
 fn spec(fields: &Value) -> Result<InstanceSpec, SpecError> {
@@ -118,7 +121,12 @@ fn values_out_of_range_are_refused_by_name() {
         ("entrypoint", json!(["\0"])),
         ("hypervisor", json!("vz")),
         ("hotplug_size", json!("much")),
+        ("hotplug_size", json!("-1")),
+        ("hotplug_size", json!("7GB1")),
+        ("hotplug_size", json!("8GB")),
         ("disk_io_bps", json!("fast")),
+        ("disk_io_bps", json!("255KB/s")),
+        ("disk_io_bps", json!("100")),
     ] {
         assert_eq!(refused(&json!({ (field): value })), field);
     }
@@ -175,6 +183,26 @@ fn values_inside_of_what_is_not_there_yet_are_checked_too() {
 }
 
 #[test]
+fn disks_have_the_limit_asked_for_or_their_share_of_the_hosts() {
+    let of = |fields: Value, limits: &Limits| {
+        let mut body = json!({ "name": "web", "image": "nginx", "vcpus": 4 });
+        body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let body = serde_json::from_value::<CreateInstance>(body).unwrap();
+        body.into_spec(limits).unwrap().0.disk_io_bps.map(NonZeroU64::get)
+    };
+    let host_cpus = NonZeroUsize::new(16).unwrap();
+    let shared = Limits { disk_io_bps: NonZeroU64::new(1 << 30), host_cpus, ..LIMITS };
+
+    for limits in [LIMITS, shared] {
+        assert_eq!(of(json!({ "disk_io_bps": "10MB/s" }), &limits), Some(10 << 20));
+        assert_eq!(of(json!({ "disk_io_bps": "500MBps" }), &limits), Some(500 << 20));
+        assert_eq!(of(json!({ "disk_io_bps": "0" }), &limits), None);
+    }
+    assert_eq!(of(json!({}), &LIMITS), None);
+    assert_eq!(of(json!({}), &shared), Some(512 << 20), "a quarter of twice as much");
+}
+
+#[test]
 fn there_is_one_platform() {
     for platform in ["linux/arm64", "linux/arm64/v8", "linux/amd64/v3"] {
         let refused = spec(&json!({ "platform": platform }));
@@ -194,8 +222,6 @@ fn an_image_name_that_is_none_is_refused() {
 /// A value that asks for something, for each field whose feature is not there yet.
 fn asking() -> BTreeMap<&'static str, Value> {
     BTreeMap::from([
-        ("hotplug_size", json!("3GB")),
-        ("disk_io_bps", json!("10MB/s")),
         ("network", json!({ "enabled": true })),
         ("devices", json!(["gpu"])),
         ("gpu", json!({ "profile": "L40S-1Q" })),

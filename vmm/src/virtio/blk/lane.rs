@@ -8,6 +8,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
 use vm_memory::{Bytes, GuestAddress};
 
@@ -34,7 +35,7 @@ struct Slot {
     job: Job,
     status: GuestAddress,
     /// The memory of a request in flight.
-    mem: Option<Mem>,
+    mem: Option<Arc<Mem>>,
 }
 
 impl Lane {
@@ -57,7 +58,7 @@ impl Lane {
         &mut self,
         head: u16,
         request: Request<'_>,
-        mem: &Mem,
+        mem: &Arc<Mem>,
         index: u16,
     ) -> Result<Answer, Fault> {
         let Some(slot) = self.slots.get_mut(usize::from(head)).filter(|slot| slot.mem.is_none())
@@ -75,7 +76,7 @@ impl Lane {
         if let Some(done) = done {
             return Ok(Answer::Used { written_bytes: slot.answer(done, mem)? });
         }
-        slot.mem = Some(mem.clone());
+        slot.mem = Some(Arc::clone(mem));
         self.in_flight = self.in_flight.saturating_add(1);
         self.push(head)?;
         Ok(Answer::InFlight)

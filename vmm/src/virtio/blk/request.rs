@@ -8,6 +8,7 @@ use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, IntoBytes, KnownLayout};
 
 use super::{Fault, ID_BYTES_MAX, SECTOR_BYTES};
+use crate::rate_limiter::Cost;
 use crate::virtio::buffers::{Buffers, Span};
 
 /// Most sectors in one range of DISCARD or WRITE_ZEROES: 1 GiB.
@@ -62,6 +63,17 @@ pub(super) enum Action<'m> {
     Punch { offset: u64, bytes: u64 },
     Zero { offset: u64, bytes: u64 },
     Answer { status: Status, written_bytes: u32 },
+}
+
+impl Request<'_> {
+    /// What it costs: what moves no data is one operation and no bytes.
+    pub(super) fn cost(&self) -> Cost {
+        let bytes = match &self.action {
+            Action::Read { target: span, .. } | Action::Write { source: span, .. } => span.len(),
+            Action::Flush | Action::Punch { .. } | Action::Zero { .. } | Action::Answer { .. } => 0,
+        };
+        Cost { bytes: bytes as u64, operations: 1 }
+    }
 }
 
 #[derive(Debug, FromBytes, IntoBytes, KnownLayout)]

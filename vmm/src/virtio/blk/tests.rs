@@ -2,6 +2,7 @@
 
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::LazyLock;
@@ -10,6 +11,7 @@ use proptest::prelude::*;
 use rustix::fs::{Advice, fadvise};
 
 use super::*;
+use crate::rate_limiter::{RateLimitSpec, RateSpec};
 use crate::testing::{Bench, Buffer, Guest, QueueFixture};
 
 const IN: u32 = 0;
@@ -31,12 +33,16 @@ const DISK_BYTES: usize = 8 << 20;
 struct Rig<'g> {
     guest: &'g Guest,
     queue: QueueFixture<'g>,
-    bench: Bench<'g, Blk>,
+    bench: Bench<Blk>,
     file: File,
 }
 
 fn spec(read_only: bool) -> DiskSpec {
     DiskSpec { id: "disk-0".to_owned(), read_only }
+}
+
+fn unlimited() -> RateLimiter {
+    RateLimiter::new(RateLimitSpec::default(), Instant::now())
 }
 
 /// What is on a disk at first.
@@ -55,8 +61,19 @@ impl<'g> Rig<'g> {
     }
 
     fn over(guest: &'g Guest, file: File, kind: EngineKind, read_only: bool) -> Self {
+        Self::limited(guest, file, kind, read_only, &unlimited())
+    }
+
+    fn limited(
+        guest: &'g Guest,
+        file: File,
+        kind: EngineKind,
+        read_only: bool,
+        limiter: &RateLimiter,
+    ) -> Self {
         let mut queue = QueueFixture::new(guest, 0, 256);
-        let device = Blk::with_engine(file.try_clone().unwrap(), &spec(read_only), kind).unwrap();
+        let device =
+            Blk::with_engine(file.try_clone().unwrap(), &spec(read_only), limiter, kind).unwrap();
         let bench = Bench::new(device, &mut [&mut queue]);
         Self { guest, queue, bench, file }
     }
@@ -114,8 +131,8 @@ impl<'g> Rig<'g> {
 fn a_disk_says_its_size_its_limits_and_what_it_can() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
-    let writable = Blk::new(file.try_clone().unwrap(), &spec(false)).unwrap();
-    let read_only = Blk::new(file, &spec(true)).unwrap();
+    let writable = Blk::new(file.try_clone().unwrap(), &spec(false), &unlimited()).unwrap();
+    let read_only = Blk::new(file, &spec(true), &unlimited()).unwrap();
 
     let config = writable.config();
     assert_eq!(config[0..8], 2048_u64.to_le_bytes());
@@ -133,22 +150,22 @@ fn a_disk_says_its_size_its_limits_and_what_it_can() {
 fn what_cannot_be_a_disk_is_refused() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1000).unwrap();
-    let error = Blk::new(file, &spec(false)).unwrap_err();
+    let error = Blk::new(file, &spec(false), &unlimited()).unwrap_err();
     assert_eq!(error.to_string(), "Disk \"disk-0\" has 1000 bytes, no multiple of 512");
 
     let long = DiskSpec { id: "x".repeat(21), read_only: false };
-    let error = Blk::new(tempfile::tempfile().unwrap(), &long).unwrap_err();
+    let error = Blk::new(tempfile::tempfile().unwrap(), &long, &unlimited()).unwrap_err();
     assert_eq!(error.to_string(), "Disk id \"xxxxxxxxxxxxxxxxxxxxx\" is longer than 20 bytes");
 
     let named = tempfile::NamedTempFile::new().unwrap();
     let file = File::open(named.path()).unwrap();
-    let error = Blk::new(file, &spec(false)).unwrap_err();
+    let error = Blk::new(file, &spec(false), &unlimited()).unwrap_err();
     assert!(matches!(error, BlkError::ReadOnlyFile { .. }), "{error}");
 }
 
 #[test]
 fn this_host_has_io_uring_and_new_takes_it() {
-    let device = Blk::new(tempfile::tempfile().unwrap(), &spec(false)).unwrap();
+    let device = Blk::new(tempfile::tempfile().unwrap(), &spec(false), &unlimited()).unwrap();
 
     assert_eq!(device.engine(), EngineKind::Uring);
 }
@@ -196,7 +213,9 @@ fn a_driver_that_cannot_flush_gets_stable_writes() {
         let guest = Guest::new();
         let mut rig = Rig::new(&guest, kind, false);
         rig.bench.reset();
-        let device = Blk::with_engine(rig.file.try_clone().unwrap(), &spec(false), kind).unwrap();
+        let device =
+            Blk::with_engine(rig.file.try_clone().unwrap(), &spec(false), &unlimited(), kind)
+                .unwrap();
         rig.queue = QueueFixture::new(&guest, 0, 256);
         rig.bench = Bench::with_features(device, 0, &mut [&mut rig.queue]);
         let data = guest.buffer_of(&[0x33; 512]);
@@ -466,7 +485,7 @@ fn state_is_the_shape_of_the_disk() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(4096).unwrap();
 
-    let state = Blk::new(file, &spec(true)).unwrap().save();
+    let state = Blk::new(file, &spec(true), &unlimited()).unwrap().save();
 
     assert_eq!(state, DeviceState::Blk(BlkState { sectors: 8, read_only: true }));
 }
@@ -572,4 +591,75 @@ proptest! {
         rig.queue.mask_used_ring(&before, &mut after);
         prop_assert!(before == after, "memory that was not writable has changed");
     }
+}
+
+/// Reads of 64 KiB by a driver that asks for all at once, under a limit.
+#[test]
+fn a_limit_holds_requests_back_until_they_are_earned_and_loses_none() {
+    for kind in BOTH {
+        let guest = Guest::new();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(DISK_BYTES as u64).unwrap();
+        let per_second = NonZeroU64::new(16 << 20).unwrap();
+        let bytes = Some(RateSpec { per_second, burst: 1 << 20 });
+        let start = Instant::now();
+        let limiter = RateLimiter::new(RateLimitSpec { bytes, operations: None }, start);
+        let mut rig = Rig::limited(&guest, file, kind, false, &limiter);
+        let into = guest.buffer(64 << 10);
+        let count = 64;
+
+        for _ in 0..count {
+            let readable = [rig.header(IN, 0)];
+            let status = guest.buffer(1);
+            rig.queue.offer(&readable, &[into, status]);
+        }
+        rig.bench.kick(0);
+        let used = rig.settle(count);
+
+        assert!(used.iter().all(|(_, written)| *written == (64 << 10) + 1), "{used:?}");
+        let took = start.elapsed();
+        // 4 MiB, of which one is the burst.
+        assert!((187..400).contains(&took.as_millis()), "{kind:?}: {took:?}");
+        rig.bench.reset();
+        assert_eq!(rig.bench.watched(), 0);
+    }
+}
+
+#[test]
+fn a_limit_that_is_lifted_lets_all_go_at_once() {
+    let guest = Guest::new();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(DISK_BYTES as u64).unwrap();
+    let bytes = Some(RateSpec::steady(NonZeroU64::MIN));
+    let limiter = RateLimiter::new(RateLimitSpec { bytes, operations: None }, Instant::now());
+    let mut rig = Rig::limited(&guest, file, EngineKind::Uring, false, &limiter);
+    for _ in 0..8 {
+        let readable = [rig.header(IN, 0)];
+        rig.queue.offer(&readable, &[guest.buffer(512), guest.buffer(1)]);
+    }
+    rig.bench.kick(0);
+    assert_eq!(rig.queue.used(), [], "512 bytes at a byte in a second");
+
+    limiter.set(RateLimitSpec::default(), Instant::now());
+
+    assert_eq!(rig.settle(8).len(), 8);
+}
+
+#[test]
+fn a_reset_leaves_no_request_waiting_for_its_turn() {
+    let guest = Guest::new();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(DISK_BYTES as u64).unwrap();
+    let bytes = Some(RateSpec { per_second: NonZeroU64::MIN, burst: 512 });
+    let limiter = RateLimiter::new(RateLimitSpec { bytes, operations: None }, Instant::now());
+    let mut rig = Rig::limited(&guest, file, EngineKind::Uring, false, &limiter);
+    assert_eq!(rig.ask(IN, 0, &[], &[guest.buffer(512)]).0, OK);
+    let readable = [rig.header(IN, 0)];
+    rig.queue.offer(&readable, &[guest.buffer(512), guest.buffer(1)]);
+    rig.bench.kick(0);
+
+    rig.bench.reset();
+
+    assert_eq!(rig.bench.watched(), 0);
+    assert_eq!(rig.queue.used(), []);
 }

@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use super::*;
 use crate::testing::{Bench, Guest, QueueFixture};
 
-fn console<'g>(guest: &'g Guest, log: &File) -> (Bench<'g, Console>, QueueFixture<'g>) {
+fn console<'g>(guest: &'g Guest, log: &File) -> (Bench<Console>, QueueFixture<'g>) {
     let mut receive = QueueFixture::new(guest, 0, 64);
     let mut transmit = QueueFixture::new(guest, 1, 256);
     let device = Console::new(log.try_clone().unwrap()).unwrap();

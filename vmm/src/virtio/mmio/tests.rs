@@ -3,6 +3,7 @@
 use std::os::fd::AsRawFd;
 use std::slice;
 use std::sync::Arc;
+use std::time::Instant;
 
 use proptest::prelude::*;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -11,6 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::*;
 use crate::events::Events;
 use crate::layout::{MMIO_SLOT_BYTES, mmio_slot};
+use crate::rate_limiter::{RateLimitSpec, RateLimiter};
 use crate::reactor::{self, Orders, Reactor};
 use crate::slots::Slots;
 use crate::spec::DiskSpec;
@@ -37,8 +39,10 @@ impl Driver {
     fn of(device: Box<dyn Device>, guest: &Guest) -> Self {
         let irq = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap());
         let line = Line::new(Arc::clone(&irq));
-        let identity = Identity::of(&*device);
-        let task = Task::new(device, guest.mem.clone(), line.clone()).unwrap();
+        let config = ConfigSpace::new(device.config());
+        let identity = Identity::of(&*device, config.clone());
+        let mem = Arc::new(guest.mem.clone());
+        let task = Task::new(device, config, mem, line.clone()).unwrap();
         let kick = task.kicks()[0].try_clone().unwrap();
         let (orders, inbox) = reactor::orders().unwrap();
         let events = Arc::new(Events::new().unwrap());
@@ -330,7 +334,10 @@ fn the_configuration_is_read_in_any_width() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(0x0001_0203 * 512).unwrap();
     let disk = DiskSpec { id: "disk".into(), read_only: false };
-    let driver = Driver::of(Box::new(Blk::new(file, &disk).unwrap()), &guest);
+    let limiter = RateLimiter::new(RateLimitSpec::default(), Instant::now());
+    let disk = Blk::new(file, &disk, &limiter).unwrap();
+    let end = disk.config().len() as u64;
+    let driver = Driver::of(Box::new(disk), &guest);
     assert_eq!(driver.read(DEVICE_ID), 2);
 
     assert_eq!(driver.read_config(0, 8), [3, 2, 1, 0, 0, 0, 0, 0]);
@@ -338,7 +345,6 @@ fn the_configuration_is_read_in_any_width() {
     assert_eq!(driver.read_config(1, 2), [2, 1]);
     assert_eq!(driver.read_config(2, 1), [1]);
     assert_eq!(driver.read_config(0, 0), [0_u8; 0]);
-    let end = driver.slots.each().next().unwrap().identity.config.len() as u64;
     assert_eq!(driver.read_config(end - 2, 4), [0xff; 4], "over the end");
     assert_eq!(
         driver.read_config(MMIO_SLOT_BYTES - 1 - CONFIG, 8),

@@ -26,7 +26,7 @@ const RX_BUFFER_BYTES: u32 = 4096;
 /// A guest's vsock driver, and the directory where clients find it.
 struct Rig<'g> {
     guest: &'g Guest,
-    bench: Bench<'g, Vsock>,
+    bench: Bench<Vsock>,
     rx: QueueFixture<'g>,
     tx: QueueFixture<'g>,
     event: QueueFixture<'g>,

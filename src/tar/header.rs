@@ -1,7 +1,7 @@
 //! The 512 bytes in front of every entry.
 
-use crate::images::tar::pax::Records;
-use crate::images::tar::{BLOCK_BYTES, Entry, TarError};
+use crate::tar::pax::Records;
+use crate::tar::{BLOCK_BYTES, Entry, TarError};
 
 /// What an entry is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

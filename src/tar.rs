@@ -1,4 +1,4 @@
-//! Tar archives, read as a stream an enemy may have made.
+//! Tar archives: read as a stream an enemy may have made, and written.
 //!
 //! Understands ustar, GNU long names, and PAX records with any byte in their values; refuses what
 //! would need seeking or guessing (sparse files, multi-volume archives). Where formats leave room
@@ -11,12 +11,14 @@
 
 use std::io::{self, Read};
 
-use crate::images::tar::header::RawHeader;
+use crate::tar::header::RawHeader;
 
 mod header;
 mod pax;
+mod write;
 
 pub use header::EntryKind;
+pub use write::TarWriter;
 
 /// Unit of a tar archive.
 pub const BLOCK_BYTES: usize = 512;
@@ -227,5 +229,7 @@ pub enum TarError {
     Io(#[from] io::Error),
 }
 
+#[cfg(test)]
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;

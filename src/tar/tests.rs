@@ -4,7 +4,7 @@ use proptest::collection::vec;
 use proptest::prelude::any;
 
 use super::*;
-use crate::images::testing::{TarBuilder, header};
+use crate::tar::testing::{TarBuilder, header};
 
 fn entries(archive: &[u8]) -> Result<Vec<(Entry, Vec<u8>)>, TarError> {
     let mut reader = TarReader::new(archive);

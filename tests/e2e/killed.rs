@@ -1,0 +1,189 @@
+//! A server that is killed at any of its changes of the data folder: the operations that need a
+//! guest, or a registry. The others are in `tests/killed.rs`, which says more.
+
+use std::env;
+use std::fs;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use ovum_test_host::trap::{Sprung, Trap, places};
+use ovum_test_host::{BUSYBOX, Server, TestHost, workers};
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use crate::cases;
+use crate::crash::{data_dir, settle};
+
+cases![
+    an_instance_is_created_whole_or_not_at_all,
+    a_stop_is_finished_or_not_begun,
+    a_start_is_done_or_undone,
+    an_instance_is_deleted_whole_in_the_end,
+    a_pull_is_whole_or_is_done_again,
+];
+
+/// Kills of one operation, unless OVUM_KILLS says another number: a guest boots for each.
+const ROUNDS_MAX: u64 = 6;
+
+/// The instance that all of this is about.
+const NAME: &str = "killed";
+
+/// An operation on a server that may be killed meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Operation {
+    Create,
+    Stop,
+    Start,
+    Delete,
+    Pull,
+}
+
+impl Operation {
+    /// Does it; true if the server said that it is done.
+    async fn run(self, server: &Server) -> bool {
+        let (method, path, body) = match self {
+            Self::Create => {
+                let body = json!({
+                    "name": NAME, "image": BUSYBOX, "size": "128MB", "vcpus": 1,
+                    "cmd": ["sleep", "9999"],
+                });
+                (Method::POST, "/instances".to_owned(), body.to_string())
+            }
+            Self::Stop => (Method::POST, format!("/instances/{NAME}/stop"), String::new()),
+            Self::Start => (Method::POST, format!("/instances/{NAME}/start"), String::new()),
+            Self::Delete => (Method::DELETE, format!("/instances/{NAME}"), String::new()),
+            Self::Pull => {
+                let body = json!({ "name": BUSYBOX }).to_string();
+                (Method::POST, "/images".to_owned(), body)
+            }
+        };
+        let answer = server.attempt(method, &path, body).await;
+        if self == Self::Pull {
+            until_settled(server).await;
+        }
+        match answer {
+            Some((status, _)) if status.is_success() => true,
+            Some((StatusCode::NOT_FOUND, _)) if self == Self::Delete => true,
+            // Created before the kill, and there.
+            Some((StatusCode::CONFLICT, _)) if self == Self::Create => true,
+            Some((status, answer)) => panic!("{self:?}: {status} {answer}"),
+            None => false,
+        }
+    }
+
+    /// Brings the server to where it can be done.
+    async fn prepare(self, server: &Server) {
+        match self {
+            Self::Pull => {
+                let path = format!("/images/{}", BUSYBOX.replace('/', "%2F"));
+                let (status, answer) = server.call(Method::DELETE, &path, None).await;
+                let gone = matches!(status, StatusCode::NO_CONTENT | StatusCode::NOT_FOUND);
+                assert!(gone, "{answer}");
+            }
+            Self::Create => drop(server.pull(BUSYBOX).await),
+            Self::Stop | Self::Start | Self::Delete => {
+                server.pull(BUSYBOX).await;
+                assert!(Self::Create.run(server).await);
+                server.wait(NAME, "Running").await;
+                if self == Self::Start {
+                    assert!(Self::Stop.run(server).await);
+                }
+            }
+        }
+    }
+
+    /// Whether these instances are what it leads to.
+    fn is_done(self, list: &[Value]) -> bool {
+        let state = list.first().map(|instance| instance["state"].as_str().unwrap());
+        match self {
+            Self::Create | Self::Start => state.is_some_and(|state| state != "Stopped"),
+            Self::Stop => state == Some("Stopped"),
+            Self::Delete | Self::Pull => state.is_none(),
+        }
+    }
+
+    /// Nothing of it is left for the next round.
+    async fn clear(self, server: &Server) {
+        assert!(Self::Delete.run(server).await);
+        assert_eq!(settle(server).await, Vec::<Value>::new());
+        assert_eq!(workers(), Vec::<String>::new());
+        let rests = fs::read_dir(server.data_dir.join("tmp")).unwrap().count();
+        assert_eq!(rests, 0, "files in the making are left");
+    }
+}
+
+/// Waits until no image is under way, or the server is dead.
+async fn until_settled(server: &Server) {
+    let settled = |image: &Value| matches!(image["status"].as_str(), Some("ready" | "failed"));
+    while let Some((StatusCode::OK, images)) = server.attempt(Method::GET, "/images", "").await {
+        if images.as_array().unwrap().iter().all(settled) {
+            return;
+        }
+    }
+}
+
+/// Does `operation` with a trap at change number `at`; returns whether it was acknowledged, and
+/// what the trap saw.
+async fn killed(server: Server, operation: Operation, at: u64) -> (bool, Sprung) {
+    let trap = Trap::set(server.pid(), &server.data_dir, at);
+    let acknowledged = operation.run(&server).await;
+    (acknowledged, trap.spring())
+}
+
+async fn survives_a_kill_at_every_change(operation: Operation) {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    let number = |name, default| env::var(name).map_or(default, |text| text.parse().unwrap());
+    let (seed, rounds_max) = (number("OVUM_KILL_SEED", now), number("OVUM_KILLS", ROUNDS_MAX));
+    let dir = data_dir("killed");
+    let server = Server::start_at(&dir).await;
+    // Once without a trap: what is made once for all is made, and is no part of what follows.
+    operation.prepare(&server).await;
+    assert!(operation.run(&server).await);
+    operation.clear(&server).await;
+    operation.prepare(&server).await;
+    let (acknowledged, Sprung { changes, .. }) = killed(server, operation, u64::MAX).await;
+    assert!(acknowledged);
+    println!("{operation:?}: {changes} changes; OVUM_KILL_SEED={seed} does the same again");
+    assert!(changes > 3, "the trap sees nothing: {changes} changes");
+    let mut server = Server::start_at(&dir).await;
+    settle(&server).await;
+    operation.clear(&server).await;
+
+    for at in places(changes, rounds_max, seed) {
+        operation.prepare(&server).await;
+        let (acknowledged, sprung) = killed(server, operation, at).await;
+        let place = format!("{operation:?} killed at change {at}: {:?}", sprung.killed_at);
+        server = Server::start_at(&dir).await;
+        let list = settle(&server).await;
+        assert!(!acknowledged || operation.is_done(&list), "{place}, lost: {list:?}");
+        until_settled(&server).await;
+        let images = server.get("/images").await;
+        let ready = |image: &Value| image["status"] == "ready";
+        assert!(images.as_array().unwrap().iter().all(ready), "{place}: {images}");
+
+        assert!(operation.run(&server).await, "{place}: cannot be done again");
+        let list = settle(&server).await;
+        assert!(operation.is_done(&list), "{place}: {list:?}");
+        operation.clear(&server).await;
+    }
+    server.kill();
+}
+
+async fn an_instance_is_created_whole_or_not_at_all(_: &TestHost) {
+    survives_a_kill_at_every_change(Operation::Create).await;
+}
+
+async fn a_stop_is_finished_or_not_begun(_: &TestHost) {
+    survives_a_kill_at_every_change(Operation::Stop).await;
+}
+
+async fn a_start_is_done_or_undone(_: &TestHost) {
+    survives_a_kill_at_every_change(Operation::Start).await;
+}
+
+async fn an_instance_is_deleted_whole_in_the_end(_: &TestHost) {
+    survives_a_kill_at_every_change(Operation::Delete).await;
+}
+
+async fn a_pull_is_whole_or_is_done_again(_: &TestHost) {
+    survives_a_kill_at_every_change(Operation::Pull).await;
+}
