@@ -25,7 +25,7 @@ check: deps tools ## format, lints, house rules, licences, documentation
 	$(host) fmt --check
 	$(host) clippy --all-targets -- -D warnings
 	$(cargo) clippy --workspace --all-targets -- -D warnings
-	$(cargo) clippy --test e2e --bench boot -- -D warnings
+	$(cargo) clippy --test e2e --bench boot --bench api --bench records -- -D warnings
 	$(cargo) test --quiet --test tidy
 	dev/cargo-deny check --hide-inclusion-graph bans licenses sources
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" $(cargo) doc --workspace --no-deps --document-private-items --quiet
@@ -41,9 +41,8 @@ agent: deps ## the guest agent
 server: deps ## server, worker and command line in one binary
 	$(cargo) build --release --bin ovum
 
-bench: build ## boot latency beside QEMU microvm, in one interleaved run
-	$(cargo) build --release --bench boot
-	images=$$(dev/test-images) && OVUM_TEST_IMAGES=$$images dev/in-host --memory 6144 -- $$(ls -t target/release/deps/boot-* | grep -v "\.d$$" | head -1)
+bench: build ## boots, commands, copies and lists: what they take, beside their peers
+	dev/bench
 
 deps: ## what is missing of Debian's packages
 	dev/deps
