@@ -193,8 +193,8 @@ impl Network {
     }
 
     /// Makes the TAP of the instance `id`, and the route to its guest. Returns the TAP's files, one
-    /// for each queue; it is there as long as one of them is open. What waits in it for the guest is
-    /// bounded with regard to the rate at which the guest is given it.
+    /// for each queue; it is there as long as one of them is open. The slower the guest is given
+    /// what comes, the less of it may wait.
     ///
     /// # Errors
     ///

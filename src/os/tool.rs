@@ -1,8 +1,8 @@
 //! Host tools: the one place that runs programs which are not ours.
 //!
-//! A tool is found by name in fixed folders, runs with an empty environment and on its
-//! standard input only what it is given, and has a deadline; what it prints is bounded. It is in a process group of its
-//! own, so that ending it ends what it started.
+//! A tool is found by name in fixed folders, runs with an empty environment and on its standard
+//! input only what it is given, and has a deadline; what it prints is bounded. It is in a process
+//! group of its own, so that ending it ends what it started.
 
 use std::ffi::OsStr;
 use std::fmt;

@@ -316,7 +316,9 @@ proptest! {
         for step in steps {
             let count = streams.len().max(1);
             match step {
-                Step::Open => streams.extend(line.open(&exec()).now_or_never().and_then(Result::ok)),
+                Step::Open => {
+                    streams.extend(line.open(&exec()).now_or_never().and_then(Result::ok));
+                }
                 Step::Hear(stream, word) => {
                     if line.shared.lock().hear(stream, word).is_err() {
                         line.shared.end(LineEnd::Lost);
