@@ -7,7 +7,7 @@ release := target/release/ovum
 agent := target/agent/ovum-agent
 kernel := target/kernel/vmlinux
 
-.PHONY: help demo test check build kernel agent server bench deps tools clean
+.PHONY: help demo test check build kernel agent server bench fuzz deps tools clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 10
@@ -43,6 +43,9 @@ server: deps ## server, worker and command line in one binary
 
 bench: build ## boots, commands, copies and lists: what they take, beside their peers
 	dev/bench
+
+fuzz: deps ## what reads bytes that an enemy chose, each target for FUZZ_SECONDS (60)
+	dev/fuzz
 
 deps: ## what is missing of Debian's packages
 	dev/deps

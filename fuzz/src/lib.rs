@@ -1,0 +1,3 @@
+//! What targets have in common: an enemy to play.
+
+pub mod guest;
