@@ -27,9 +27,10 @@ use serde::{Deserialize, Serialize};
 /// nanosecond, so that nothing is ever rounded away.
 const PARTS: u128 = 1_000_000_000;
 
-/// Of a steady rate, this part of a second may come at once: long enough that a device which is
-/// woken late loses nothing, short enough to be 1 % of five seconds.
-const BURSTS_PER_SECOND: u64 = 20;
+/// Of a steady rate, what one part of a second in so many gives may come at once. It is also how
+/// long a driver with one request at a time may take between two without losing any of its rate:
+/// a second's tenth is too short for large requests to a slow disk. It is 4 % of five seconds.
+const BURSTS_PER_SECOND: u64 = 5;
 
 /// How much in a second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,7 +43,7 @@ pub struct RateSpec {
 }
 
 impl RateSpec {
-    /// `per_second` with next to no burst.
+    /// `per_second` with little of a burst.
     pub fn steady(per_second: NonZeroU64) -> Self {
         Self { per_second, burst: per_second.get() / BURSTS_PER_SECOND }
     }
