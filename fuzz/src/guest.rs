@@ -22,7 +22,7 @@ use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// All of memory. Rings lie in its first half, and the driver's buffers in the second.
-const MEMORY_BYTES: u64 = 1 << 20;
+pub const MEMORY_BYTES: u64 = 1 << 20;
 
 /// Each queue's share of the first half.
 const QUEUE_BYTES: u64 = 128 << 10;
@@ -112,7 +112,11 @@ impl HostileGuest {
     pub fn new(device: impl Device + 'static) -> Self {
         let half = usize::try_from(MEMORY_BYTES / 2).unwrap();
         let ranges = [(GuestAddress(0), half), (GuestAddress(MEMORY_BYTES / 2), half)];
-        let mem = Arc::new(Mem::from_ranges(&ranges).unwrap());
+        Self::over(Arc::new(Mem::from_ranges(&ranges).unwrap()), device)
+    }
+
+    /// One that has `mem`, which the device may change.
+    pub fn over(mem: Arc<Mem>, device: impl Device + 'static) -> Self {
         let (features, sizes) = (device.features(), device.queue_sizes());
         let queues = (0..).zip(sizes).map(|(number, &size)| Queue {
             size,
