@@ -229,6 +229,10 @@ impl Instances {
         expiry: Expiry,
     ) -> Result<Arc<Instance>, CreateError> {
         let mut timeline = Timeline::begin();
+        if spec.network.is_some() {
+            // A host that cannot have networks says so before an image is pulled for nothing.
+            self.shared.network.prepare().await.map_err(BootError::from)?;
+        }
         let image = self.root_disk(&spec.image).await?;
         timeline.mark(Moment::ImageReady);
         let digest = image.digest;
