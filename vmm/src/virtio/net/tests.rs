@@ -92,8 +92,8 @@ fn spec() -> NetSpec {
 
 /// A million bytes in a second, and 50,000 at once.
 fn limit() -> RateLimitSpec {
-    let bytes = Some(RateSpec::steady(NonZeroU64::new(1_000_000).unwrap()));
-    RateLimitSpec { bytes, operations: None }
+    let per_second = NonZeroU64::new(1_000_000).unwrap();
+    RateLimitSpec { bytes: Some(RateSpec { per_second, burst: 50_000 }), operations: None }
 }
 
 /// A driver with one lane.
