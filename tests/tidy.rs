@@ -75,8 +75,8 @@ fn the_house_is_tidy() {
             found.extend(rust_violations(&path, &text));
         } else if path.extension().is_some_and(|extension| extension == "md") {
             found.extend(names_of_nothing(root, &path, &text));
-        } else if text.starts_with("#!") && text.lines().count() > SCRIPT_LINES_MAX {
-            found.push(format!("{}: a script over {SCRIPT_LINES_MAX} lines", path.display()));
+        } else if text.starts_with("#!") {
+            found.extend(script_violations(&path, &text));
         }
     }
     assert!(files > 20, "only {files} files seen: the walk is broken");
@@ -98,6 +98,8 @@ fn each_rule_catches_its_sin() {
         let found = rust_violations(Path::new(path), text);
         assert!(found.iter().any(|line| line.contains(expected)), "{path}: {found:?}");
     }
+    let found = script_violations(Path::new("x"), "#!/bin/sh\npackages=\"a # for `make b`\"\n");
+    assert!(found.iter().any(|line| line.contains("a backtick")), "{found:?}");
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let found = names_of_nothing(root, Path::new("x.md"), "`tests/tidy.rs`, `tests/none.rs`");
     assert_eq!(found, ["x.md: names tests/none.rs, which is not there"]);
@@ -130,6 +132,17 @@ fn rust_violations(path: &Path, text: &str) -> Vec<String> {
     }
     found.extend(layer_violations(path, code));
     found
+}
+
+/// A backtick in a script is a command, also in what looks like a comment within quotes.
+fn script_violations(path: &Path, text: &str) -> Vec<String> {
+    let is_long = text.lines().count() > SCRIPT_LINES_MAX;
+    let long = is_long.then(|| format!("a script over {SCRIPT_LINES_MAX} lines"));
+    let mut code = text.lines().filter(|line| !line.trim_start().starts_with('#'));
+    let ticks = code
+        .any(|line| line.contains('`'))
+        .then(|| "a backtick: write $( ), or quote with \u{27}".into());
+    long.into_iter().chain(ticks).map(|what| format!("{}: {what}", path.display())).collect()
 }
 
 /// Files that a document names in backticks, relative to it, to the root or to `src`, and that are
