@@ -269,7 +269,8 @@ async fn a_user_of_the_group_kvm_needs_no_root(_: &TestHost) {
     let ran = Command::new("setpriv")
         .args(["--clear-groups", &format!("--reuid={user}"), &format!("--regid={group}")])
         .arg(typed.get_program())
-        .args(typed.get_args())
+        .args(["run", "--network=false"])
+        .args(typed.get_args().skip(1))
         .env("HOME", data_dir)
         .output()
         .unwrap();

@@ -13,8 +13,23 @@ cases![
     a_limit_that_no_guest_boots_with_is_refused,
 ];
 
-/// Runs a script that moves 50 MiB under a limit of 10 MiB in a second, and prints how long that
-/// took in hundredths of a second.
+/// How often something is tried before it counts as too slow: a host that stands still for longer
+/// than what may come at once makes up for lost bytes costs a guest some, which is not the limit's.
+const ATTEMPTS_MAX: usize = 5;
+
+/// Runs a script that moves 50 MiB under a limit of 10 MiB in a second: never in less than five
+/// seconds, but for a twentieth, nor in more, unless the host stands in the way.
+async fn check_limit(host: &TestHost, name: &str, script: &str) {
+    let mut seen = Vec::new();
+    while !seen.last().is_some_and(|took| *took < 5.25) {
+        assert!(seen.len() < ATTEMPTS_MAX, "{name}: 50 MiB at 10 MiB/s took {seen:?} s");
+        let took = limited(host, name, script).await;
+        assert!(took > 4.75, "{name}: 50 MiB at 10 MiB/s took {took} s");
+        seen.push(took);
+    }
+}
+
+/// How many seconds a script takes that moves 50 MiB under a limit of 10 MiB in a second.
 async fn limited(host: &TestHost, name: &str, script: &str) -> f64 {
     host.server.pull(DEBIAN).await;
     // What may come at once was used up by what goes before.
@@ -42,8 +57,7 @@ async fn the_limit_of_disks_is_kept_within_five_percent(host: &TestHost) {
         ("writes", "dd if=/dev/zero of=/file bs=1M count=50 oflag=direct 2>&1"),
         ("small", "dd if=/dev/vda of=/dev/null bs=16k count=3200 iflag=direct 2>&1"),
     ] {
-        let took = limited(host, name, script).await;
-        assert!((4.75..5.25).contains(&took), "{name}: 50 MiB at 10 MiB/s took {took} s");
+        check_limit(host, name, script).await;
     }
 }
 
@@ -51,9 +65,7 @@ async fn all_disks_of_an_instance_share_one_limit(host: &TestHost) {
     let script = "{ dd if=/dev/vda of=/dev/null bs=1M count=25 iflag=direct 2>&1 & } && \
         dd if=/dev/zero of=/file bs=1M count=25 oflag=direct 2>&1 && wait";
 
-    let took = limited(host, "both", script).await;
-
-    assert!((4.75..5.25).contains(&took), "50 MiB at 10 MiB/s took {took} s");
+    check_limit(host, "both", script).await;
 }
 
 async fn a_limit_is_changed_while_the_guest_runs(host: &TestHost) {

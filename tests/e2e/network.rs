@@ -32,6 +32,9 @@ cases![
 /// Rates are kept within this part of what was asked for.
 const TOLERANCE: f64 = 0.05;
 
+/// How often a rate is measured before it counts as too low.
+const ATTEMPTS_MAX: usize = 5;
+
 /// What is sent to see how fast: 6 s of it.
 const SENT_BYTES: u64 = 6 * RATE_BYTES;
 const RATE_BYTES: u64 = 2 << 20;
@@ -226,6 +229,28 @@ fn upload(address: &str) -> f64 {
     bytes as f64 / began.elapsed().as_secs_f64()
 }
 
+/// Bytes that the guest fetches in a second.
+async fn download(server: &Server, name: &str) -> f64 {
+    let time = "cut -d' ' -f1 /proc/uptime";
+    let script = format!("{time}; wget -q -O /dev/null http://{FAR}:9000/ && {time}");
+    let times = sh(server, name, &script).await;
+    let times: Vec<f64> = times.lines().map(|line| line.parse().unwrap()).collect();
+    SENT_BYTES as f64 / (times[1] - times[0])
+}
+
+/// Measures a rate: it is never above what was asked for, nor below, unless a host that stands
+/// still for a moment is in the way.
+async fn reached(what: &str, measure: impl AsyncFn() -> f64) {
+    let mut seen = Vec::new();
+    while !seen.last().is_some_and(|ratio| *ratio > 1.0 - TOLERANCE) {
+        assert!(seen.len() < ATTEMPTS_MAX, "{what}: {seen:?} of what was asked for");
+        let ratio = measure().await / RATE_BYTES as f64;
+        assert!(ratio < 1.0 + TOLERANCE, "{what}: {ratio} of what was asked for");
+        seen.push(ratio);
+    }
+    println!("{what}: {seen:?} of what was asked for");
+}
+
 async fn a_bandwidth_is_what_was_asked_for(host: &TestHost) {
     let server = &host.server;
     let outside = Outside::open();
@@ -239,20 +264,11 @@ async fn a_bandwidth_is_what_was_asked_for(host: &TestHost) {
         .await;
     server.wait("limited", "Running").await;
 
-    let time = "cut -d' ' -f1 /proc/uptime";
-    let script = format!("{time}; wget -q -O /dev/null http://{FAR}:9000/ && {time}");
-    let times = sh(server, "limited", &script).await;
     let page = format!("head -c {SENT_BYTES} /dev/zero > /dev/shm/zeroes");
     sh(server, "limited", &format!("{page} && httpd -p 80 -h /dev/shm")).await;
-    let upload = upload(&address(server, "limited").await);
-
-    let times: Vec<f64> = times.lines().map(|line| line.parse().unwrap()).collect();
-    let download = SENT_BYTES as f64 / (times[1] - times[0]);
-    println!("asked for {RATE_BYTES} bytes/s: download {download:.0}, upload {upload:.0}");
-    for rate in [download, upload] {
-        let ratio = rate / RATE_BYTES as f64;
-        assert!((1.0 - TOLERANCE..1.0 + TOLERANCE).contains(&ratio), "{ratio}");
-    }
+    let address = address(server, "limited").await;
+    reached("upload", async || upload(&address)).await;
+    reached("download", async || download(server, "limited").await).await;
     assert_eq!(instance["network"]["bandwidth_download"], "2MB/s");
     server.delete("limited").await;
 }
