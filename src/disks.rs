@@ -9,12 +9,13 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, SeekFrom, flock, ioctl_ficlone, seek};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 use tokio::task::spawn_blocking;
+use tokio::time;
 
 use crate::os::tool::{MKFS_EXT4, ToolError};
 
@@ -42,6 +43,10 @@ const FEATURES: &str = "has_journal,ext_attr,dir_index,filetype,extent,64bit,fle
 /// is zeros, which mkfs.ext4 notes so that the guest's kernel does not zero it either.
 const LAYOUT: &str =
     "lazy_itable_init=1,lazy_journal_init=1,packed_meta_blocks=1,num_backup_sb=0,root_owner=0:0";
+
+/// How long a lock may be held by who is about to let go of it, and how often that is looked at.
+const LOCK_TIMEOUT: Duration = Duration::from_millis(200);
+const LOCK_INTERVAL: Duration = Duration::from_millis(2);
 
 /// Bytes copied at once: a template's data fits.
 const COPY_BYTES: usize = 64 << 10;
@@ -99,16 +104,27 @@ impl Disks {
 
     /// Opens the disk at `path` again, for one more machine.
     ///
+    /// A program that is just being started has a copy of every file for a moment, until it becomes
+    /// that program, and with it the lock of the last machine. So it is asked for a few times.
+    ///
     /// # Errors
     ///
     /// [`DiskError::InUse`] if a machine still has it: two would destroy it.
-    pub fn reopen(&self, path: &Path) -> Result<File, DiskError> {
-        let open = || {
-            let file = File::options().read(true).write(true).open(path)?;
-            flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-            Ok(file)
-        };
-        open().map_err(|source| DiskError::of(path, source))
+    pub async fn reopen(&self, path: &Path) -> Result<File, DiskError> {
+        let deadline = Instant::now() + LOCK_TIMEOUT;
+        loop {
+            let open = || {
+                let file = File::options().read(true).write(true).open(path)?;
+                flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+                Ok(file)
+            };
+            match open().map_err(|source| DiskError::of(path, source)) {
+                Err(DiskError::InUse { .. }) if Instant::now() < deadline => {
+                    time::sleep(LOCK_INTERVAL).await;
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// The template of that size, made if it is the first of its kind.

@@ -55,7 +55,7 @@ async fn the_limit_of_disks_is_kept_within_five_percent(host: &TestHost) {
     for (name, script) in [
         ("reads", "dd if=/dev/vda of=/dev/null bs=1M count=50 iflag=direct 2>&1"),
         ("writes", "dd if=/dev/zero of=/file bs=1M count=50 oflag=direct 2>&1"),
-        ("small", "dd if=/dev/vda of=/dev/null bs=16k count=3200 iflag=direct 2>&1"),
+        ("small", "dd if=/dev/vda of=/dev/null bs=64k count=800 iflag=direct 2>&1"),
     ] {
         check_limit(host, name, script).await;
     }

@@ -65,7 +65,7 @@ impl Owner {
         let mut boot = Boot::prepare(&shared, &spec, image, self.record.address)?;
         let address = boot.address();
         let dir = shared.dir_of(&self.record.id);
-        let overlay = shared.disks.reopen(&dir.join(OVERLAY))?;
+        let overlay = shared.disks.reopen(&dir.join(OVERLAY)).await?;
         self.begin(|record| record.phase = Phase::Starting)?;
         self.change(Event::Start);
         self.started_at = None;
