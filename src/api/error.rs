@@ -19,6 +19,7 @@ use crate::api::body::BodyError;
 use crate::api::instances::create::SpecError;
 use crate::api::query::QueryError;
 use crate::api::tags::TagsError;
+use crate::api::volumes::VolumeSpecError;
 use crate::images::archive::ArchiveError;
 use crate::images::blobs::BlobError;
 use crate::images::manifest::ManifestError;
@@ -34,9 +35,14 @@ use crate::instances::record::ReserveError;
 use crate::instances::stats::StatsError;
 use crate::instances::{
     BootError, CreateError, DeleteError, EndError, FindError, NetworkError, OrderError,
-    RecordError, StartError, StopError, UpkeepError,
+    RecordError, StartError, StopError, UpkeepError, VolumeError,
 };
 use crate::token::{Scope, TokenError};
+use crate::volumes::content::ContentError;
+use crate::volumes::{
+    AttachError, CreateError as VolumeCreateError, DeleteError as VolumeDeleteError, DiskError,
+    FindError as VolumeFindError,
+};
 
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
@@ -374,6 +380,98 @@ impl From<FindError> for ApiError {
     }
 }
 
+impl From<VolumeSpecError> for ApiError {
+    fn from(error: VolumeSpecError) -> Self {
+        match &error {
+            VolumeSpecError::Missing { .. } => Self::bad("missing_field", &error),
+            VolumeSpecError::Size | VolumeSpecError::Id(_) | VolumeSpecError::Name(_) => {
+                Self::bad("invalid_field", &error)
+            }
+        }
+    }
+}
+
+impl From<VolumeFindError> for ApiError {
+    fn from(error: VolumeFindError) -> Self {
+        match &error {
+            VolumeFindError::Missing { .. } => Self::missing("not_found", &error),
+            VolumeFindError::Ambiguous { .. } => Self::missing("ambiguous", &error),
+            VolumeFindError::Records(_) => Self::internal(&error),
+        }
+    }
+}
+
+impl From<VolumeCreateError> for ApiError {
+    fn from(error: VolumeCreateError) -> Self {
+        match &error {
+            VolumeCreateError::IdTaken { .. } => Self::conflict("already_exists", &error),
+            VolumeCreateError::TotalSize { .. }
+            | VolumeCreateError::Shortage(_)
+            | VolumeCreateError::Room(RoomError::Full { .. })
+            | VolumeCreateError::Content(ContentError::Room(RoomError::Full { .. }))
+            | VolumeCreateError::Disk(DiskError::NoSpace { .. }) => {
+                Self::conflict("insufficient_resources", &error)
+            }
+            VolumeCreateError::TooLarge { .. }
+            | VolumeCreateError::Content(ContentError::TooLarge { .. }) => {
+                Self::bad("archive_too_large", &error)
+            }
+            VolumeCreateError::Content(
+                ContentError::NotAnArchive
+                | ContentError::Tar(_)
+                | ContentError::Read(_)
+                | ContentError::Refused { .. },
+            ) => Self::bad("invalid_source", &error),
+            VolumeCreateError::Abandoned
+            | VolumeCreateError::Content(
+                ContentError::Abandoned | ContentError::Room(_) | ContentError::Write { .. },
+            )
+            | VolumeCreateError::Room(_)
+            | VolumeCreateError::Disk(_)
+            | VolumeCreateError::Dir { .. }
+            | VolumeCreateError::Records(_) => Self::internal(&error),
+        }
+    }
+}
+
+impl From<VolumeDeleteError> for ApiError {
+    fn from(error: VolumeDeleteError) -> Self {
+        match error {
+            VolumeDeleteError::Find(error) => error.into(),
+            VolumeDeleteError::InUse { .. } => Self::conflict("conflict", &error),
+            VolumeDeleteError::Dir { .. } | VolumeDeleteError::Records(_) => Self::internal(&error),
+        }
+    }
+}
+
+impl From<AttachError> for ApiError {
+    fn from(error: AttachError) -> Self {
+        match &error {
+            AttachError::Missing { .. } => Self::missing("not_found", &error),
+            AttachError::Twice { .. } | AttachError::Taken { .. } => {
+                Self::conflict("conflict", &error)
+            }
+            AttachError::Records(_) => Self::internal(&error),
+        }
+    }
+}
+
+impl From<VolumeError> for ApiError {
+    fn from(error: VolumeError) -> Self {
+        match error {
+            VolumeError::Order(error) => error.into(),
+            VolumeError::Refused { .. } => Self::conflict("invalid_state", &error),
+            VolumeError::PathTaken { .. } | VolumeError::TooMany => {
+                Self::bad("invalid_request", &error)
+            }
+            VolumeError::NotAttached { .. } => Self::missing("not_found", &error),
+            VolumeError::Find(error) => error.into(),
+            VolumeError::Attach(error) => error.into(),
+            VolumeError::Records(_) => Self::internal(&error),
+        }
+    }
+}
+
 impl From<CreateError> for ApiError {
     fn from(error: CreateError) -> Self {
         match error {
@@ -387,7 +485,11 @@ impl From<CreateError> for ApiError {
                 Self::conflict("name_conflict", &error)
             }
             CreateError::OverlaySize(_) => Self::bad("invalid_overlay_size", &error),
-            CreateError::NoSpace(_) | CreateError::Reserve(ReserveError::NoSpace { .. }) => {
+            CreateError::Volume(error) => error.into(),
+            CreateError::Attach(error) => error.into(),
+            CreateError::NoSpace(_)
+            | CreateError::Shortage(_)
+            | CreateError::Reserve(ReserveError::NoSpace { .. }) => {
                 Self::conflict("insufficient_resources", &error)
             }
             CreateError::Reserve(ReserveError::Store { .. })
@@ -459,6 +561,7 @@ impl From<StartError> for ApiError {
             StartError::Image(ReadyError::Missing { .. }) => Self::missing("not_found", &error),
             StartError::Image(ReadyError::NotReady { .. } | ReadyError::Host(_))
             | StartError::Disk(_) => Self::internal(&error),
+            StartError::Shortage(_) => Self::conflict("insufficient_resources", &error),
             StartError::Boot(error) => error.into(),
             StartError::Record(error) => error.into(),
         }
@@ -473,6 +576,7 @@ impl From<UpkeepError> for ApiError {
             UpkeepError::NoAgent | UpkeepError::NoNetwork => {
                 Self::bad("invalid_health_check", &error)
             }
+            UpkeepError::Shortage(_) => Self::conflict("insufficient_resources", &error),
             UpkeepError::Worker(_) => Self::internal(&error),
             UpkeepError::Record(error) => error.into(),
         }
