@@ -30,6 +30,7 @@ use std::sync::Arc;
 use tokio::sync::OnceCell;
 use tokio::task::{spawn, spawn_blocking};
 
+use crate::causes::chain;
 use crate::os::netlink::{Message, Netlink};
 use crate::os::tap;
 use crate::os::tool::ToolError;
@@ -281,17 +282,6 @@ fn packets_waiting(download_bps: Option<NonZeroU64>) -> u32 {
     let packets = bps.get() / WAITS_PER_SECOND / PACKET_BYTES;
     let packets = u32::try_from(packets).unwrap_or(PACKETS_WAITING);
     packets.clamp(PACKETS_WAITING_MIN, PACKETS_WAITING)
-}
-
-/// An error with everything that led to it, in one line.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 /// Why there is no network.

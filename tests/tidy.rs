@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// `src/<module>` may use only these siblings. The order is the layering, top first.
 const LAYERS: &[(&str, &[&str])] = &[
-    ("api", &["config", "duration", "images", "instances", "size", "token"]),
+    ("api", &["causes", "config", "duration", "images", "instances", "size", "token"]),
     (
         "cli",
         &[
@@ -38,9 +38,9 @@ const LAYERS: &[(&str, &[&str])] = &[
             "subnet",
         ],
     ),
-    ("images", &["os", "store", "tar"]),
+    ("images", &["causes", "os", "store", "tar"]),
     ("disks", &["os"]),
-    ("network", &["os", "subnet"]),
+    ("network", &["causes", "os", "subnet"]),
     ("fleet", &["control", "os"]),
     ("agent", &[]),
     ("logs", &["os"]),

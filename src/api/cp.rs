@@ -15,8 +15,9 @@
 use axum::response::Response;
 use serde::{Deserialize, Serialize};
 
-use crate::api::error::{ErrorBody, chain};
+use crate::api::error::ErrorBody;
 use crate::api::socket::{self, Gone, Input, Sink, Source, Visit};
+use crate::causes::chain;
 use crate::instances::inside::Inside;
 use crate::instances::inside::agent::AgentError;
 use crate::instances::inside::agent::copy::{GetEvent, Put};

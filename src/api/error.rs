@@ -19,6 +19,7 @@ use crate::api::body::BodyError;
 use crate::api::instances::create::SpecError;
 use crate::api::query::QueryError;
 use crate::api::tags::TagsError;
+use crate::causes::chain;
 use crate::images::archive::ArchiveError;
 use crate::images::blobs::BlobError;
 use crate::images::manifest::ManifestError;
@@ -129,18 +130,6 @@ impl ApiError {
     fn may_pass(self) -> Self {
         Self { may_pass: true, ..self }
     }
-}
-
-/// An error and its causes in one line.
-pub(super) fn chain(error: &impl Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
 }
 
 impl IntoResponse for ApiError {

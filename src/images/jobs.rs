@@ -1,10 +1,9 @@
 //! The work: download what is missing, then make the root disk. One task per digest.
 
-use std::error::Error;
-
 use tokio::task::spawn_blocking;
 use tokio_util::sync::CancellationToken;
 
+use crate::causes::chain;
 use crate::images::Images;
 use crate::images::digest::Digest;
 use crate::images::image::{ImageStatus, Progress};
@@ -130,18 +129,6 @@ impl Watch for CancellationToken {
     fn is_cancelled(&self) -> bool {
         self.is_cancelled()
     }
-}
-
-/// An error with all its causes, for people.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text += ": ";
-        text += &cause.to_string();
-        source = cause.source();
-    }
-    text
 }
 
 /// Why an image did not become ready.

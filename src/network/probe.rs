@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio::time;
 
-use super::chain;
+use crate::causes::chain;
 
 /// One GET.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
