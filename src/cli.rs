@@ -37,6 +37,7 @@ mod terminal;
 mod top;
 mod upkeep;
 mod wait;
+mod waterfall;
 
 /// What is typed first.
 const NAME: &str = "ovum";

@@ -42,10 +42,10 @@ use crate::instances::record::{Phase, Record, ReserveError};
 use crate::instances::restart::RestartStatus;
 use crate::instances::spec::{Command, Expiry, InstanceSpec, Upkeep};
 use crate::instances::state::State;
-use crate::instances::timeline::{Moment, Timeline};
 use crate::logs::watch::FileWatch;
 use crate::network::Network;
 use crate::store::Store;
+use crate::timeline::{Moment, Timeline};
 
 pub use crate::network::{Mac, NetworkError};
 pub use errors::{
@@ -69,7 +69,6 @@ pub mod restart;
 pub mod spec;
 pub mod state;
 pub mod stats;
-pub mod timeline;
 
 /// How long a creation waits for an image that is not there yet.
 const IMAGE_TIMEOUT: Duration = Duration::from_secs(5);

@@ -25,5 +25,6 @@ pub mod size;
 pub mod store;
 pub mod subnet;
 pub mod tar;
+pub mod timeline;
 pub mod token;
 pub mod worker;
