@@ -10,6 +10,7 @@
 
 mod api;
 mod boot;
+mod ceilings;
 mod cli;
 mod copy;
 mod crash;
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
     let filters: Vec<String> = env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let suites = [
         boot::CASES,
+        ceilings::CASES,
         api::CASES,
         lifecycle::CASES,
         exec::CASES,

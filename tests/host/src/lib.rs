@@ -401,6 +401,15 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
+/// One of KVM's counters, over all guests that there are now (Documentation/virt/kvm/api.rst,
+/// "KVM_GET_STATS_FD" has the same).
+pub fn kvm_counter(name: &str) -> u64 {
+    let path = Path::new("/sys/kernel/debug/kvm").join(name);
+    let text = fs::read_to_string(&path);
+    let text = text.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    text.trim().parse().expect("a counter is a number")
+}
+
 /// The binary under test.
 pub fn ovum() -> PathBuf {
     root().join("target/release/ovum")
