@@ -162,10 +162,10 @@ async fn a_disk_is_opened_again_once_nobody_has_it() {
     let of_worker = disk.file().try_clone().unwrap();
     disk.keep();
 
-    assert!(matches!(disks.reopen(&path).await, Err(DiskError::InUse { .. })));
+    assert!(matches!(Disks::reopen(&path).await, Err(DiskError::InUse { .. })));
     drop(of_worker);
-    let first = disks.reopen(&path).await.unwrap();
-    assert!(matches!(disks.reopen(&path).await, Err(DiskError::InUse { .. })));
+    let first = Disks::reopen(&path).await.unwrap();
+    assert!(matches!(Disks::reopen(&path).await, Err(DiskError::InUse { .. })));
     drop(first);
-    assert!(disks.reopen(&path).await.is_ok());
+    assert!(Disks::reopen(&path).await.is_ok());
 }

@@ -23,8 +23,10 @@ mod memory;
 mod network;
 mod outside;
 mod refusals;
+mod resources;
 mod sdk;
 mod systemd;
+mod volumes;
 
 use std::env;
 use std::panic::AssertUnwindSafe;
@@ -71,6 +73,8 @@ fn main() -> ExitCode {
         memory::CASES,
         disk::CASES,
         sdk::CASES,
+        volumes::CASES,
+        resources::CASES,
         images::CASES,
         network::CASES,
         refusals::CASES,

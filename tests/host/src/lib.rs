@@ -136,6 +136,12 @@ impl Server {
     /// Starts `program`, another `ovum` than the released one, by way of `command`.
     pub async fn start_other(data_dir: &Path, program: &Path, mut command: Command) -> Self {
         let address = free_address();
+        // One processor and a small disk shall not be what a case fails for.
+        for name in ["OVUM_OVERCOMMIT_CPU", "OVUM_OVERCOMMIT_MEMORY", "OVUM_OVERCOMMIT_DISK"] {
+            if command.get_envs().all(|(set, _)| set != name) {
+                command.env(name, "100");
+            }
+        }
         if !command.get_envs().any(|(name, _)| name == "OVUM_SUBNET") {
             command.env("OVUM_SUBNET", subnet_of(data_dir));
         }
