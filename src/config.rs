@@ -108,7 +108,8 @@ struct Settings {
     /// Disk that may be promised [default: the file system of the data folder]
     #[arg(long, env = "OVUM_DISK_CAPACITY", value_name = "SIZE")]
     disk_capacity: Option<ByteSize>,
-    /// Network rate that may be promised [default: not looked after]
+    /// What the host's network gives, each way; instances get a share by vCPUs [default: not
+    /// looked after]
     #[arg(long, env = "OVUM_NETWORK_CAPACITY", value_name = "RATE")]
     #[arg(value_parser = ByteRate::from_network)]
     network_capacity: Option<ByteRate>,
@@ -301,6 +302,8 @@ pub struct Limits {
     pub has_network: bool,
     /// Bytes per second of the host's disks that may be promised, if it was said what they give.
     pub disk_io_bps: Option<NonZeroU64>,
+    /// Bytes per second of the host's network that may be promised, if it was said what it gives.
+    pub network_bps: Option<NonZeroU64>,
     /// CPUs of the host.
     pub host_cpus: NonZeroUsize,
 }
@@ -308,9 +311,20 @@ pub struct Limits {
 impl Limits {
     /// Bytes per second for the disks of an instance with so many vCPUs that asks for no limit.
     pub fn disk_io_share(&self, vcpus: u8) -> Option<NonZeroU64> {
-        let all = u128::from(self.disk_io_bps?.get());
-        let share = all * u128::from(vcpus) / self.host_cpus.get() as u128;
-        NonZeroU64::new(u64::try_from(share).unwrap_or(u64::MAX).max(1))
+        self.share(self.disk_io_bps?, vcpus)
+    }
+
+    /// Bytes per second, each way, for the network of an instance with so many vCPUs that asks for
+    /// no limit.
+    pub fn network_share(&self, vcpus: u8) -> Option<NonZeroU64> {
+        self.share(self.network_bps?, vcpus)
+    }
+
+    /// The part of `all` that so many vCPUs are of the host's processors: never more than all.
+    fn share(&self, all: NonZeroU64, vcpus: u8) -> Option<NonZeroU64> {
+        let all = all.get();
+        let share = u128::from(all) * u128::from(vcpus) / self.host_cpus.get() as u128;
+        NonZeroU64::new(u64::try_from(share).unwrap_or(u64::MAX).clamp(1, all))
     }
 }
 
@@ -323,6 +337,7 @@ impl Default for Limits {
             body_bytes_max: 2 << 20,
             has_network: true,
             disk_io_bps: None,
+            network_bps: None,
             host_cpus: available_parallelism().unwrap_or(NonZeroUsize::MIN),
         }
     }
@@ -387,6 +402,10 @@ impl CapacityConfig {
 
     fn disk_io_promised(&self) -> Option<NonZeroU64> {
         self.disk_io_bps.and_then(|bps| NonZeroU64::new(self.disk_io_ratio.of(bps)))
+    }
+
+    fn network_promised(&self) -> Option<NonZeroU64> {
+        self.network_bps.and_then(|bps| NonZeroU64::new(self.network_ratio.of(bps)))
     }
 }
 
@@ -457,6 +476,7 @@ impl Config {
                 body_bytes_max: limits.body_bytes_max,
                 has_network,
                 disk_io_bps: capacity.disk_io_promised(),
+                network_bps: capacity.network_promised(),
                 host_cpus: limits.host_cpus,
             },
             images: ImagesConfig {

@@ -209,19 +209,6 @@ async fn an_archive_becomes_a_volume_as_large_as_it_needs() {
     assert_eq!(folder, 1, "only the disk is left");
 }
 
-/// More files than mkfs.ext4 makes inodes for by itself.
-#[tokio::test]
-async fn many_small_files_have_room() {
-    let host = Host::new();
-    let path = |n| format!("{}/{n}", n / 1000);
-    let many = (0..70_000).fold(TarBuilder::new(), |archive, n| archive.file(path(n), ""));
-
-    let volume = host.volumes.create_from_archive(spec("v", "v", 1), many.build().as_slice()).await;
-
-    assert!(volume.is_ok(), "{volume:?}");
-    assert_sound(&host.data("v"));
-}
-
 #[tokio::test]
 async fn an_archive_that_is_refused_leaves_nothing() {
     let host = Host::new();

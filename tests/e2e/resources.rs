@@ -14,10 +14,9 @@ use tokio::time;
 use crate::cases;
 
 cases![
-    what_instances_have_is_told_and_given_back,
+    a_worker_has_its_share_of_the_host_and_gives_it_back,
     twenty_creates_at_once_promise_no_more_than_there_is,
     a_start_is_refused_while_others_have_what_it_needs,
-    a_worker_has_its_share_of_the_host_and_no_group_is_left,
     each_vcpu_is_a_core_of_one_socket,
 ];
 
@@ -36,27 +35,6 @@ fn body(name: &str, vcpus: u64) -> Value {
         "name": name, "image": BUSYBOX, "size": "128MB", "vcpus": vcpus, "overlay_size": "1GB",
         "cmd": ["sleep", "100000"],
     })
-}
-
-async fn what_instances_have_is_told_and_given_back(host: &TestHost) {
-    let server = &host.server;
-    let before = server.get("/resources").await;
-    server.create(body("counted", 2)).await;
-
-    let with = server.get("/resources").await;
-    server.call(Method::POST, "/instances/counted/stop", None).await;
-    let stopped = server.get("/resources").await;
-    server.delete("counted").await;
-
-    let allocated = |view: &Value, kind: &str| view[kind]["allocated"].as_u64().unwrap();
-    assert_eq!(allocated(&with, "cpu"), allocated(&before, "cpu") + 2);
-    assert_eq!(allocated(&with, "memory"), allocated(&before, "memory") + (128 << 20));
-    assert_eq!(with["disk_breakdown"]["overlays_bytes"], 1_u64 << 30);
-    assert_eq!(with["allocations"][0]["instance_name"], "counted", "{with}");
-    assert_eq!(stopped["allocations"], json!([]));
-    let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
-    let total = meminfo.lines().next().unwrap().split_whitespace().nth(1).unwrap();
-    assert_eq!(with["memory"]["capacity"], total.parse::<u64>().unwrap() << 10);
 }
 
 async fn twenty_creates_at_once_promise_no_more_than_there_is(_: &TestHost) {
@@ -112,15 +90,31 @@ fn group() -> PathBuf {
     Path::new("/sys/fs/cgroup").join(path.trim_start_matches('/'))
 }
 
-async fn a_worker_has_its_share_of_the_host_and_no_group_is_left(host: &TestHost) {
+async fn a_worker_has_its_share_of_the_host_and_gives_it_back(host: &TestHost) {
     let server = &host.server;
-    server.create(body("shared", 2)).await;
-    server.wait("shared", "Running").await;
+    let before = server.get("/resources").await;
+    server.create(body("counted", 2)).await;
+    server.wait("counted", "Running").await;
 
+    let with = server.get("/resources").await;
     let group = group();
     let read = |name: &str| fs::read_to_string(group.join(name)).unwrap().trim().to_owned();
     let (weight, most) = (read("cpu.weight"), read("memory.max").parse::<u64>().unwrap());
-    server.delete("shared").await;
+    let killed = Command::new("kill").args(["-9", &worker_pids()[0].to_string()]).status();
+    assert!(killed.unwrap().success());
+    server.wait("counted", "Stopped").await;
+    let ended = server.get("/resources").await;
+    server.delete("counted").await;
+
+    let allocated = |view: &Value, kind: &str| view[kind]["allocated"].as_u64().unwrap();
+    assert_eq!(allocated(&with, "cpu"), allocated(&before, "cpu") + 2);
+    assert_eq!(allocated(&with, "memory"), allocated(&before, "memory") + (128 << 20));
+    assert_eq!(with["disk_breakdown"]["overlays_bytes"], 1_u64 << 30);
+    assert_eq!(with["allocations"][0]["instance_name"], "counted", "{with}");
+    assert_eq!(ended["allocations"], json!([]));
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
+    let total = meminfo.lines().next().unwrap().split_whitespace().nth(1).unwrap();
+    assert_eq!(with["memory"]["capacity"], total.parse::<u64>().unwrap() << 10);
 
     assert!(group.starts_with("/sys/fs/cgroup/ovum"), "{}", group.display());
     assert_eq!(weight, "200");

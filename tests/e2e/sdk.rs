@@ -58,7 +58,9 @@ async fn volumes_and_resources_are_driven_by_the_sdk(host: &TestHost) {
     host.server.start_idle("sdk", BUSYBOX).await;
     let (status, answer) = host.server.call(Method::POST, "/instances/sdk/stop", None).await;
     assert_eq!(status, StatusCode::OK, "{answer}");
+
     run(host, "volumes_and_resources.py", &["sdk"]).await;
+
     host.server.delete("sdk").await;
 }
 

@@ -164,7 +164,8 @@ impl CreateInstance {
         let Upkeep { health_check, restart_policy, expiry, .. } = self.upkeep.parsed()?;
         let (health_check, restart_policy) = (health_check.flatten(), restart_policy.flatten());
         let agent = !self.skip_guest_agent.unwrap_or_default();
-        let network = self.network.unwrap_or_default().parsed(limits.has_network)?;
+        let share = limits.network_share(vcpus);
+        let network = self.network.unwrap_or_default().parsed(limits.has_network, share)?;
         if let Some(lack) = health_check.as_ref().and_then(|check| lack_of(check, agent, network)) {
             return Err(SpecError::invalid("health_check", lack));
         }

@@ -191,16 +191,21 @@ impl CreateInstance {
 }
 
 impl Network {
-    /// The network that is asked for, if any is; `by_default` if nothing is said of it.
+    /// The network that is asked for, if any is; `by_default` if nothing is said of it, and of
+    /// rates that nothing is said of, `share`.
     ///
     /// # Errors
     ///
     /// [`SpecError`], which names the field.
-    pub(super) fn parsed(&self, by_default: bool) -> Result<Option<InterfaceSpec>, SpecError> {
+    pub(super) fn parsed(
+        &self,
+        by_default: bool,
+        share: Option<NonZeroU64>,
+    ) -> Result<Option<InterfaceSpec>, SpecError> {
         let enabled = self.enabled.unwrap_or(by_default);
         let rate =
             |field, text: Option<&String>| match text.map(|text| ByteRate::from_network(text)) {
-                None => Ok(None),
+                None => Ok(share),
                 Some(Ok(ByteRate(rate))) => Ok(NonZeroU64::new(rate)),
                 Some(Err(error)) => Err(SpecError::invalid(field, error)),
             };

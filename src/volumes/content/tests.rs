@@ -228,3 +228,18 @@ fn directories_without_write_permission_still_get_their_files() {
     let mode = fs::metadata(place.path("closed")).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o500);
 }
+
+/// mkfs.ext4 would be busy with it for a quarter of an hour.
+#[test]
+fn a_directory_with_too_many_names_is_told_by_the_first_that_is_too_much() {
+    let many = |count: usize, folder: &str| {
+        (0..count).fold(TarBuilder::new(), |tar, number| {
+            let name = format!("{folder}/{number:0>88}");
+            tar.symlink(&name, "x")
+        })
+    };
+
+    assert!(refusal(many(5462, "f")).contains("divide"), "96 bytes each");
+    let place = Place::new();
+    assert_eq!(place.unpack(&gzip(&many(5461, "f").build()), GIB).unwrap().files, 5461);
+}

@@ -15,6 +15,7 @@ const LIMITS: Limits = Limits {
     overlay_bytes_max: 20 << 30,
     body_bytes_max: 0,
     disk_io_bps: None,
+    network_bps: None,
     host_cpus: NonZeroUsize::MIN,
 };
 
@@ -214,6 +215,27 @@ fn disks_have_the_limit_asked_for_or_their_share_of_the_hosts() {
     }
     assert_eq!(of(json!({}), &LIMITS), None);
     assert_eq!(of(json!({}), &shared), Some(512 << 20), "a quarter");
+    let small = Limits { host_cpus: NonZeroUsize::MIN, ..shared };
+    assert_eq!(of(json!({}), &small), Some(2 << 30), "all there is, and no more");
+}
+
+#[test]
+fn a_network_has_the_rates_that_are_asked_for_or_its_share() {
+    let limits = Limits {
+        network_bps: NonZeroU64::new(1000 << 20),
+        host_cpus: NonZeroUsize::new(8).unwrap(),
+        ..LIMITS
+    };
+    let body = json!({
+        "name": "web", "image": "nginx", "vcpus": 2,
+        "network": { "enabled": true, "bandwidth_upload": "80Mbps" },
+    });
+
+    let body = serde_json::from_value::<CreateInstance>(body).unwrap();
+    let network = body.into_spec(&limits).unwrap().0.network.unwrap();
+
+    assert_eq!(network.download_bps, NonZeroU64::new(250 << 20));
+    assert_eq!(network.upload_bps, NonZeroU64::new(10_000_000));
 }
 
 #[test]
