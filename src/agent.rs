@@ -42,8 +42,9 @@ const REQUEST: u32 = 1;
 /// Leaves the choice of the signal to the agent, which knows the workload.
 const SIGNAL_OF_AGENT: u8 = 0;
 
-/// How long a connection is kept that nobody uses.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a connection is kept that nobody uses, and how long an agent may say nothing to those
+/// who use it before it is asked, and then before it is given up.
+const QUIET_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Time between two attempts to reach an agent that does not listen yet: at first, and at most.
 const RETRY_FIRST: Duration = Duration::from_millis(25);
@@ -143,7 +144,7 @@ impl Agents {
             return Ok(line.clone());
         }
         let stream = connect(socket).await?;
-        let (line, run) = Line::new(stream, IDLE_TIMEOUT, self.shared.closing.clone());
+        let (line, run) = Line::new(stream, QUIET_TIMEOUT, self.shared.closing.clone());
         self.shared.tasks.spawn(run);
         *slot = Some(line.clone());
         Ok(line)

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ovum_agent_proto::VERSION;
+use ovum_agent_proto::files::StatSpec;
 use ovum_agent_proto::frame::{CONNECTION, DATA_BYTES_MAX, WINDOW_BYTES};
 use ovum_agent_proto::message::{ToAgent, ToServer};
 use tokio::io::AsyncWriteExt;
@@ -70,6 +71,8 @@ enum LineEnd {
     Lost,
     /// The guest ended.
     GuestEnded,
+    /// The agent said nothing for so long, though it was asked.
+    Silent(Duration),
 }
 
 /// What is known of an open stream.
@@ -96,11 +99,12 @@ pub(super) struct Stream {
 }
 
 impl Line {
-    /// A line over `stream`, and what has to run for it until it ends. Unused for `idle_timeout` or
-    /// so, it does.
+    /// A line over `stream`, and what has to run for it until it ends. It does after
+    /// `quiet_timeout` that nobody used it, and after twice that in which the agent said nothing to
+    /// those who do.
     pub(super) fn new(
         stream: UnixStream,
-        idle_timeout: Duration,
+        quiet_timeout: Duration,
         closing: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + use<>) {
         let line = Self { shared: Arc::default() };
@@ -108,7 +112,7 @@ impl Line {
         let run = async move {
             let (reader, writer) = stream.into_split();
             let end = tokio::select! {
-                end = shared.read(Messages::new(reader), idle_timeout) => end,
+                end = shared.read(Messages::new(reader), quiet_timeout) => end,
                 () = shared.write(writer) => LineEnd::Lost,
                 () = closing.cancelled() => LineEnd::Lost,
             };
@@ -164,36 +168,60 @@ impl Shared {
     }
 
     /// Sorts what the agent says, until there is no more of it, or nobody wants any.
-    async fn read(&self, mut messages: Messages<OwnedReadHalf>, idle_timeout: Duration) -> LineEnd {
+    async fn read(
+        &self,
+        mut messages: Messages<OwnedReadHalf>,
+        quiet_timeout: Duration,
+    ) -> LineEnd {
+        let mut is_asked = false;
         loop {
-            match time::timeout(idle_timeout, messages.next()).await {
-                Ok(Ok((CONNECTION, ToServer::Exited(_)))) => return LineEnd::GuestEnded,
-                Ok(Ok((CONNECTION, ToServer::Hello { version, build }))) => {
+            let Ok(next) = time::timeout(quiet_timeout, messages.next()).await else {
+                if is_asked {
+                    tracing::warn!("An agent is silent");
+                    return LineEnd::Silent(quiet_timeout * 2);
+                }
+                if self.lock().ends_unused() {
+                    return LineEnd::Lost;
+                }
+                // A command may be quiet for hours. Its agent has to answer.
+                self.ask();
+                is_asked = true;
+                continue;
+            };
+            is_asked = false;
+            match next {
+                Ok((CONNECTION, ToServer::Exited(_))) => return LineEnd::GuestEnded,
+                Ok((CONNECTION, ToServer::Hello { version, build })) => {
                     if version != VERSION {
                         tracing::warn!(version, build, "An agent speaks another version");
                         return LineEnd::Lost;
                     }
                 }
-                Ok(Ok((stream, message))) => {
+                Ok((stream, message)) => {
                     if self.lock().hear(stream, message).is_err() {
                         tracing::warn!(stream, "An agent sent more than it was allowed to");
                         return LineEnd::Lost;
                     }
                 }
-                Ok(Err(AgentError::Closed)) => return LineEnd::Lost,
-                Ok(Err(error)) => {
+                Err(AgentError::Closed) => return LineEnd::Lost,
+                Err(error) => {
                     tracing::warn!(%error, "A connection to an agent broke");
                     return LineEnd::Lost;
                 }
-                Err(_idle) => {
-                    let mut state = self.lock();
-                    if state.streams.is_empty() {
-                        // From here on nobody can open one.
-                        state.ended = Some(LineEnd::Lost);
-                        return LineEnd::Lost;
-                    }
-                }
             }
+        }
+    }
+
+    /// Asks for what any agent can say.
+    fn ask(&self) {
+        let root = StatSpec { path: "/".into(), follow_links: false };
+        let mut state = self.lock();
+        // Whoever does not read need not be asked twice. The answer is for nobody: it was heard.
+        if state.outbox.len() < OUTBOX_BYTES_MAX {
+            let number = state.free_number();
+            // It always fits a frame.
+            let _ = ToAgent::Stat(root).encode(number, &mut state.outbox);
+            self.filled.notify_one();
         }
     }
 
@@ -238,7 +266,16 @@ impl State {
             None => Ok(()),
             Some(LineEnd::Lost) => Err(AgentError::Closed),
             Some(LineEnd::GuestEnded) => Err(AgentError::GuestEnded),
+            Some(LineEnd::Silent(after)) => Err(AgentError::Silent { after }),
         }
+    }
+
+    /// Ends the line if nobody uses it: from here on nobody can.
+    fn ends_unused(&mut self) -> bool {
+        if self.streams.is_empty() {
+            self.ended = Some(LineEnd::Lost);
+        }
+        self.streams.is_empty()
     }
 
     /// The next number that is neither the connection's nor in use.

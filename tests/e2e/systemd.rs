@@ -144,10 +144,10 @@ async fn is_stopped_though_its_agent_is_silent(server: &Server) {
     sh(server, "unit", &format!("(sleep 1; kill -STOP {agent}) > /dev/null 2>&1 &")).await;
     sh(server, "unit", "sleep 0.1").await;
     let began = Instant::now();
-    // Until it is stopped, and then once more.
+    // Until it is stopped: before it hears of a command, or while one runs.
     while server.sh("unit", "true").await.code == 0 {}
     println!("systemd: a silent agent was given up after {:?}", began.elapsed());
-    assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(90), "{:?}", began.elapsed());
 
     let began = Instant::now();
     let stopped = post(server, "/instances/unit/stop").await;

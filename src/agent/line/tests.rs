@@ -19,9 +19,9 @@ fn line() -> (Line, PlayedAgent, JoinHandle<()>) {
     line_for(Duration::from_secs(60))
 }
 
-fn line_for(idle_timeout: Duration) -> (Line, PlayedAgent, JoinHandle<()>) {
+fn line_for(quiet_timeout: Duration) -> (Line, PlayedAgent, JoinHandle<()>) {
     let (ours, stream) = UnixStream::pair().unwrap();
-    let (line, run) = Line::new(ours, idle_timeout, CancellationToken::new());
+    let (line, run) = Line::new(ours, quiet_timeout, CancellationToken::new());
     (line, PlayedAgent::new(stream), tokio::spawn(run))
 }
 
@@ -227,16 +227,36 @@ async fn requests_wait_for_an_agent_that_does_not_read() {
 
 #[tokio::test]
 async fn a_line_that_nobody_uses_is_closed() {
-    let idle_timeout = Duration::from_millis(20);
-    let (line, mut agent, run) = line_for(idle_timeout);
+    let (line, mut agent, run) = line_for(Duration::from_millis(20));
     let stream = line.open(&exec()).await.unwrap();
     agent.hear().await;
-    time::sleep(idle_timeout * 3).await;
     assert!(line.is_open(), "it is in use");
 
     drop(stream);
 
     run.await.unwrap();
+    assert!(!line.is_open());
+}
+
+/// A command may say nothing for as long as it likes; its agent may not.
+#[tokio::test]
+async fn an_agent_that_is_silent_is_asked_and_then_given_up() {
+    let quiet_timeout = Duration::from_millis(300);
+    let (line, mut agent, run) = line_for(quiet_timeout);
+    let stream = line.open(&exec()).await.unwrap();
+    agent.hear().await;
+    for number in 2..5 {
+        assert_eq!(agent.hear().await, (number, stat()), "it is asked");
+        let info = ToServer::PathInfo(PathInfo { kind: PathKind::Directory, mode: 0, size: 0 });
+        agent.say(number, &info).await;
+    }
+    assert!(line.is_open(), "it answers");
+
+    assert_eq!(agent.hear().await, (5, stat()));
+    run.await.unwrap();
+
+    let error = stream.next().await.unwrap_err();
+    assert!(matches!(error, AgentError::Silent { after } if after == 2 * quiet_timeout), "{error}");
     assert!(!line.is_open());
 }
 

@@ -17,6 +17,7 @@ use tokio::time;
 
 pub use socket::{Frame, Ran, Socket};
 
+pub mod image;
 mod socket;
 #[expect(unsafe_code, reason = "ptrace(2), which rustix does not have")]
 pub mod trap;
@@ -300,6 +301,18 @@ impl Server {
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let kib = line.and_then(|line| line.trim().strip_suffix(" kB"));
         kib.and_then(|kib| kib.parse::<u64>().ok()).expect("VmRSS is a number of kB") << 10
+    }
+
+    /// Time that the server has had on CPUs, in steps of 10 ms.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id()));
+        let stat = stat.expect("the server runs");
+        // What follows its name, which may have spaces: the 14th and 15th of all fields.
+        let (_, fields) = stat.rsplit_once(')').expect("the name is in parentheses");
+        let ticks = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>());
+        Duration::from_millis(
+            10 * ticks.map(|ticks| ticks.expect("ticks are a number")).sum::<u64>(),
+        )
     }
 
     /// Waits for a state and returns the instance as it is then.
