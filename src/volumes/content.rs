@@ -42,8 +42,8 @@ const NAME_BYTES_MAX: usize = 255;
 const FILES_MAX: u64 = 1_000_000;
 
 /// Most bytes of names in one directory, as ext4 keeps them: some 16,000 of usual length.
-/// mkfs.ext4 looks through the whole directory for each: 4,000 took 3 s, 16,000 a minute and 70,000
-/// would have taken a quarter of an hour.
+/// mkfs.ext4 looks through the whole directory for each: 4,000 took it 3 to 6 s, and 16,000 a
+/// minute and a half.
 const FOLDER_BYTES_MAX: u64 = 512 << 10;
 
 /// What the name of an entry takes beside itself (Documentation/filesystems/ext4 of the kernel,

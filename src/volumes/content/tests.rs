@@ -229,7 +229,7 @@ fn directories_without_write_permission_still_get_their_files() {
     assert_eq!(mode & 0o777, 0o500);
 }
 
-/// mkfs.ext4 would be busy with it for a quarter of an hour.
+/// mkfs.ext4 would be busy with it for minutes.
 #[test]
 fn a_directory_with_too_many_names_is_told_by_the_first_that_is_too_much() {
     let many = |count: usize, folder: &str| {
