@@ -39,6 +39,7 @@ mod top;
 mod upkeep;
 mod volumes;
 mod wait;
+mod waterfall;
 
 /// What is typed first.
 const NAME: &str = "ovum";

@@ -41,11 +41,11 @@ use crate::instances::record::{Phase, Record, ReserveError};
 use crate::instances::restart::RestartStatus;
 use crate::instances::spec::{Command, Expiry, InstanceSpec, Upkeep, VolumeMount};
 use crate::instances::state::State;
-use crate::instances::timeline::{Moment, Timeline};
 use crate::logs::watch::FileWatch;
 use crate::network::Network;
 use crate::resources::{Claim, Resources};
 use crate::store::Store;
+use crate::timeline::{Moment, Timeline};
 use crate::volumes::{self, AttachError, Attachment, Volumes};
 
 pub use crate::network::{Mac, NetworkError};
@@ -71,7 +71,6 @@ pub mod restart;
 pub mod spec;
 pub mod state;
 pub mod stats;
-pub mod timeline;
 
 /// How long a creation waits for an image that is not there yet.
 const IMAGE_TIMEOUT: Duration = Duration::from_secs(5);

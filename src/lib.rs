@@ -27,6 +27,7 @@ pub mod size;
 pub mod store;
 pub mod subnet;
 pub mod tar;
+pub mod timeline;
 pub mod token;
 pub mod volumes;
 pub mod worker;

@@ -23,12 +23,12 @@ use crate::instances::record::{End, Phase, Record};
 use crate::instances::restart::RestartStatus;
 use crate::instances::spec::{Command, Upkeep, VolumeMount};
 use crate::instances::state::{Event, State};
-use crate::instances::timeline::now_ns;
 use crate::instances::{
     DeleteError, Instance, RecordError, Shared, StartError, StopError, UpkeepError, VolumeError,
 };
 use crate::network::Lease;
 use crate::resources::Claim;
+use crate::timeline::now_ns;
 
 mod checking;
 mod ending;

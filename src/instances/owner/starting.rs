@@ -19,8 +19,8 @@ use crate::instances::record::{Phase, Record};
 use crate::instances::restart::{RestartReason, RestartStatus};
 use crate::instances::spec::{Command, InstanceSpec};
 use crate::instances::state::{Event, Request, Verdict};
-use crate::instances::timeline::{Moment, Timeline};
 use crate::instances::{Instance, StartError};
+use crate::timeline::{Moment, Timeline};
 
 impl Owner {
     /// Starts the instance; `command` replaces what it was created with.
