@@ -24,8 +24,10 @@ mod memory;
 mod network;
 mod outside;
 mod refusals;
+mod resources;
 mod sdk;
 mod systemd;
+mod volumes;
 
 use std::env;
 use std::panic::AssertUnwindSafe;
@@ -73,6 +75,8 @@ fn main() -> ExitCode {
         memory::CASES,
         disk::CASES,
         sdk::CASES,
+        volumes::CASES,
+        resources::CASES,
         images::CASES,
         network::CASES,
         refusals::CASES,
