@@ -48,6 +48,7 @@ use crate::network::Network;
 use crate::store::Store;
 
 pub use crate::network::{Mac, NetworkError};
+pub use boot::HEADERS;
 pub use errors::{
     BootError, CreateError, DeleteError, EndError, FindError, OpenError, OrderError, RecordError,
     StartError, StopError, UpkeepError,

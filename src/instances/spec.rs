@@ -49,6 +49,9 @@ pub struct InstanceSpec {
     pub hypervisor: String,
     /// Whether the guest's agent listens; without it there is no graceful stop.
     pub agent: bool,
+    /// Whether the guest gets the headers of its kernel.
+    #[serde(default)]
+    pub kernel_headers: KernelHeaders,
     /// Instead of the image's entrypoint; empty: the image's.
     pub entrypoint: Vec<String>,
     /// Instead of the image's arguments; empty: the image's.
@@ -65,6 +68,19 @@ pub struct InstanceSpec {
     /// Nobody wants it any more once this server has ended.
     #[serde(default)]
     pub ends_with_server: bool,
+}
+
+/// Whether a guest gets the headers of its kernel, to build modules with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KernelHeaders {
+    /// It goes without, at no cost.
+    #[default]
+    Skipped,
+    /// If they lie beside the kernel.
+    IfThere,
+    /// It is not started without.
+    Needed,
 }
 
 /// The network of an instance.
@@ -238,6 +254,7 @@ impl InstanceSpec {
             tags: BTreeMap::new(),
             hypervisor: "native".to_owned(),
             agent: true,
+            kernel_headers: KernelHeaders::Skipped,
             entrypoint: Vec::new(),
             cmd: Vec::new(),
             network: None,

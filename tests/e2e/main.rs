@@ -15,6 +15,7 @@ mod copy;
 mod crash;
 mod disk;
 mod exec;
+mod headers;
 mod images;
 mod killed;
 mod kvm;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         copy::CASES,
         systemd::CASES,
         memory::CASES,
+        headers::CASES,
         disk::CASES,
         sdk::CASES,
         images::CASES,

@@ -241,7 +241,6 @@ fn asking() -> BTreeMap<&'static str, Value> {
         ("volumes", json!([{ "volume_id": "v", "mount_path": "/mnt/v" }])),
         ("snapshot_policy", json!({ "compression": { "enabled": true } })),
         ("auto_standby", json!({ "enabled": true, "idle_timeout": "5m" })),
-        ("skip_kernel_headers", json!(false)),
     ])
 }
 
