@@ -4,14 +4,16 @@
 //! finds them when it starts.
 
 #![expect(clippy::print_stdout, reason = "a table is what a bench is for")]
+#![expect(clippy::disallowed_methods, reason = "the server is started as a user would")]
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ovum::instances::record::Record;
 use ovum::store::Store;
-use ovum_test_host::Server;
+use ovum_test_host::{Server, ovum};
 use reqwest::Method;
 use serde_json::json;
 use tempfile::TempDir;
@@ -29,23 +31,27 @@ fn main() {
 }
 
 async fn bench() {
-    let (empty_bytes, _) = measure(0).await;
-    let (full_bytes, mut times) = measure(INSTANCES).await;
+    let (empty_bytes, ..) = measure(0).await;
+    let (full_bytes, cpu_time, mut times) = measure(INSTANCES).await;
     times.sort();
     let at = |percent: usize| times[times.len() * percent / 100].as_secs_f64() * 1e3;
     println!("GET /instances, {INSTANCES} stored, {LISTS} times: one after the other");
-    println!("p50 {:6.2} ms   p99 {:6.2} ms", at(50), at(99));
+    let cpu_ms = cpu_time.as_secs_f64() * 1e3;
+    println!("p50 {:6.2} ms   p99 {:6.2} ms   server's CPU {cpu_ms:6.2} ms", at(50), at(99));
     println!("server's resident memory, MiB");
     println!("{:6.1} with none   {:6.1} with {INSTANCES}", mib(empty_bytes), mib(full_bytes));
 }
 
-/// Memory of a server with so many instances that was asked for a list of them, and how long each
-/// list took.
-async fn measure(instances: usize) -> (u64, Vec<Duration>) {
+/// Memory of a server with so many instances that was asked for a list of them, what each list cost
+/// it, and how long each took.
+async fn measure(instances: usize) -> (u64, Duration, Vec<Duration>) {
     let dir = TempDir::new().expect("there is room for a folder");
     let data_dir = dir.path().join("data");
     fill(&data_dir, instances);
-    let server = Server::start_at(&data_dir).await;
+    let mut command = Command::new(ovum());
+    command.env("OVUM_NETWORK", "false");
+    let server = Server::start_as(&data_dir, command).await;
+    let before = server.cpu_time();
     let mut times = Vec::new();
     for _ in 0..LISTS {
         let asked = Instant::now();
@@ -53,7 +59,8 @@ async fn measure(instances: usize) -> (u64, Vec<Duration>) {
         times.push(asked.elapsed());
         assert!(status.is_success() && text.matches("\"id\":").count() == instances, "{status}");
     }
-    (server.resident_bytes(), times)
+    let cpu_time = (server.cpu_time() - before) / u32::try_from(LISTS).expect("a few hundred");
+    (server.resident_bytes(), cpu_time, times)
 }
 
 /// Stores instances that have ended, in the folder of a server that never ran.

@@ -14,6 +14,7 @@ use crate::instances::HEADERS;
 use crate::network;
 use crate::network::forwarding::{self, Chain};
 use crate::network::resolvers::{self, Resolvers};
+use crate::os::cgroup::ROOT;
 use crate::os::tap;
 use crate::os::tool::TOOLS;
 use crate::server;
@@ -82,6 +83,7 @@ pub fn examine(config: &Config) -> Vec<Finding> {
         Finding { subject: "kernel headers".to_owned(), outcome: headers(&config.kernel) },
         Finding { subject: "data folder".to_owned(), outcome: data_dir(&config.data_dir) },
         Finding { subject: "disk space".to_owned(), outcome: space(config) },
+        Finding { subject: "control groups".to_owned(), outcome: Ok(groups(Path::new(ROOT))) },
     ];
     if let Some(NetworkConfig { subnet, dns }) = &config.network {
         let outcome = network(*subnet, &config.data_dir);
@@ -315,6 +317,22 @@ fn space(config: &Config) -> Result<String, Problem> {
             what: format!("{free_mib} free under {}, {needed} needed", existing.display()),
             mend: "make room, or name another folder with --data-dir".to_owned(),
         })
+    }
+}
+
+/// Whether workers get a share of the host each. It is no problem if not.
+fn groups(root: &Path) -> String {
+    let shown = root.display();
+    let Ok(controllers) = fs::read_to_string(root.join("cgroup.controllers")) else {
+        return format!("none: {shown} is not of version 2; guests share the host unbounded");
+    };
+    let has = |name| controllers.split_whitespace().any(|one| one == name);
+    if !has("cpu") || !has("memory") {
+        return format!("none: {shown} has no cpu and memory; guests share the host unbounded");
+    }
+    match access(root, Access::WRITE_OK) {
+        Ok(()) => format!("a share of processors and memory for each guest, in {shown}"),
+        Err(_) => format!("none: {shown} is root's to write to; guests share the host unbounded"),
     }
 }
 

@@ -152,27 +152,14 @@ impl Worker {
     /// Passes an event of the machine on; true if it was the last.
     fn follow(&mut self, event: MachineEvent) -> bool {
         let MachineEvent { at_ns, kind } = event;
-        let what = match kind {
-            MachineEventKind::Started => Happening::Booted,
-            MachineEventKind::Reported { word } => {
-                self.reports += 1;
-                if self.reports > REPORTS_MAX {
-                    return false;
-                }
-                self.extend_memory(word);
-                Happening::Reported { word }
+        let what = happening(kind);
+        if let Happening::Reported { word } = what {
+            self.reports += 1;
+            if self.reports > REPORTS_MAX {
+                return false;
             }
-            MachineEventKind::Stopped { reason } => {
-                let (cause, detail) = match reason {
-                    StopReason::PowerOff => (StopCause::PowerOff, String::new()),
-                    StopReason::Reboot => (StopCause::Reboot, String::new()),
-                    StopReason::Panic => (StopCause::Panic, String::new()),
-                    StopReason::Ordered => (StopCause::Ordered, String::new()),
-                    StopReason::Fault(detail) => (StopCause::Fault, detail),
-                };
-                Happening::Stopped { cause, detail }
-            }
-        };
+            self.extend_memory(word);
+        }
         let last = matches!(what, Happening::Stopped { .. });
         let event = self.journal.append(at_ns, what);
         self.tell(&event);
@@ -278,6 +265,23 @@ impl Worker {
         let lifeline = ready.next().unwrap_or_default();
         Ok(Ready { machine, control, connections, lifeline })
     }
+}
+
+/// An event of a machine in the words of the control protocol.
+fn happening(kind: MachineEventKind) -> Happening {
+    let reason = match kind {
+        MachineEventKind::Started => return Happening::Booted,
+        MachineEventKind::Reported { word } => return Happening::Reported { word },
+        MachineEventKind::Stopped { reason } => reason,
+    };
+    let (cause, detail) = match reason {
+        StopReason::PowerOff => (StopCause::PowerOff, String::new()),
+        StopReason::Reboot => (StopCause::Reboot, String::new()),
+        StopReason::Panic => (StopCause::Panic, String::new()),
+        StopReason::Ordered => (StopCause::Ordered, String::new()),
+        StopReason::Fault(detail) => (StopCause::Fault, detail),
+    };
+    Happening::Stopped { cause, detail }
 }
 
 /// What [`Worker::wait`] found to do.

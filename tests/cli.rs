@@ -54,7 +54,8 @@ impl Settings {
     /// A server with these settings, once it answers.
     async fn serve(&self) -> Served {
         let mut command = ovum();
-        command.args(["serve", "--config", &self.file()]).stderr(Stdio::null());
+        command.args(["serve", "--network", "false", "--config", &self.file()]);
+        command.stderr(Stdio::null());
         let served = Served(command.spawn().unwrap());
         let deadline = Instant::now() + Duration::from_secs(60);
         while !self.ps().status.success() {

@@ -15,8 +15,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ovum::images::digest::Digest;
 use ovum_test_host::Server;
+use ovum_test_host::image::tiny_archive;
 use ovum_test_host::trap::{Sprung, Trap, places};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -46,8 +46,9 @@ impl Operation {
         let image = format!("/images/{}", IMAGE.replace('/', "%2F"));
         let answer = match self {
             Self::Load => {
-                let answer =
-                    server.attempt(Method::POST, "/images/from-archive?name=tiny", archive()).await;
+                let answer = server
+                    .attempt(Method::POST, "/images/from-archive?name=tiny", tiny_archive())
+                    .await;
                 until_settled(server).await;
                 answer
             }
@@ -101,6 +102,8 @@ async fn start(dir: &Path) -> Server {
     let program = Path::new(env!("CARGO_BIN_EXE_ovum"));
     let mut command = Command::new(program);
     command.env("RUST_LOG", "error").env("OVUM_MIN_FREE", "1MB").env("HOME", dir);
+    // Nobody would take back what a killed one of a folder that is gone had set up.
+    command.env("OVUM_NETWORK", "false");
     Server::start_other(dir, program, command).await
 }
 
@@ -203,30 +206,4 @@ async fn a_name_is_given_or_not() {
 #[tokio::test]
 async fn an_image_is_deleted_whole_or_not_at_all() {
     survives_a_kill_at_every_change(Operation::Delete).await;
-}
-
-/// What `docker save` writes for an image of one layer with one file.
-fn archive() -> Vec<u8> {
-    let mut layer = tar::Builder::new(Vec::new());
-    append(&mut layer, "bin/tiny", b"#!tiny");
-    let layer = layer.into_inner().unwrap();
-    let image = json!({
-        "architecture": "amd64", "os": "linux", "config": { "Cmd": ["/bin/tiny"] },
-        "rootfs": { "type": "layers", "diff_ids": [Digest::of(&layer).to_string()] },
-    });
-    let manifest = json!([{
-        "Config": "config.json", "RepoTags": ["tiny:latest"], "Layers": ["layer.tar"],
-    }]);
-    let mut archive = tar::Builder::new(Vec::new());
-    append(&mut archive, "config.json", image.to_string().as_bytes());
-    append(&mut archive, "layer.tar", &layer);
-    append(&mut archive, "manifest.json", manifest.to_string().as_bytes());
-    archive.into_inner().unwrap()
-}
-
-fn append(archive: &mut tar::Builder<Vec<u8>>, path: &str, content: &[u8]) {
-    let mut header = tar::Header::new_ustar();
-    header.set_mode(0o755);
-    header.set_size(content.len() as u64);
-    archive.append_data(&mut header, path, content).unwrap();
 }

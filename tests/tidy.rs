@@ -6,7 +6,20 @@ use std::path::{Path, PathBuf};
 
 /// `src/<module>` may use only these siblings. The order is the layering, top first.
 const LAYERS: &[(&str, &[&str])] = &[
-    ("api", &["causes", "config", "duration", "images", "instances", "size", "token"]),
+    (
+        "api",
+        &[
+            "causes",
+            "config",
+            "duration",
+            "images",
+            "instances",
+            "resources",
+            "size",
+            "token",
+            "volumes",
+        ],
+    ),
     (
         "cli",
         &[
@@ -18,7 +31,9 @@ const LAYERS: &[(&str, &[&str])] = &[
             "duration",
             "initramfs",
             "server",
+            "size",
             "tar",
+            "timeline",
             "token",
             "worker",
         ],
@@ -34,10 +49,15 @@ const LAYERS: &[(&str, &[&str])] = &[
             "initramfs",
             "logs",
             "network",
+            "resources",
             "store",
             "subnet",
+            "timeline",
+            "volumes",
         ],
     ),
+    ("volumes", &["causes", "disks", "os", "ratio", "resources", "store", "tar"]),
+    ("resources", &["os", "ratio", "size"]),
     ("images", &["causes", "os", "store", "tar"]),
     ("disks", &["os"]),
     ("network", &["causes", "os", "subnet"]),
@@ -46,6 +66,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("logs", &["os"]),
     ("initramfs", &["os"]),
     ("worker", &["control", "os"]),
+    ("timeline", &["control"]),
     ("control", &[]),
     ("store", &[]),
     ("tar", &[]),

@@ -39,6 +39,7 @@ mod spawn;
 mod stat;
 mod systemd;
 mod terminal;
+mod volumes;
 mod workload;
 
 use std::error::Error;

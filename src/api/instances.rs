@@ -1,11 +1,12 @@
 //! `/instances`: create, list, read, change, wait, stop, start, delete.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use utoipa::ToSchema;
 
 use crate::api::body::{JsonBody, OptionalBody};
@@ -19,8 +20,8 @@ use crate::api::query::{Query, QueryError};
 use crate::api::tags::{self, Tags};
 use crate::api::{App, REQUEST_TIMEOUT};
 use crate::duration::GoDuration;
-use crate::instances::Waited;
 use crate::instances::state::{State as InstanceState, StateNameError};
+use crate::instances::{Instance, Waited};
 
 pub mod create;
 pub mod extras;
@@ -29,6 +30,7 @@ pub mod start;
 pub mod update;
 pub mod upkeep;
 pub mod view;
+pub mod volumes;
 
 /// How long a wait lasts unless told otherwise.
 const WAIT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -64,19 +66,27 @@ impl From<Waited> for WaitView {
     ),
     responses((status = 200, body = Vec<InstanceView>), (status = "default", body = ErrorBody)),
 )]
-pub(super) async fn list(
-    State(app): State<App>,
-    query: Query,
-) -> Result<Json<Vec<InstanceView>>, ApiError> {
+pub(super) async fn list(State(app): State<App>, query: Query) -> Result<Json<Views>, ApiError> {
     let wanted = query.tags();
     let state = query.value("state").map(str::parse::<InstanceState>).transpose();
     let state = state
         .map_err(|_| QueryError::Malformed { name: "state", expected: "the name of a state" })?;
-    let instances = app.instances.list().into_iter().filter(|instance| {
+    let mut instances = app.instances.list();
+    instances.retain(|instance| {
         state.is_none_or(|state| instance.state == state)
             && tags::have(&instance.spec.tags, &wanted)
     });
-    Ok(Json(instances.map(|instance| InstanceView::from(&*instance)).collect()))
+    Ok(Json(Views(instances)))
+}
+
+/// Instances as a list of [`InstanceView`]: each is made when it is written and gone before the
+/// next, so that a thousand take no more memory than one.
+pub(super) struct Views(Vec<Arc<Instance>>);
+
+impl Serialize for Views {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.iter().map(|instance| InstanceView::from(&**instance)))
+    }
 }
 
 /// Creates an instance and starts its machine, without waiting for the guest.

@@ -1,17 +1,30 @@
-//! `ovum boot`: a bare kernel in the foreground, for people who develop one.
+//! `ovum boot`: a kernel in the foreground, bare or with an agent and a root, for people who
+//! develop one of them.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context;
 use clap::{Args, value_parser};
+use ovum_agent_proto::VERSION;
+use ovum_agent_proto::config::GuestConfig;
 
+use super::waterfall;
 use crate::config::KVM;
+use crate::initramfs::Archive;
+use crate::timeline::Timeline;
 use crate::worker::foreground::{
     self, ForegroundSpec, MEMORY_MIB_MAX, MEMORY_MIB_MIN, MEMORY_MIB_STEP, VCPUS_MAX,
 };
+
+/// The first of a guest's disks.
+const ROOT_DEVICE: &str = "/dev/vda";
+
+/// Where an agent's command is looked for.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What can be typed after `ovum boot`.
 #[derive(Debug, Args)]
@@ -22,6 +35,18 @@ pub(super) struct BootArgs {
     /// Initramfs archive; may be repeated, the later over the earlier
     #[arg(long)]
     initrd: Vec<PathBuf>,
+    /// A guest agent as the first process, in an initramfs made for it
+    #[arg(long, requires = "root", conflicts_with = "initrd")]
+    agent: Option<PathBuf>,
+    /// The agent's root: an image of EROFS (`mkfs.erofs ROOT DIRECTORY`)
+    #[arg(long)]
+    root: Option<PathBuf>,
+    /// What the agent runs, /bin/true if omitted
+    #[arg(last = true, requires = "agent")]
+    command: Vec<String>,
+    /// Show afterwards where the time of the boot went
+    #[arg(long)]
+    trace: bool,
     /// vCPUs
     #[arg(long, default_value_t = 1)]
     #[arg(value_parser = value_parser!(u8).range(1..=i64::from(VCPUS_MAX)))]
@@ -47,13 +72,58 @@ fn memory_mib(text: &str) -> Result<u64, String> {
 
 /// Boots what was named. The guest's console is stdout.
 pub(super) fn boot(args: BootArgs) -> anyhow::Result<()> {
-    let BootArgs { kernel, initrd, vcpus, memory_mib, cmdline } = args;
-    let kernel = open("kernel", &kernel)?;
-    let initramfs = initrd.iter().map(|path| open("initrd", path)).collect::<Result<_, _>>()?;
+    let mut timeline = Timeline::begin();
+    let initramfs = match &args.agent {
+        Some(agent) => vec![agent_archive(agent)?, config_archive(&args.command)?],
+        None => args.initrd.iter().map(|path| open("initrd", path)).collect::<Result<_, _>>()?,
+    };
+    let root = args.root.as_ref().map(|path| open("root", path)).transpose()?;
     let kvm = File::options().read(true).write(true).open(KVM);
-    let kvm = kvm.with_context(|| format!("Failed to open {KVM}: `ovum doctor` says more"))?;
-    let console = io::stdout().as_fd().try_clone_to_owned().context("Failed to use stdout")?;
-    foreground::run(ForegroundSpec { kvm, kernel, initramfs, console, vcpus, memory_mib, cmdline })
+    let spec = ForegroundSpec {
+        kvm: kvm.with_context(|| format!("Failed to open {KVM}: `ovum doctor` says more"))?,
+        kernel: open("kernel", &args.kernel)?,
+        initramfs,
+        root,
+        console: io::stdout().as_fd().try_clone_to_owned().context("Failed to use stdout")?,
+        vcpus: args.vcpus,
+        memory_mib: args.memory_mib,
+        cmdline: args.cmdline,
+        // With an agent it is a boot as instances have it.
+        serial: args.agent.is_none(),
+    };
+    let ended = foreground::run(spec, |event| timeline.add(event));
+    if args.trace {
+        waterfall::show("boot", &timeline.phases());
+    }
+    ended
+}
+
+/// The part of an initramfs that is the same for all guests of an agent.
+fn agent_archive(path: &Path) -> anyhow::Result<File> {
+    let agent = fs::read(path);
+    let agent = agent.with_context(|| format!("Failed to read agent {}", path.display()))?;
+    Ok(Archive::base(&agent)?.to_file()?)
+}
+
+/// What the agent is to do: run `command` in a copy of the root that is forgotten.
+fn config_archive(command: &[String]) -> anyhow::Result<File> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let argv = if command.is_empty() { &["/bin/true".to_owned()] } else { command };
+    let config = GuestConfig {
+        version: VERSION,
+        hostname: "ovum".to_owned(),
+        root_device: ROOT_DEVICE.to_owned(),
+        overlay_device: None,
+        network: None,
+        argv: argv.to_vec(),
+        env: vec![("PATH".to_owned(), PATH.to_owned())],
+        working_dir: "/".to_owned(),
+        listen: false,
+        realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        volumes: Vec::new(),
+        kernel_headers: false,
+    };
+    Ok(Archive::config(&config)?.to_file()?)
 }
 
 fn open(what: &str, path: &Path) -> anyhow::Result<File> {
@@ -94,6 +164,21 @@ mod tests {
 
         assert_eq!(args.initrd, [Path::new("a"), Path::new("b")]);
         assert_eq!((args.cmdline.as_str(), args.vcpus), ("-- -x", 32));
+    }
+
+    #[test]
+    fn an_agent_needs_a_root_and_brings_its_own_initramfs() {
+        let args = parse(&["--kernel=k", "--agent=a", "--root=r", "--trace", "--", "ls", "-l"]);
+
+        let args = args.unwrap();
+        assert_eq!((args.command, args.trace), (vec!["ls".to_owned(), "-l".to_owned()], true));
+        for line in [
+            &["--kernel=k", "--agent=a"][..],
+            &["--kernel=k", "--agent=a", "--root=r", "--initrd=i"],
+            &["--kernel=k", "--", "ls"],
+        ] {
+            assert!(parse(line).is_err(), "{line:?}");
+        }
     }
 
     #[test]

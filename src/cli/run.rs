@@ -7,6 +7,7 @@ use std::env;
 use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
@@ -15,19 +16,17 @@ use futures_util::TryStreamExt;
 use super::embedded::Reached;
 use super::interrupt::interrupted;
 use super::upkeep::UpkeepArgs;
-use super::{ServerArgs, images, output};
+use super::{ServerArgs, images, output, volumes, waterfall};
 use crate::api::instances::WaitView;
 use crate::api::instances::create::CreateInstance;
 use crate::api::instances::extras::Network;
 use crate::api::instances::view::InstanceView;
+use crate::api::instances::volumes::VolumeMount;
 use crate::client::{Client, ClientError, segment};
+use crate::timeline;
 
 /// Exit code if the workload has none, as docker does it.
 const NO_EXIT_CODE: u8 = 125;
-
-/// Phases in their order, which JSON does not keep.
-const PHASES: [&str; 8] =
-    ["image", "disks", "worker", "vmm", "kernel", "agent", "workload", "first_output"];
 
 /// Longest name that is made from an image's: four characters and a dash follow.
 const NAME_CHARS_MAX: usize = 40;
@@ -58,6 +57,9 @@ pub(super) struct RunArgs {
     /// Size of the writable layer
     #[arg(long, default_value = "10GB")]
     overlay_size: String,
+    /// Volume: NAME:/PATH, NAME:/PATH:ro or NAME:/PATH:ro:overlay=SIZE; may be repeated
+    #[arg(short, long, value_parser = volumes::mount)]
+    volume: Vec<VolumeMount>,
     /// Most bytes per second to and from its disks together: 100MB/s, or 0 for no limit
     #[arg(long, value_name = "RATE")]
     disk_io: Option<String>,
@@ -172,6 +174,7 @@ fn request(args: RunArgs) -> CreateInstance {
             .network
             .map(|enabled| Network { enabled: Some(enabled), ..Network::default() }),
         upkeep: args.upkeep.fields(),
+        volumes: Some(args.volume).filter(|volumes| !volumes.is_empty()),
         skip_kernel_headers: Some(!args.kernel_headers),
         skip_guest_agent: args.skip_guest_agent.then_some(true),
         entrypoint: Some(args.entrypoint),
@@ -237,16 +240,12 @@ fn tell(ended: &InstanceView, timeline: bool) -> ExitCode {
 }
 
 fn show_timeline(instance: &InstanceView) {
-    let phases = &instance.phase_durations_ms;
-    let total: u64 = phases.values().sum();
-    output::note(&format!("boot of {}, {total} ms in all:", instance.name));
-    let widest = phases.values().copied().max().unwrap_or(1).max(1);
-    for phase in PHASES {
-        if let Some(&took) = phases.get(phase) {
-            let bar = "#".repeat(usize::try_from(took * 40 / widest).unwrap_or_default());
-            output::note(format!("  {phase:<12} {took:>7} ms  {bar}").trim_end());
-        }
-    }
+    // JSON does not keep their order.
+    let phases = timeline::phase_names().filter_map(|name| {
+        let took_ms = instance.phase_durations_ms.get(name)?;
+        Some((name, Duration::from_millis(*took_ms)))
+    });
+    waterfall::show(&format!("boot of {}", instance.name), &phases.collect::<Vec<_>>());
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::net::Ipv4Addr;
 use std::num::NonZeroU64;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use ovum_agent_proto::config::HEADERS_SERIAL;
@@ -15,6 +15,7 @@ use ovum_agent_proto::config::HEADERS_SERIAL;
 use crate::fleet::{NewWorker, WorkerDisk, WorkerNet, WorkerSpec};
 use crate::images::RootDisk;
 use crate::initramfs::Archive;
+use crate::instances::disks::InstanceDisk;
 use crate::instances::errors::BootError;
 use crate::instances::spec::{InstanceSpec, InterfaceSpec, KernelHeaders};
 use crate::instances::{Shared, guest};
@@ -26,7 +27,7 @@ const TAP_QUEUES: usize = 1;
 /// The file with the headers of the kernel in whose folder it is.
 pub const HEADERS: &str = "headers.erofs";
 
-/// A boot that is ready but for the writable layer and the way to the network.
+/// A boot that is ready but for the disks that can be written to and the way to the network.
 #[derive(Debug)]
 pub(super) struct Boot {
     image: RootDisk,
@@ -99,23 +100,27 @@ impl Boot {
         shared: &Shared,
         spec: &InstanceSpec,
         dir: &Path,
-        overlay: BorrowedFd<'_>,
+        disks_of_its_own: &[InstanceDisk],
     ) -> Result<Booted, BootError> {
         let Self { image, initramfs, lease, taps, headers, .. } = self;
-        let InterfaceSpec { download_bps, upload_bps } = spec.network.unwrap_or_default();
-        let net = lease.as_ref().map(|lease| {
-            let mac = Mac::of(lease.address()).octets();
-            WorkerNet { mac, taps, download_bps, upload_bps }
-        });
-        let mut disks = vec![
-            WorkerDisk { id: "root", read_only: true, file: image.file.as_fd() },
-            WorkerDisk { id: "overlay", read_only: false, file: overlay },
-        ];
+        let root = WorkerDisk { id: "root", read_only: true, file: image.file.as_fd() };
+        let mut disks = vec![root];
+        disks.extend(disks_of_its_own.iter().map(|disk| WorkerDisk {
+            id: &disk.id,
+            read_only: disk.read_only,
+            file: disk.file.as_fd(),
+        }));
+        // The last: the agent finds it by its serial number, and the others by their places.
         disks.extend(headers.as_ref().map(|file| WorkerDisk {
             id: HEADERS_SERIAL,
             read_only: true,
             file: file.as_fd(),
         }));
+        let InterfaceSpec { download_bps, upload_bps } = spec.network.unwrap_or_default();
+        let net = lease.as_ref().map(|lease| {
+            let mac = Mac::of(lease.address()).octets();
+            WorkerNet { mac, taps, download_bps, upload_bps }
+        });
         let worker = WorkerSpec {
             dir,
             vcpus: spec.vcpus,

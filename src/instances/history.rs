@@ -7,7 +7,7 @@ use ovum_agent_proto::report::{Exit, Failure, Phase, Report};
 use serde::{Deserialize, Serialize};
 
 use crate::control::{Event, Happening, StopCause};
-use crate::instances::timeline::Timeline;
+use crate::timeline::Timeline;
 
 /// The events of one boot, folded.
 #[derive(Debug, Clone, Default)]

@@ -15,7 +15,7 @@ use crate::instances::history::Ending;
 use crate::instances::reclaim::Hold;
 use crate::instances::restart::RestartStatus;
 use crate::instances::spec::InstanceSpec;
-use crate::instances::timeline::Timeline;
+use crate::timeline::Timeline;
 
 /// One instance, as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -15,6 +15,9 @@ use crate::os::tap::NAME_BYTES_MAX;
 use crate::os::tool::NFT;
 use crate::subnet::Subnet;
 
+/// What the names of all bridges begin with.
+const BRIDGE_PREFIX: &str = "ovum-";
+
 /// Whether the host forwards packets at all.
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
@@ -47,7 +50,11 @@ impl Names {
         let digest = Sha256::digest(owner.as_os_str().as_encoded_bytes());
         let digest = hex::encode(&digest[..DIGEST_BYTES]);
         let owner = format!("ovum {}", owner.display());
-        Self { bridge: format!("ovum-{digest}"), tap_prefix: format!("ov{digest}-"), owner }
+        Self {
+            bridge: format!("{BRIDGE_PREFIX}{digest}"),
+            tap_prefix: format!("ov{digest}-"),
+            owner,
+        }
     }
 
     /// The TAP of the instance `id`: as much of that as there is room for.
@@ -151,8 +158,16 @@ fn collision(routes: &str, subnet: Subnet, names: &Names) -> Option<String> {
         let is_default = mask.is_unspecified();
         let bits = mask.to_bits().leading_ones();
         let collides = !is_ours && !is_default && subnet.overlaps(to, mask);
-        collides.then(|| format!("{to}/{bits} by {link}"))
+        collides.then(|| format!("{to}/{bits} by {link}{}", hint(link)))
     })
+}
+
+/// What a killed server leaves is taken back by the next one of its data folder, if there is one.
+fn hint(link: &str) -> String {
+    if !link.starts_with(BRIDGE_PREFIX) {
+        return String::new();
+    }
+    format!(" (of another ovum server; if that is gone for good: `ip link delete {link}`)")
 }
 
 /// An address as /proc has it: hex, in the order of memory.
@@ -188,6 +203,8 @@ mod tests {
         let found = route("eth1", "0007640A", "00FFFFFF");
         assert_eq!(found.as_deref(), Some("10.100.7.0/24 by eth1"));
         assert_eq!(route("tun0", "0000000A", "000000FF").as_deref(), Some("10.0.0.0/8 by tun0"));
+        let left = route("ovum-0000", "0000640A", "0000FFFF").unwrap();
+        assert!(left.contains("`ip link delete ovum-0000`"), "{left}");
         assert_eq!(route("eth0", "00000000", "00000000"), None);
         assert_eq!(route("eth0", "0002000A", "00FFFFFF"), None);
         assert_eq!(route(&names.bridge, "0000640A", "0000FFFF"), None);

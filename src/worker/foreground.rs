@@ -6,11 +6,15 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, bail};
-use ovum_vmm::machine::{Machine, MachineEventKind, StopReason};
+use ovum_vmm::machine::{Machine, MachineEvent, MachineEventKind, StopReason};
 use ovum_vmm::rate_limiter::RateLimitSpec;
-use ovum_vmm::spec::{self, MachineFiles, MachineSpec};
+use ovum_vmm::spec::{self, DiskSpec, MachineFiles, MachineSpec};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+
+use super::happening;
+use super::journal::now_ns;
+use crate::control::{Event, Happening};
 
 /// Most vCPUs that can be asked for.
 pub const VCPUS_MAX: u8 = spec::VCPUS_MAX;
@@ -33,6 +37,11 @@ pub struct ForegroundSpec {
     pub kernel: File,
     /// Archives of the initramfs, one laid over the other.
     pub initramfs: Vec<File>,
+    /// The first disk, if there is one: the guest cannot write to it.
+    pub root: Option<File>,
+    /// Whether there is a serial port, for a kernel with something to say before it has a console
+    /// by virtio.
+    pub serial: bool,
     /// Where the guest's console goes.
     pub console: OwnedFd,
     /// 1 to [`VCPUS_MAX`].
@@ -43,19 +52,26 @@ pub struct ForegroundSpec {
     pub cmdline: String,
 }
 
-/// Boots the machine and stays until it ends.
+/// Boots the machine and stays until it ends. Hears of all that happens.
 ///
 /// # Errors
 ///
 /// What keeps it from starting, and every end that is not a power-off. If nobody reads the console
 /// any more that is an end, too: an [`io::ErrorKind::BrokenPipe`].
-pub fn run(spec: ForegroundSpec) -> anyhow::Result<()> {
+pub fn run(spec: ForegroundSpec, mut hear: impl FnMut(&Event)) -> anyhow::Result<()> {
+    let mut seq = 0;
+    let mut tell = |at_ns, what| {
+        hear(&Event { seq, at_ns, what });
+        seq += 1;
+    };
+    tell(now_ns(), Happening::Launched);
     let console = spec.console.try_clone().context("Failed to share the console")?;
     let mut machine = build(spec)?;
     machine.boot().context("Failed to start the vCPUs")?;
     loop {
-        while let Some(event) = machine.next_event() {
-            if let MachineEventKind::Stopped { reason } = event.kind {
+        while let Some(MachineEvent { at_ns, kind }) = machine.next_event() {
+            tell(at_ns, happening(kind.clone()));
+            if let MachineEventKind::Stopped { reason } = kind {
                 return judge(&reason);
             }
         }
@@ -74,25 +90,25 @@ pub fn run(spec: ForegroundSpec) -> anyhow::Result<()> {
 }
 
 fn build(spec: ForegroundSpec) -> anyhow::Result<Machine> {
-    let ForegroundSpec { kvm, kernel, initramfs, console, vcpus, memory_mib, cmdline } = spec;
+    let ForegroundSpec { kvm, kernel, initramfs, root, console, vcpus, memory_mib, .. } = spec;
+    let disk = DiskSpec { id: "root".to_owned(), read_only: true };
     let machine = MachineSpec {
         vcpus,
         memory_bytes: memory_mib.checked_mul(1 << 20).context("--memory-mib is too large")?,
         hotplug_bytes: 0,
         balloon: false,
-        cmdline,
-        disks: Vec::new(),
+        cmdline: spec.cmdline,
+        disks: root.iter().map(|_| disk.clone()).collect(),
         net: None,
         disk_limit: RateLimitSpec::default(),
         vsock_cid: None,
-        // A kernel that is being developed has something to say before it has a virtio console.
-        serial: true,
+        serial: spec.serial,
     };
     let files = MachineFiles {
         kvm: kvm.into(),
         kernel,
         initramfs,
-        disks: Vec::new(),
+        disks: root.into_iter().collect(),
         taps: Vec::new(),
         console: console.into(),
         vsock: None,
@@ -135,13 +151,15 @@ mod tests {
             kvm: file(),
             kernel: file(),
             initramfs: Vec::new(),
+            root: None,
+            serial: true,
             console: file().into(),
             vcpus: 1,
             memory_mib: 128,
             cmdline: String::new(),
         };
 
-        let error = format!("{:#}", run(spec).unwrap_err());
+        let error = format!("{:#}", run(spec, |_| {}).unwrap_err());
 
         assert!(error.contains("is not KVM"), "{error}");
     }

@@ -15,10 +15,11 @@ use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Method, Request, StatusCode};
 use futures_util::future::join_all;
 use ovum::api;
-use ovum::config::{Config, ImagesConfig, Limits};
+use ovum::config::{CapacityConfig, Config, ImagesConfig, Limits};
 use ovum::images::digest::Digest;
 use ovum::server::Opened;
 use ovum::token::Secret;
+use ovum_test_host::image::tiny_archive;
 use rusqlite::Connection;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -63,7 +64,7 @@ impl Server {
     async fn with_image() -> Self {
         let server = Self::start().await;
         let path = "/images/from-archive?name=tiny";
-        let answer = server.send(Method::POST, path, Body::from(archive())).await;
+        let answer = server.send(Method::POST, path, Body::from(tiny_archive())).await;
         assert_eq!(answer.status, StatusCode::ACCEPTED, "{answer:?}");
         let name = IMAGE.parse().unwrap();
         let image = server.opened.app.images.settled(&name).await.unwrap();
@@ -153,36 +154,10 @@ fn config(dir: &Path) -> Config {
             unpacked_bytes_max: 1 << 30,
             free_bytes_min: 0,
         },
+        capacity: CapacityConfig::default(),
         // A test changes nothing of the machine it runs on.
         network: None,
     }
-}
-
-/// What `docker save` writes for an image of one layer with one file.
-fn archive() -> Vec<u8> {
-    let mut layer = tar::Builder::new(Vec::new());
-    append(&mut layer, "bin/tiny", b"#!tiny");
-    let layer = layer.into_inner().unwrap();
-    let digest = Digest::of(&layer);
-    let image = json!({
-        "architecture": "amd64", "os": "linux", "config": { "Cmd": ["/bin/tiny"] },
-        "rootfs": { "type": "layers", "diff_ids": [digest.to_string()] },
-    });
-    let manifest = json!([{
-        "Config": "config.json", "RepoTags": ["tiny:latest"], "Layers": ["layer.tar"],
-    }]);
-    let mut archive = tar::Builder::new(Vec::new());
-    append(&mut archive, "config.json", image.to_string().as_bytes());
-    append(&mut archive, "layer.tar", &layer);
-    append(&mut archive, "manifest.json", manifest.to_string().as_bytes());
-    archive.into_inner().unwrap()
-}
-
-fn append(archive: &mut tar::Builder<Vec<u8>>, path: &str, content: &[u8]) {
-    let mut header = tar::Header::new_ustar();
-    header.set_mode(0o755);
-    header.set_size(content.len() as u64);
-    archive.append_data(&mut header, path, content).unwrap();
 }
 
 #[tokio::test]

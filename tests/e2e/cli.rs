@@ -22,6 +22,7 @@ mod terminal;
 cases![
     a_bare_kernel_boots_in_the_foreground,
     a_kernel_that_panics_in_the_foreground_is_a_failure,
+    an_agent_boots_in_the_foreground_and_its_boot_is_traced,
     an_image_runs_without_a_server_and_leaves_nothing,
     ctrl_c_ends_a_run_without_a_server_and_leaves_nothing,
     a_killed_run_without_a_server_takes_its_guest_along,
@@ -75,6 +76,28 @@ async fn a_bare_kernel_boots_in_the_foreground(_: &TestHost) {
     assert_eq!((booted.status.code(), told.as_str()), (Some(0), ""), "{said}");
     assert!(said.contains("Linux version "), "{said}");
     assert!(said.contains("init says hello\n2\n"), "{said}");
+}
+
+/// The loop of those who develop a kernel or an agent.
+async fn an_agent_boots_in_the_foreground_and_its_boot_is_traced(_: &TestHost) {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().join("tree");
+    fs::create_dir_all(tree.join("bin")).unwrap();
+    fs::copy("/bin/busybox", tree.join("bin/busybox")).unwrap();
+    let image = dir.path().join("root.erofs");
+    let made = Command::new("mkfs.erofs").arg("--quiet").arg(&image).arg(&tree).status().unwrap();
+    assert!(made.success());
+
+    let agent = root().join("target/agent/ovum-agent");
+    let [agent, image] = [agent.to_str().unwrap(), image.to_str().unwrap()];
+    let with_agent = ["--agent", agent, "--root", image, "--trace"];
+    let command = ["--", "busybox", "sh", "-c", "echo from $(busybox hostname)"];
+    let ran = boot(&[with_agent, command].concat());
+
+    let (said, told) = (text(&ran.stdout), text(&ran.stderr));
+    assert_eq!((ran.status.code(), said.as_str()), (Some(0), "from ovum\n"), "{told}");
+    let shown: Vec<_> = told.lines().skip(1).filter_map(|line| line.split(' ').nth(2)).collect();
+    assert_eq!(shown, ["worker", "vmm", "kernel", "agent", "workload", "first_output"], "{told}");
 }
 
 async fn a_kernel_that_panics_in_the_foreground_is_a_failure(_: &TestHost) {

@@ -10,6 +10,7 @@
 
 mod api;
 mod boot;
+mod ceilings;
 mod cli;
 mod copy;
 mod crash;
@@ -24,8 +25,10 @@ mod memory;
 mod network;
 mod outside;
 mod refusals;
+mod resources;
 mod sdk;
 mod systemd;
+mod volumes;
 
 use std::env;
 use std::panic::AssertUnwindSafe;
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
     let filters: Vec<String> = env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let suites = [
         boot::CASES,
+        ceilings::CASES,
         api::CASES,
         lifecycle::CASES,
         exec::CASES,
@@ -73,6 +77,8 @@ fn main() -> ExitCode {
         headers::CASES,
         disk::CASES,
         sdk::CASES,
+        volumes::CASES,
+        resources::CASES,
         images::CASES,
         network::CASES,
         refusals::CASES,

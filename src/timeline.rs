@@ -66,6 +66,11 @@ const PHASES: [(&str, &[Moment]); 8] = [
 #[serde(transparent)]
 pub struct Timeline(BTreeMap<Moment, u64>);
 
+/// What all phases are called, in their order.
+pub fn phase_names() -> impl Iterator<Item = &'static str> {
+    PHASES.iter().map(|(name, _)| *name)
+}
+
 impl Timeline {
     /// Begins now.
     pub fn begin() -> Self {
