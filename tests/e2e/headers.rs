@@ -28,8 +28,8 @@ async fn run(host: &TestHost, name: &str, extra: Value, script: &str) -> String 
     log
 }
 
-/// What `dev/test-module` has built comes in as a script writes it. The programs of a build run with
-/// no C library around them.
+/// What `dev/test-module` has built comes in as a script writes it. The programs of a build run
+/// without a C library.
 async fn a_module_built_with_them_is_loaded_by_the_kernel_that_runs(host: &TestHost) {
     let path = env::var("OVUM_TEST_MODULE").unwrap();
     let module = fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
