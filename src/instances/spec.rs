@@ -23,8 +23,8 @@ pub use crate::control::MEMORY_BYTES_MIN;
 /// Longest name: it becomes the guest's host name, a DNS label (RFC 1035, 2.3.4 "Size limits").
 const NAME_BYTES_MAX: usize = 63;
 
-/// Most disks that the volumes of an instance take: those that a machine can have, but for its root,
-/// the writable layer and the headers of its kernel.
+/// Most disks that the volumes of an instance take: those that a machine can have, but for its
+/// root, the writable layer and the headers of its kernel.
 pub const VOLUME_DISKS_MAX: usize = DISKS_MAX - 3;
 
 /// An instance someone asked for.
