@@ -21,6 +21,7 @@ use utoipa_axum::router::{OpenApiRouter, UtoipaMethodRouter, UtoipaMethodRouterE
 use utoipa_axum::routes;
 
 use crate::api::error::ApiError;
+use crate::api::instances::texts::Texts;
 use crate::config::Limits;
 use crate::images::Images;
 use crate::instances::Instances;
@@ -83,6 +84,8 @@ pub struct App {
     pub secret: Secret,
     /// What a request may ask for.
     pub limits: Limits,
+    /// What was written of instances.
+    pub texts: Texts,
 }
 
 /// Everything the server answers.

@@ -35,6 +35,7 @@ use tokio::task::JoinSet;
 use tokio::time;
 use tokio_util::sync::CancellationToken;
 
+use crate::api::instances::texts::Texts;
 use crate::api::{self, App};
 use crate::config::{Config, NetworkConfig};
 use crate::disks::Disks;
@@ -123,7 +124,8 @@ impl Opened {
             tracing::info!(removed, "Removed root disks that nobody needs any more");
         }
         let limits = config.limits;
-        let app = App { images, instances, volumes, resources, secret, limits };
+        let texts = Texts::default();
+        let app = App { images, instances, volumes, resources, secret, limits, texts };
         Ok(Self { app, door, _lock: lock })
     }
 

@@ -107,7 +107,7 @@ impl ApiError {
 
     /// What the host, not the client, has to mend. The client is its operator: the whole chain of
     /// causes goes out, and once into the log.
-    fn internal(error: &impl Error) -> Self {
+    pub fn internal(error: &impl Error) -> Self {
         let message = chain(error);
         tracing::error!(error = message, "Request failed");
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message)

@@ -1,12 +1,13 @@
 //! `/instances`: create, list, read, change, wait, stop, start, delete.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
-use serde::{Deserialize, Serialize, Serializer};
+use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::api::body::{JsonBody, OptionalBody};
@@ -20,13 +21,14 @@ use crate::api::query::{Query, QueryError};
 use crate::api::tags::{self, Tags};
 use crate::api::{App, REQUEST_TIMEOUT};
 use crate::duration::GoDuration;
+use crate::instances::Waited;
 use crate::instances::state::{State as InstanceState, StateNameError};
-use crate::instances::{Instance, Waited};
 
 pub mod create;
 pub mod extras;
 pub mod policies;
 pub mod start;
+pub mod texts;
 pub mod update;
 pub mod upkeep;
 pub mod view;
@@ -66,7 +68,7 @@ impl From<Waited> for WaitView {
     ),
     responses((status = 200, body = Vec<InstanceView>), (status = "default", body = ErrorBody)),
 )]
-pub(super) async fn list(State(app): State<App>, query: Query) -> Result<Json<Views>, ApiError> {
+pub(super) async fn list(State(app): State<App>, query: Query) -> Result<Response, ApiError> {
     let wanted = query.tags();
     let state = query.value("state").map(str::parse::<InstanceState>).transpose();
     let state = state
@@ -76,17 +78,8 @@ pub(super) async fn list(State(app): State<App>, query: Query) -> Result<Json<Vi
         state.is_none_or(|state| instance.state == state)
             && tags::have(&instance.spec.tags, &wanted)
     });
-    Ok(Json(Views(instances)))
-}
-
-/// Instances as a list of [`InstanceView`]: each is made when it is written and gone before the
-/// next, so that a thousand take no more memory than one.
-pub(super) struct Views(Vec<Arc<Instance>>);
-
-impl Serialize for Views {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(self.0.iter().map(|instance| InstanceView::from(&**instance)))
-    }
+    let list = app.texts.list(&instances).map_err(|error| ApiError::internal(&error))?;
+    Ok(([(CONTENT_TYPE, HeaderValue::from_static("application/json"))], list).into_response())
 }
 
 /// Creates an instance and starts its machine, without waiting for the guest.

@@ -715,6 +715,33 @@ async fn an_instance_whose_time_is_over_is_deleted() {
     assert_eq!(server.instance_folders(), [""; 0]);
 }
 
+/// What was written of an instance is written again only as long as it is true.
+#[tokio::test]
+async fn a_list_has_each_instance_as_it_reads_alone() {
+    let server = stopped_instances(&["one", "two", "three"]).await;
+    let read = async || {
+        let list = server.get("/instances").await;
+        assert_eq!(list.headers["content-type"], "application/json");
+        let list = list.body.as_array().unwrap().clone();
+        for instance in &list {
+            let path = format!("/instances/{}", instance["id"].as_str().unwrap());
+            assert_eq!(server.get(&path).await.body, *instance);
+        }
+        list
+    };
+    let (first, again) = (read().await, read().await);
+    assert_eq!((first.len(), &first), (3, &again));
+
+    let body = Body::from(r#"{"ttl":"1h"}"#);
+    assert_eq!(server.send(Method::PATCH, "/instances/one", body).await.status, StatusCode::OK);
+    let changed = read().await;
+    server.delete("/instances/two").await;
+    let fewer = read().await;
+
+    let expiring = changed.iter().filter(|instance| !instance["expires_at"].is_null());
+    assert_eq!((changed.len(), expiring.count(), fewer.len()), (3, 1, 2));
+}
+
 /// What was begun is finished, now or by the next server, and nobody is told that it runs again.
 #[tokio::test]
 async fn a_half_deleted_instance_can_only_be_deleted() {
