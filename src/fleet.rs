@@ -350,6 +350,7 @@ fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
         }),
         disk_limit: byte_limit(spec.disk_io_bps),
         vsock_cid: spec.vsock.then_some(VSOCK_CID),
+        devices: Vec::new(),
         serial: false,
     }
 }

@@ -198,6 +198,7 @@ fn any_machine() -> MachineSpec {
         net: None,
         disk_limit: RateLimitSpec::default(),
         vsock_cid: None,
+        devices: Vec::new(),
         serial: false,
     }
 }

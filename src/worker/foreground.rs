@@ -102,6 +102,7 @@ fn build(spec: ForegroundSpec) -> anyhow::Result<Machine> {
         net: None,
         disk_limit: RateLimitSpec::default(),
         vsock_cid: None,
+        devices: Vec::new(),
         serial: spec.serial,
     };
     let files = MachineFiles {
@@ -112,6 +113,7 @@ fn build(spec: ForegroundSpec) -> anyhow::Result<Machine> {
         taps: Vec::new(),
         console: console.into(),
         vsock: None,
+        vfio: None,
     };
     Machine::build(&machine, files).context("Failed to build the machine")
 }

@@ -9,7 +9,9 @@ use std::os::unix::net::UnixListener;
 
 use serde::{Deserialize, Serialize};
 
+use crate::pci::DEVICES_MAX;
 use crate::rate_limiter::RateLimitSpec;
+use crate::vfio::NAME_BYTES_MAX;
 
 /// Most vCPUs a machine can have.
 pub const VCPUS_MAX: u8 = 32;
@@ -56,6 +58,8 @@ pub struct MachineSpec {
     pub net: Option<NetSpec>,
     /// The guest's vsock address, 3 or more; without one there is no vsock device.
     pub vsock_cid: Option<u32>,
+    /// Devices of the host that are lent to the guest. All guest memory is pinned for them.
+    pub devices: Vec<HostDeviceSpec>,
     /// Adds a 16550 at the legacy port for the kernel's earliest messages; they go to the console
     /// file. Costs an exit for each byte: for people who develop a kernel.
     pub serial: bool,
@@ -69,6 +73,16 @@ pub struct DiskSpec {
     pub id: String,
     /// The guest cannot write, nor discard.
     pub read_only: bool,
+}
+
+/// A device of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostDeviceSpec {
+    /// What VFIO calls it: a PCI address (`0000:03:00.0`) or the UUID of a mediated device.
+    pub name: String,
+    /// Which of the groups that are handed over it is in.
+    pub group: usize,
 }
 
 /// A network interface.
@@ -102,6 +116,17 @@ pub struct MachineFiles {
     /// Where host processes connect to reach a vsock port of the guest: a client writes
     /// `CONNECT <port>\n` and reads `OK <host port>\n`. Needed if the spec has a vsock address.
     pub vsock: Option<UnixListener>,
+    /// What stands behind devices of the host; None if there are none.
+    pub vfio: Option<VfioFiles>,
+}
+
+/// The open files behind devices of the host.
+#[derive(Debug)]
+pub struct VfioFiles {
+    /// /dev/vfio/vfio, which no group is in yet.
+    pub container: OwnedFd,
+    /// /dev/vfio/N for each IOMMU group.
+    pub groups: Vec<OwnedFd>,
 }
 
 /// Why no machine can be what a description asks for.
@@ -157,6 +182,29 @@ pub enum SpecError {
         /// What was asked for.
         cid: u32,
     },
+    /// More devices of the host than a bus has room for.
+    #[error("{devices} devices of the host: a machine has at most {DEVICES_MAX}")]
+    Devices {
+        /// What was asked for.
+        devices: usize,
+    },
+    /// A device that is in none of the groups that were handed over, or has no name.
+    #[error(
+        "Device {name:?} is in group {group} of {groups} that came with the description, and its \
+         name has to be 1 to {} bytes",
+        NAME_BYTES_MAX - 1
+    )]
+    DeviceGroup {
+        /// Which device.
+        name: String,
+        /// Where it is said to be.
+        group: usize,
+        /// How many there are.
+        groups: usize,
+    },
+    /// A balloon and devices of the host: what the balloon gives back a device would still reach.
+    #[error("balloon is set, and devices of the host keep all guest memory where it is")]
+    PinnedBalloon,
     /// An address without a listening socket.
     #[error("vsock_cid is set, and no listening socket came with it")]
     VsockListener,
@@ -173,12 +221,13 @@ impl MachineSpec {
             vcpus,
             memory_bytes,
             hotplug_bytes,
-            balloon: _,
+            balloon,
             cmdline: _,
             disks,
             disk_limit: _,
             net,
             vsock_cid,
+            devices,
             serial: _,
         } = self;
         if !(1..=VCPUS_MAX).contains(vcpus) {
@@ -202,11 +251,31 @@ impl MachineSpec {
         if net.is_some() != (1..=NET_LANES_MAX).contains(&taps) || net.is_none() && taps > 0 {
             return Err(SpecError::Taps { taps });
         }
+        check_devices(devices, files.vfio.as_ref())?;
+        if *balloon && !devices.is_empty() {
+            return Err(SpecError::PinnedBalloon);
+        }
         match vsock_cid {
             Some(cid @ (0..=2 | u32::MAX)) => Err(SpecError::VsockCid { cid: *cid }),
             Some(_) if files.vsock.is_none() => Err(SpecError::VsockListener),
             _ => Ok(()),
         }
+    }
+}
+
+fn check_devices(devices: &[HostDeviceSpec], files: Option<&VfioFiles>) -> Result<(), SpecError> {
+    if devices.len() > DEVICES_MAX {
+        return Err(SpecError::Devices { devices: devices.len() });
+    }
+    let groups = files.map_or(0, |files| files.groups.len());
+    let is_wrong = |device: &&HostDeviceSpec| {
+        device.group >= groups || !(1..NAME_BYTES_MAX).contains(&device.name.len())
+    };
+    match devices.iter().find(is_wrong) {
+        Some(HostDeviceSpec { name, group }) => {
+            Err(SpecError::DeviceGroup { name: name.clone(), group: *group, groups })
+        }
+        None => Ok(()),
     }
 }
 
@@ -225,6 +294,7 @@ mod tests {
             disk_limit: RateLimitSpec::default(),
             net: None,
             vsock_cid: None,
+            devices: Vec::new(),
             serial: false,
         }
     }
@@ -248,7 +318,28 @@ mod tests {
             taps: (0..taps).map(|_| file().into()).collect(),
             console: file(),
             vsock: None,
+            vfio: None,
         })
+    }
+
+    /// Its memory is where a device finds it, as long as the machine runs.
+    #[test]
+    fn devices_of_the_host_are_in_a_group_that_is_there_and_go_with_no_balloon() {
+        let device = |name: &str, group| HostDeviceSpec { name: name.into(), group };
+        let asked = |devices: Vec<HostDeviceSpec>| MachineSpec { devices, ..spec() };
+
+        let refused = check(&asked(vec![device("0000:00:02.0", 0)]), 0).unwrap_err();
+        assert!(matches!(refused, SpecError::DeviceGroup { groups: 0, .. }), "{refused}");
+        let many = asked(vec![device("0000:00:02.0", 0); DEVICES_MAX + 1]);
+        assert_eq!(check(&many, 0), Err(SpecError::Devices { devices: DEVICES_MAX + 1 }));
+
+        let file = || tempfile::tempfile().unwrap().into();
+        let files = VfioFiles { container: file(), groups: vec![file()] };
+        assert_eq!(check_devices(&[device("0000:00:02.0", 0)], Some(&files)), Ok(()));
+        for (name, group) in [("0000:00:02.0", 1), ("", 0), (&"x".repeat(NAME_BYTES_MAX), 0)] {
+            let refused = check_devices(&[device(name, group)], Some(&files));
+            assert!(matches!(refused, Err(SpecError::DeviceGroup { .. })), "{refused:?}");
+        }
     }
 
     #[test]

@@ -27,7 +27,7 @@ use zerocopy::IntoBytes;
 
 use super::ring::Answer;
 use super::{Device, DeviceIo, DeviceState, Fault, Interest, Served, Watch};
-use crate::memory::{Memory, give_back};
+use crate::memory::Memory;
 use blocks::{Blocks, Holding};
 use config::Config;
 use request::{Reply, Request};
@@ -250,7 +250,7 @@ impl MemDevice {
                 let part = chunk.start.max(range.start)..chunk.end.min(range.end);
                 let (start, bytes) = self.addresses(&part);
                 let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-                give_back(self.memory.mem(), GuestAddress(start), bytes);
+                self.memory.give_back(GuestAddress(start), bytes);
             }
         }
         self.count();

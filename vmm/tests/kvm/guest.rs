@@ -5,16 +5,17 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ovum_vmm::machine::{Machine, MachineEventKind, StopReason};
 use ovum_vmm::rate_limiter::RateLimitSpec;
-use ovum_vmm::spec::{DiskSpec, MachineFiles, MachineSpec};
+use ovum_vmm::spec::{DiskSpec, HostDeviceSpec, MachineFiles, MachineSpec, VfioFiles};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::archive::Archive;
+use crate::vfio::Lent;
 
 /// How long a guest may take for anything: an emulated host on a busy machine is slow.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -33,6 +34,8 @@ pub(crate) struct GuestSpec {
     pub(crate) script: String,
     pub(crate) disks: Vec<File>,
     pub(crate) archives: Vec<Archive>,
+    /// The groups of devices of the host.
+    pub(crate) groups: Vec<PathBuf>,
 }
 
 /// A machine that runs `script` on one vCPU with 128 MiB.
@@ -47,9 +50,16 @@ pub(crate) fn guest(script: &str) -> GuestSpec {
         disk_limit: RateLimitSpec::default(),
         net: None,
         vsock_cid: None,
+        devices: Vec::new(),
         serial: false,
     };
-    GuestSpec { spec, script: script.into(), disks: Vec::new(), archives: Vec::new() }
+    GuestSpec {
+        spec,
+        script: script.into(),
+        disks: Vec::new(),
+        archives: Vec::new(),
+        groups: Vec::new(),
+    }
 }
 
 impl GuestSpec {
@@ -105,6 +115,14 @@ impl GuestSpec {
         self
     }
 
+    /// Lends it a device of the host.
+    pub(crate) fn device(mut self, lent: &Lent) -> Self {
+        let device = HostDeviceSpec { name: lent.address.clone(), group: self.groups.len() };
+        self.spec.devices.push(device);
+        self.groups.push(lent.group.clone());
+        self
+    }
+
     /// The files for it, the console among them, and the console's other end.
     pub(crate) fn files(&self) -> (MachineFiles, File) {
         let (output, console) = pipe_with(PipeFlags::CLOEXEC).unwrap();
@@ -119,6 +137,10 @@ impl GuestSpec {
             taps: Vec::new(),
             console: File::from(console),
             vsock: None,
+            vfio: (!self.groups.is_empty()).then(|| VfioFiles {
+                container: open("/dev/vfio/vfio".as_ref()),
+                groups: self.groups.iter().map(|group| open(group)).collect(),
+            }),
         };
         (files, File::from(output))
     }
@@ -262,6 +284,11 @@ fn wait(files: &[BorrowedFd<'_>], patience: Duration) -> bool {
 pub(crate) fn kvm() -> OwnedFd {
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     kvm.expect("these tests need /dev/kvm: run them by dev/end-to-end or dev/in-host").into()
+}
+
+fn open(path: &Path) -> OwnedFd {
+    let file = OpenOptions::new().read(true).write(true).open(path);
+    file.unwrap_or_else(|error| panic!("{}: {error}", path.display())).into()
 }
 
 pub(crate) fn kernel() -> File {

@@ -1,0 +1,168 @@
+//! Devices of the host in a guest: an NVMe controller, by `dev/in-host --vfio`.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use ovum_vmm::machine::StopReason;
+use ovum_vmm::machine_error::SaveError;
+
+use crate::guest::{file, guest};
+
+/// NVMe controllers in sysfs.
+const NVME_CLASS: &str = "0x010802";
+
+/// The kernel looks for disks while programs run already.
+const WAIT_FOR_DISK: &str = "until [ -b /dev/nvme0n1 ]; do usleep 1000; done";
+
+/// How long the host may take to find a disk again.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A device that its driver has let go of; dropped, the driver gets it back.
+#[derive(Debug)]
+pub(crate) struct Lent {
+    pub(crate) address: String,
+    pub(crate) group: PathBuf,
+}
+
+impl Lent {
+    /// Takes the device of a class from the host, of which there must be one.
+    fn take(class: &str) -> Self {
+        Self::take_with(&[("class", class)])
+    }
+
+    /// Takes the device with these identities.
+    fn take_id(vendor: &str, device: &str) -> Self {
+        Self::take_with(&[("vendor", vendor), ("device", device)])
+    }
+
+    fn take_with(signs: &[(&str, &str)]) -> Self {
+        let devices = fs::read_dir("/sys/bus/pci/devices").unwrap().map(|entry| entry.unwrap());
+        let has = |path: &Path, (file, value): &(&str, &str)| {
+            fs::read_to_string(path.join(file)).unwrap().trim() == *value
+        };
+        let is_it = |path: &Path| signs.iter().all(|sign| has(path, sign));
+        let found = devices.map(|entry| entry.path()).find(|path| is_it(path));
+        let device = found.expect("these tests need devices to pass on: dev/in-host --vfio");
+        let group = fs::read_link(device.join("iommu_group")).unwrap();
+        let lent = Self {
+            address: device.file_name().unwrap().to_str().unwrap().into(),
+            group: Path::new("/dev/vfio").join(group.file_name().unwrap()),
+        };
+        lent.bind("vfio-pci");
+        lent
+    }
+
+    fn bind(&self, driver: &str) {
+        let device = Path::new("/sys/bus/pci/devices").join(&self.address);
+        fs::write(device.join("driver_override"), format!("{driver}\n")).unwrap();
+        if device.join("driver").exists() {
+            fs::write(device.join("driver/unbind"), &self.address).unwrap();
+        }
+        fs::write("/sys/bus/pci/drivers_probe", &self.address).unwrap();
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.bind("");
+    }
+}
+
+/// Says `heard` once an interrupt of that name was counted more than twice.
+fn has_interrupts(name: &str) -> String {
+    format!(
+        "awk '/{name}/ {{ for (i = 2; i < NF; i++) if ($i ~ /^[0-9]+$/) sum += $i }}
+            END {{ print (sum > 2 ? \"heard\" : \"silent\") }}' /proc/interrupts"
+    )
+}
+
+/// Does something with the NVMe disk of the host, once that has found it.
+fn on_host<T>(act: impl Fn(&fs::File) -> io::Result<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let disk = OpenOptions::new().read(true).write(true).open("/dev/nvme0n1");
+        match disk.and_then(|disk| act(&disk)) {
+            Ok(done) => return done,
+            Err(error) => assert!(Instant::now() < deadline, "no NVMe disk in time: {error}"),
+        }
+    }
+}
+
+/// Through the controller's own DMA and interrupts: the host is not asked for a single byte.
+#[test]
+fn a_guest_reads_and_writes_an_nvme_disk_of_the_host() {
+    on_host(|disk| disk.write_all_at(&[b"from the host\n", &[0; 498][..]].concat(), 0));
+    let script = format!(
+        "{WAIT_FOR_DISK}; head -n 1 /dev/nvme0n1
+        seq 1 100000 | dd of=/dev/nvme0n1 bs=4k seek=1 conv=fsync 2> /dev/null
+        echo 3 > /proc/sys/vm/drop_caches
+        tail -c +4097 /dev/nvme0n1 | head -n 100000 | tail -n 1
+        grep -c MSIX.*nvme0q /proc/interrupts; {}; ls /sys/bus/pci/devices | wc -l",
+        has_interrupts("nvme0q")
+    );
+    let lent = Lent::take(NVME_CLASS);
+
+    let mut guest = guest(&script).vcpus(2).device(&lent).boot();
+    let (reason, said) = guest.end();
+
+    assert_eq!(reason, StopReason::PowerOff, "{said}");
+    assert_eq!(said, "from the host\n100000\n3\nheard\n2\n");
+    guest.cut();
+    drop(lent);
+    let found = on_host(|disk| {
+        let mut found = [0; 8];
+        disk.read_exact_at(&mut found, 4096).map(|()| found)
+    });
+    assert_eq!(&found, b"1\n2\n3\n4\n");
+}
+
+#[test]
+fn a_network_card_of_the_host_passes_packets() {
+    let script = format!(
+        "ip link set eth0 up; ip address add 10.0.2.15/24 dev eth0
+        until [ \"$(cat /sys/class/net/eth0/carrier)\" = 1 ]; do usleep 10000; done
+        ping -c 3 -W 20 10.0.2.2 | grep -c 'seq='; {}",
+        has_interrupts("eth0")
+    );
+    let lent = Lent::take_id("0x8086", "0x10d3");
+
+    let mut guest = guest(&script).device(&lent).boot();
+    let (reason, said) = guest.end();
+
+    assert_eq!((reason, said.as_str()), (StopReason::PowerOff, "3\nheard\n"));
+}
+
+/// A device that no driver knows, by its registers: QEMU's for teaching multiplies.
+#[test]
+fn the_registers_of_a_device_are_the_guests() {
+    let script = "device=/sys/bus/pci/devices/0000:00:01.0; echo 1 > $device/enable
+        start=$(head -n 1 $device/resource | cut -d' ' -f1)
+        devmem $((start + 4)) 32 0x12345678; devmem $((start + 4))
+        devmem $((start + 8)) 32 5
+        until [ $(($(devmem $((start + 32))) & 1)) = 0 ]; do :; done
+        devmem $((start + 8))";
+    let lent = Lent::take_id("0x1234", "0x11e8");
+
+    let mut guest = guest(script).device(&lent).boot();
+    let (reason, said) = guest.end();
+
+    assert_eq!((reason, said.as_str()), (StopReason::PowerOff, "0xEDCBA987\n0x00000078\n"));
+}
+
+/// What is in a device nobody can save, and its memory stays where it is.
+#[test]
+fn a_machine_with_a_device_of_the_host_is_not_saved() {
+    let lent = Lent::take(NVME_CLASS);
+    let disk = file(&[0; 4096]);
+    let mut guest = guest("echo ready; while :; do :; done").disk(&disk, true).device(&lent).boot();
+    guest.says("ready");
+
+    guest.machine.pause().unwrap();
+    assert!(matches!(guest.machine.save(), Err(SaveError::HostDevices)));
+
+    guest.machine.resume().unwrap();
+    guest.cut();
+}
