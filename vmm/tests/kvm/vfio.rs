@@ -1,9 +1,10 @@
 //! Devices of the host in a guest: an NVMe controller, by `dev/in-host --vfio`.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ovum_vmm::machine::StopReason;
@@ -80,7 +81,7 @@ fn has_interrupts(name: &str) -> String {
 }
 
 /// Does something with the NVMe disk of the host, once that has found it.
-fn on_host<T>(act: impl Fn(&fs::File) -> io::Result<T>) -> T {
+fn on_host<T>(act: impl Fn(&File) -> io::Result<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let disk = OpenOptions::new().read(true).write(true).open("/dev/nvme0n1");
@@ -117,6 +118,31 @@ fn a_guest_reads_and_writes_an_nvme_disk_of_the_host() {
         disk.read_exact_at(&mut found, 4096).map(|()| found)
     });
     assert_eq!(&found, b"1\n2\n3\n4\n");
+}
+
+/// One piece of memory larger than all that it booted with is read into, and all of it is right.
+#[test]
+fn a_device_reaches_memory_that_was_added_later() {
+    for block in 0_u8..64 {
+        let content = vec![block; 1 << 20];
+        on_host(|disk| disk.write_all_at(&content, u64::from(block) << 20));
+    }
+    let sum = Command::new("md5sum").stdin(on_host(File::try_clone)).output().unwrap();
+    let script = format!(
+        "awk '/MemTotal/ {{ print ($2 < 65536) }}' /proc/meminfo; {WAIT_FOR_DISK}; echo ready
+        until [ $(awk '/MemTotal/ {{print $2}}' /proc/meminfo) -gt 240000 ]; do usleep 1000; done
+        dd if=/dev/nvme0n1 bs=64M count=1 iflag=direct 2> /dev/null | md5sum"
+    );
+    let lent = Lent::take(NVME_CLASS);
+
+    let mut guest = guest(&script).memory_mib(72).hotplug_mib(256).device(&lent).boot();
+    let [is_small] = guest.lines_until("ready");
+    guest.machine.resize_hotplug(256 << 20).unwrap();
+    let (reason, said) = guest.end();
+
+    assert_eq!(reason, StopReason::PowerOff, "{said}");
+    assert_eq!(is_small, "1");
+    assert_eq!(said.trim(), String::from_utf8(sum.stdout).unwrap().trim());
 }
 
 #[test]
