@@ -24,7 +24,9 @@ use crate::api::error::ApiError;
 use crate::config::Limits;
 use crate::images::Images;
 use crate::instances::Instances;
+use crate::resources::Resources;
 use crate::token::{Scope, Secret};
+use crate::volumes::Volumes;
 
 mod auth;
 mod body;
@@ -40,10 +42,12 @@ mod key;
 mod logs;
 mod query;
 mod reclaim;
+pub mod resources;
 mod socket;
 pub mod stat;
 pub mod stats;
 pub mod tags;
+pub mod volumes;
 
 /// How long a request may take. A wait ends just before, by itself.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
@@ -71,6 +75,10 @@ pub struct App {
     pub images: Images,
     /// The instances of this host.
     pub instances: Instances,
+    /// The volumes of this host.
+    pub volumes: Volumes,
+    /// What this host has to give.
+    pub resources: Resources,
     /// What tokens are signed with.
     pub secret: Secret,
     /// What a request may ask for.
@@ -102,6 +110,7 @@ fn table(app: &App) -> OpenApiRouter<App> {
     OpenApiRouter::with_openapi(document::head())
         .routes(bounded(routes!(health::health)))
         .routes(to(Scope::RESOURCE_READ, routes!(capabilities::read)))
+        .routes(to(Scope::RESOURCE_READ, routes!(resources::read)))
         .routes(to(Scope::INSTANCE_WRITE, routes!(reclaim::reclaim)))
         .routes(to(Scope::IMAGE_READ, routes!(images::list)))
         .routes(to(Scope::IMAGE_WRITE, routes!(images::create)))
@@ -118,10 +127,17 @@ fn table(app: &App) -> OpenApiRouter<App> {
         .routes(to(Scope::INSTANCE_READ, routes!(stats::read)))
         .routes(to(Scope::INSTANCE_WRITE, routes!(instances::stop)))
         .routes(to(Scope::INSTANCE_WRITE, routes!(instances::start)))
+        .routes(to(Scope::VOLUME_WRITE, routes!(instances::volumes::attach)))
+        .routes(to(Scope::VOLUME_WRITE, routes!(instances::volumes::detach)))
         .routes(to_stream(Scope::INSTANCE_READ, routes!(logs::read)))
         .routes(to(Scope::INSTANCE_READ, routes!(stat::read)))
         .routes(to_stream(Scope::INSTANCE_WRITE, routes!(exec::exec)))
         .routes(to_stream(Scope::INSTANCE_WRITE, routes!(cp::cp)))
+        .routes(to(Scope::VOLUME_READ, routes!(volumes::list)))
+        .routes(to(Scope::VOLUME_WRITE, routes!(volumes::create)))
+        .routes(to_stream(Scope::VOLUME_WRITE, routes!(volumes::create_from_archive)))
+        .routes(to(Scope::VOLUME_READ, routes!(volumes::read)))
+        .routes(to(Scope::VOLUME_DELETE, routes!(volumes::delete)))
 }
 
 /// A route whose requests end, one way or the other, within [`REQUEST_TIMEOUT`].

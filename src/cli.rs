@@ -31,11 +31,13 @@ mod instances;
 mod interrupt;
 mod orders;
 mod output;
+mod resources;
 mod run;
 mod stats;
 mod terminal;
 mod top;
 mod upkeep;
+mod volumes;
 mod wait;
 mod waterfall;
 
@@ -88,6 +90,11 @@ enum Command {
     /// Pull, load, list and delete images
     #[command(subcommand)]
     Image(images::ImageCommand),
+    /// Make, list and delete volumes
+    #[command(subcommand)]
+    Volume(volumes::VolumeCommand),
+    /// See what the host has, and who was promised what
+    Resources(resources::ResourcesArgs),
     /// Make a token for a client of the API
     Token(host::TokenArgs),
     /// See what this host lacks to run instances
@@ -183,6 +190,8 @@ pub fn main() -> ExitCode {
         Command::Top(args) => client_runtime().and_then(|on| on.block_on(top::top(args))),
         Command::Health(args) => client_runtime().and_then(|on| on.block_on(health::health(args))),
         Command::Image(command) => block_on(images::image(command)),
+        Command::Volume(command) => block_on(volumes::volume(command)),
+        Command::Resources(args) => block_on(resources::resources(args)),
         Command::Token(args) => host::token(args).map(|()| ExitCode::SUCCESS),
         Command::Doctor(args) => host::doctor(args),
         Command::Boot(args) => boot::boot(args).map(|()| ExitCode::SUCCESS),

@@ -15,6 +15,7 @@ use std::thread::available_parallelism;
 use clap::builder::RangedI64ValueParser;
 use clap::{Args, Command, FromArgMatches, value_parser};
 
+use crate::ratio::Ratio;
 use crate::size::{ByteRate, ByteSize};
 use crate::subnet::Subnet;
 use file::FileError;
@@ -50,8 +51,6 @@ const VCPUS: RangeInclusive<u8> = 1..=32;
 
 /// Whom guests ask for names unless told otherwise.
 const DNS: Ipv4Addr = Ipv4Addr::new(1, 1, 1, 1);
-/// How many times the disks' bytes per second are given away: few instances use theirs at a time.
-const DISK_IO_OVERSUBSCRIPTION: u128 = 2;
 
 /// What can be typed after `ovum serve`.
 #[derive(Debug, Clone, Args)]
@@ -103,6 +102,32 @@ struct Settings {
     /// Free space that images leave on the data folder's file system [default: 1GB]
     #[arg(long, env = "OVUM_MIN_FREE", value_name = "SIZE")]
     min_free: Option<ByteSize>,
+    /// Size of all volumes together [default: no limit but the disk's]
+    #[arg(long, env = "OVUM_MAX_VOLUMES", value_name = "SIZE")]
+    max_volumes: Option<ByteSize>,
+    /// Disk that may be promised [default: the file system of the data folder]
+    #[arg(long, env = "OVUM_DISK_CAPACITY", value_name = "SIZE")]
+    disk_capacity: Option<ByteSize>,
+    /// What the host's network gives, each way; instances get a share by vCPUs [default: not
+    /// looked after]
+    #[arg(long, env = "OVUM_NETWORK_CAPACITY", value_name = "RATE")]
+    #[arg(value_parser = ByteRate::from_network)]
+    network_capacity: Option<ByteRate>,
+    /// How many times over processors are promised [default: 4]
+    #[arg(long, env = "OVUM_OVERCOMMIT_CPU", value_name = "RATIO")]
+    overcommit_cpu: Option<Ratio>,
+    /// How many times over memory is promised [default: 1]
+    #[arg(long, env = "OVUM_OVERCOMMIT_MEMORY", value_name = "RATIO")]
+    overcommit_memory: Option<Ratio>,
+    /// How many times over disk is promised [default: 1]
+    #[arg(long, env = "OVUM_OVERCOMMIT_DISK", value_name = "RATIO")]
+    overcommit_disk: Option<Ratio>,
+    /// How many times over the network rate is promised [default: 2]
+    #[arg(long, env = "OVUM_OVERCOMMIT_NETWORK", value_name = "RATIO")]
+    overcommit_network: Option<Ratio>,
+    /// How many times over the disk rate is promised [default: 2]
+    #[arg(long, env = "OVUM_OVERCOMMIT_DISK_IO", value_name = "RATIO")]
+    overcommit_disk_io: Option<Ratio>,
     /// Whether instances can have a network [default: true]
     #[arg(long, env = "OVUM_NETWORK", value_name = "BOOL")]
     network: Option<bool>,
@@ -144,6 +169,14 @@ impl Settings {
             max_image_packed: self.max_image_packed.or(below.max_image_packed),
             max_image_unpacked: self.max_image_unpacked.or(below.max_image_unpacked),
             min_free: self.min_free.or(below.min_free),
+            max_volumes: self.max_volumes.or(below.max_volumes),
+            disk_capacity: self.disk_capacity.or(below.disk_capacity),
+            network_capacity: self.network_capacity.or(below.network_capacity),
+            overcommit_cpu: self.overcommit_cpu.or(below.overcommit_cpu),
+            overcommit_memory: self.overcommit_memory.or(below.overcommit_memory),
+            overcommit_disk: self.overcommit_disk.or(below.overcommit_disk),
+            overcommit_network: self.overcommit_network.or(below.overcommit_network),
+            overcommit_disk_io: self.overcommit_disk_io.or(below.overcommit_disk_io),
             network: self.network.or(below.network),
             subnet: self.subnet.or(below.subnet),
             dns: self.dns.or(below.dns),
@@ -239,6 +272,8 @@ pub struct Config {
     pub limits: Limits,
     /// How images are had.
     pub images: ImagesConfig,
+    /// What may be promised to instances and volumes.
+    pub capacity: CapacityConfig,
     /// How instances have networks, if they may.
     pub network: Option<NetworkConfig>,
 }
@@ -265,8 +300,10 @@ pub struct Limits {
     pub body_bytes_max: usize,
     /// Whether an instance has a network if nothing is said of it.
     pub has_network: bool,
-    /// Bytes per second that the host's disks give, if that was said.
+    /// Bytes per second of the host's disks that may be promised, if it was said what they give.
     pub disk_io_bps: Option<NonZeroU64>,
+    /// Bytes per second of the host's network that may be promised, if it was said what it gives.
+    pub network_bps: Option<NonZeroU64>,
     /// CPUs of the host.
     pub host_cpus: NonZeroUsize,
 }
@@ -274,9 +311,20 @@ pub struct Limits {
 impl Limits {
     /// Bytes per second for the disks of an instance with so many vCPUs that asks for no limit.
     pub fn disk_io_share(&self, vcpus: u8) -> Option<NonZeroU64> {
-        let all = u128::from(self.disk_io_bps?.get()) * DISK_IO_OVERSUBSCRIPTION;
-        let share = all * u128::from(vcpus) / self.host_cpus.get() as u128;
-        NonZeroU64::new(u64::try_from(share).unwrap_or(u64::MAX).max(1))
+        self.share(self.disk_io_bps?, vcpus)
+    }
+
+    /// Bytes per second, each way, for the network of an instance with so many vCPUs that asks for
+    /// no limit.
+    pub fn network_share(&self, vcpus: u8) -> Option<NonZeroU64> {
+        self.share(self.network_bps?, vcpus)
+    }
+
+    /// The part of `all` that so many vCPUs are of the host's processors: never more than all.
+    fn share(&self, all: NonZeroU64, vcpus: u8) -> Option<NonZeroU64> {
+        let all = all.get();
+        let share = u128::from(all) * u128::from(vcpus) / self.host_cpus.get() as u128;
+        NonZeroU64::new(u64::try_from(share).unwrap_or(u64::MAX).clamp(1, all))
     }
 }
 
@@ -289,8 +337,75 @@ impl Default for Limits {
             body_bytes_max: 2 << 20,
             has_network: true,
             disk_io_bps: None,
+            network_bps: None,
             host_cpus: available_parallelism().unwrap_or(NonZeroUsize::MIN),
         }
+    }
+}
+
+/// What may be promised to instances and volumes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CapacityConfig {
+    /// Bytes of all volumes together, if they have a limit of their own.
+    pub volumes_bytes_max: Option<u64>,
+    /// Bytes of disk, if not the file system's.
+    pub disk_bytes: Option<u64>,
+    /// Bytes per second of network, if that is looked after.
+    pub network_bps: Option<u64>,
+    /// Bytes per second of disk, if that is looked after.
+    pub disk_io_bps: Option<u64>,
+    /// How many times over processors are promised.
+    pub cpu_ratio: Ratio,
+    /// How many times over memory is promised.
+    pub memory_ratio: Ratio,
+    /// How many times over disk is promised.
+    pub disk_ratio: Ratio,
+    /// How many times over the network rate is promised.
+    pub network_ratio: Ratio,
+    /// How many times over the disk rate is promised.
+    pub disk_io_ratio: Ratio,
+}
+
+impl Default for CapacityConfig {
+    fn default() -> Self {
+        Self {
+            volumes_bytes_max: None,
+            disk_bytes: None,
+            network_bps: None,
+            disk_io_bps: None,
+            cpu_ratio: Ratio::whole(4),
+            memory_ratio: Ratio::whole(1),
+            disk_ratio: Ratio::whole(1),
+            network_ratio: Ratio::whole(2),
+            disk_io_ratio: Ratio::whole(2),
+        }
+    }
+}
+
+impl CapacityConfig {
+    fn new(settings: &Settings) -> Self {
+        let usual = Self::default();
+        let bytes = |size: Option<ByteSize>| size.map(|ByteSize(bytes)| bytes);
+        let rate = |rate: Option<ByteRate>| rate.map(|ByteRate(bps)| bps);
+        Self {
+            volumes_bytes_max: bytes(settings.max_volumes),
+            disk_bytes: bytes(settings.disk_capacity),
+            network_bps: rate(settings.network_capacity),
+            disk_io_bps: rate(settings.disk_io_capacity),
+            cpu_ratio: settings.overcommit_cpu.unwrap_or(usual.cpu_ratio),
+            memory_ratio: settings.overcommit_memory.unwrap_or(usual.memory_ratio),
+            disk_ratio: settings.overcommit_disk.unwrap_or(usual.disk_ratio),
+            network_ratio: settings.overcommit_network.unwrap_or(usual.network_ratio),
+            disk_io_ratio: settings.overcommit_disk_io.unwrap_or(usual.disk_io_ratio),
+        }
+    }
+
+    fn disk_io_promised(&self) -> Option<NonZeroU64> {
+        self.disk_io_bps.and_then(|bps| NonZeroU64::new(self.disk_io_ratio.of(bps)))
+    }
+
+    fn network_promised(&self) -> Option<NonZeroU64> {
+        self.network_bps.and_then(|bps| NonZeroU64::new(self.network_ratio.of(bps)))
     }
 }
 
@@ -324,6 +439,7 @@ impl ConfigArgs {
 
 impl Config {
     fn new(settings: Settings) -> Result<Self, ConfigError> {
+        let capacity = CapacityConfig::new(&settings);
         let Settings {
             data_dir,
             listen,
@@ -340,8 +456,8 @@ impl Config {
             network,
             subnet,
             dns,
-            disk_io_capacity,
             jwt_secret,
+            ..
         } = settings;
         let bytes = |size: Option<ByteSize>, default| size.map_or(default, |ByteSize(bytes)| bytes);
         let limits = Limits::default();
@@ -359,7 +475,8 @@ impl Config {
                 overlay_bytes_max: bytes(max_overlay, limits.overlay_bytes_max),
                 body_bytes_max: limits.body_bytes_max,
                 has_network,
-                disk_io_bps: disk_io_capacity.and_then(|ByteRate(bps)| NonZeroU64::new(bps)),
+                disk_io_bps: capacity.disk_io_promised(),
+                network_bps: capacity.network_promised(),
                 host_cpus: limits.host_cpus,
             },
             images: ImagesConfig {
@@ -369,6 +486,7 @@ impl Config {
                 unpacked_bytes_max: bytes(max_image_unpacked, 64 << 30),
                 free_bytes_min: bytes(min_free, 1 << 30),
             },
+            capacity,
             network: has_network.then(|| NetworkConfig {
                 subnet: subnet.unwrap_or(Subnet::DEFAULT),
                 dns: dns.unwrap_or_else(|| vec![DNS]),

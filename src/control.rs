@@ -10,7 +10,9 @@
 //! a server trusts after it was away.
 
 pub use ovum_vmm::rate_limiter::{RateLimitSpec, RateSpec};
-pub use ovum_vmm::spec::{DiskSpec, MEMORY_BYTES_MIN, MEMORY_BYTES_STEP, MachineSpec, NetSpec};
+pub use ovum_vmm::spec::{
+    DISKS_MAX, DiskSpec, MEMORY_BYTES_MIN, MEMORY_BYTES_STEP, MachineSpec, NetSpec,
+};
 use serde::{Deserialize, Serialize};
 
 /// The only argument of a worker. Not for people.

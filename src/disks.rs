@@ -1,10 +1,15 @@
-//! An instance's writable overlay: a sparse ext4 file that costs a millisecond and few blocks.
+//! Writable disks: sparse ext4 files.
 //!
-//! mkfs.ext4 runs once per size; its result stays in the data folder as a template. Each disk is a
-//! sparse copy of it: a reflink where the file system can, else its few data extents. All disks of
-//! one size therefore share their file system's UUID, which no two guests see together.
+//! An overlay costs a millisecond and few blocks: mkfs.ext4 runs once per size, its result stays in
+//! the data folder as a template, and each overlay is a sparse copy of it: a reflink where the file
+//! system can, else its few data extents. All overlays of one size therefore share their file
+//! system's UUID, by which nobody mounts them. A volume outlives instances and may be told by its
+//! UUID: it is formatted by itself, with content if there is some.
+//!
+//! A disk that is open is locked: for one machine, or for any number that only read. The lock
+//! belongs to the open file and so lasts as long as a worker that was handed it.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -17,7 +22,7 @@ use sha2::{Digest, Sha256};
 use tokio::task::spawn_blocking;
 use tokio::time;
 
-use crate::os::tool::{MKFS_EXT4, ToolError};
+use crate::os::tool::{E2FSCK, MKFS_EXT4, ToolError};
 
 /// Smallest disk: below, the journal would be most of it.
 pub const SIZE_BYTES_MIN: u64 = 32 << 20;
@@ -33,6 +38,22 @@ const LARGE_BYTES: u64 = 1 << 30;
 
 /// How long formatting may take; it takes milliseconds.
 const FORMAT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// How long it may take to format a disk with content, which is written on the way.
+const FILL_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// How long it may take to finish what a journal holds.
+const REPLAY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Bytes of disk for which mkfs.ext4 makes one inode by itself.
+const INODE_BYTES: u64 = 16 << 10;
+
+/// Where ext4's magic number and incompatible features are (Documentation/filesystems/ext4 of the
+/// kernel, "Super Block"), and the feature that says that the journal is not empty.
+const MAGIC_AT: u64 = 1024 + 0x38;
+const MAGIC: [u8; 2] = [0x53, 0xef];
+const FEATURES_AT: u64 = 1024 + 0x60;
+const NEEDS_RECOVERY: u8 = 0x4;
 
 /// Features: what a current kernel makes best use of, and nothing that costs blocks up front (no
 /// room to resize, no backup superblocks).
@@ -90,47 +111,74 @@ impl Disks {
     }
 
     fn create_now(&self, path: PathBuf, size_bytes: u64) -> Result<Disk, DiskError> {
-        if !(SIZE_BYTES_MIN..=SIZE_BYTES_MAX).contains(&size_bytes) {
-            let (min_bytes, max_bytes) = (SIZE_BYTES_MIN, SIZE_BYTES_MAX);
-            return Err(DiskError::Size { size_bytes, min_bytes, max_bytes });
-        }
-        let size_bytes = size_bytes.next_multiple_of(SIZE_STEP_BYTES);
+        let size_bytes = checked_size(size_bytes)?;
         let template = self.template(size_bytes)?;
         let file = create_new(&path).map_err(|source| DiskError::of(&path, source))?;
-        let disk = Disk { file, path, kept: false };
-        copy_sparsely(&template, &disk.file).map_err(|source| DiskError::of(&disk.path, source))?;
+        let disk = Disk { file, place: Place { path, kept: false } };
+        copy_sparsely(&template, &disk.file)
+            .map_err(|source| DiskError::of(disk.path(), source))?;
         Ok(disk)
+    }
+
+    /// Makes a disk of `size_bytes` (rounded up to 1 MiB) at `path`, which must not exist, with a
+    /// file system that no other disk has. Blocks while the content is written.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError`]; nothing is left at `path`.
+    pub fn format(
+        path: PathBuf,
+        size_bytes: u64,
+        content: Option<&Content>,
+    ) -> Result<Disk, DiskError> {
+        let size_bytes = checked_size(size_bytes)?;
+        let file = create_new(&path).map_err(|source| DiskError::of(&path, source))?;
+        let disk = Disk { file, place: Place { path, kept: false } };
+        let failed = |source| DiskError::of(disk.path(), source);
+        disk.file.set_len(size_bytes).map_err(failed)?;
+        let mut words = options(size_bytes);
+        let mut timeout = FORMAT_TIMEOUT;
+        if let Some(Content { folder, files }) = content {
+            // A quarter more than there are, for what a guest adds.
+            let inodes = (size_bytes / INODE_BYTES).max(files.saturating_add(files / 4));
+            words.extend(["-N".into(), inodes.to_string().into(), "-d".into()]);
+            words.push(folder.clone().into());
+            timeout = FILL_TIMEOUT;
+        }
+        mkfs(words, disk.path(), timeout)?;
+        disk.file.sync_all().map_err(failed)?;
+        Ok(disk)
+    }
+
+    /// Opens the disk at `path` for reading, beside others who do. What its last writer had begun
+    /// is finished first: who mounts it cannot.
+    ///
+    /// # Errors
+    ///
+    /// [`DiskError::InUse`] if a machine may write to it.
+    pub async fn open_to_read(path: &Path) -> Result<File, DiskError> {
+        patiently(path, open_whole).await
     }
 
     /// Opens the disk at `path` again, for one more machine.
     ///
-    /// A program that is just being started has a copy of every file for a moment, until it becomes
-    /// that program, and with it the lock of the last machine. So it is asked for a few times.
-    ///
     /// # Errors
     ///
     /// [`DiskError::InUse`] if a machine still has it: two would destroy it.
-    pub async fn reopen(&self, path: &Path) -> Result<File, DiskError> {
-        let deadline = Instant::now() + LOCK_TIMEOUT;
-        loop {
-            let open = || {
-                let file = File::options().read(true).write(true).open(path)?;
-                flock(&file, FlockOperation::NonBlockingLockExclusive)?;
-                Ok(file)
-            };
-            match open().map_err(|source| DiskError::of(path, source)) {
-                Err(DiskError::InUse { .. }) if Instant::now() < deadline => {
-                    time::sleep(LOCK_INTERVAL).await;
-                }
-                outcome => return outcome,
-            }
-        }
+    pub async fn reopen(path: &Path) -> Result<File, DiskError> {
+        let open = |path: &Path| {
+            let file = File::options().read(true).write(true).open(path)?;
+            flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+            Ok(file)
+        };
+        patiently(path, move |path| open(path).map_err(|source| DiskError::of(path, source))).await
     }
 
     /// The template of that size, made if it is the first of its kind.
     fn template(&self, size_bytes: u64) -> Result<File, DiskError> {
         let options = options(size_bytes);
-        let key = Sha256::digest(format!("{size_bytes} {}", options.join(" ")));
+        let key =
+            Sha256::digest(format!("{size_bytes} {}", options.join(OsStr::new(" ")).display()));
         let path = self.templates.join(format!("{}.ext4", hex::encode(&key[..8])));
         match File::open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -141,27 +189,94 @@ impl Disks {
         let file = tempfile::Builder::new().suffix(".new").tempfile_in(&self.templates);
         let file = file.map_err(failed)?;
         file.as_file().set_len(size_bytes).map_err(failed)?;
-        let mut arguments: Vec<&OsStr> = options.iter().map(OsStr::new).collect();
-        arguments.push(file.path().as_os_str());
-        // The host's configuration shall not change what guests get.
-        MKFS_EXT4.run(&arguments, &[("MKE2FS_CONFIG", "/dev/null")], FORMAT_TIMEOUT)?;
+        mkfs(options, file.path(), FORMAT_TIMEOUT)?;
         file.as_file().sync_all().map_err(failed)?;
         file.persist(&path).map_err(|error| failed(error.error))
     }
 }
 
+/// Files for a new disk.
+#[derive(Debug)]
+pub struct Content {
+    /// The folder whose content it is.
+    pub folder: PathBuf,
+    /// Files, directories and links in it.
+    pub files: u64,
+}
+
+/// Opens a disk by `open`, a few times if another has it: a program that is just being started has
+/// a copy of every file for a moment, until it becomes that program, and with it the lock of the
+/// last machine.
+async fn patiently(
+    path: &Path,
+    open: impl Fn(&Path) -> Result<File, DiskError> + Copy + Send + 'static,
+) -> Result<File, DiskError> {
+    let deadline = Instant::now() + LOCK_TIMEOUT;
+    loop {
+        let path = path.to_owned();
+        let opening = spawn_blocking(move || open(&path));
+        match opening.await.expect("opening a disk does not panic") {
+            Err(DiskError::InUse { .. }) if Instant::now() < deadline => {
+                time::sleep(LOCK_INTERVAL).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+/// Opens a disk for reading, with nothing left in its journal.
+fn open_whole(path: &Path) -> Result<File, DiskError> {
+    let failed = |source| DiskError::of(path, source);
+    let file = File::open(path).map_err(failed)?;
+    let is_alone = flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+    if is_alone && needs_recovery(&file).map_err(failed)? {
+        let words: [&OsStr; 4] =
+            ["-p".as_ref(), "-E".as_ref(), "journal_only".as_ref(), path.as_os_str()];
+        E2FSCK.run(&words, &[], REPLAY_TIMEOUT)?;
+    }
+    flock(&file, FlockOperation::NonBlockingLockShared).map_err(|errno| failed(errno.into()))?;
+    if needs_recovery(&file).map_err(failed)? {
+        // Its last writer let go of it only just now.
+        return Err(failed(Errno::WOULDBLOCK.into()));
+    }
+    Ok(file)
+}
+
+fn checked_size(size_bytes: u64) -> Result<u64, DiskError> {
+    if !(SIZE_BYTES_MIN..=SIZE_BYTES_MAX).contains(&size_bytes) {
+        let (min_bytes, max_bytes) = (SIZE_BYTES_MIN, SIZE_BYTES_MAX);
+        return Err(DiskError::Size { size_bytes, min_bytes, max_bytes });
+    }
+    Ok(size_bytes.next_multiple_of(SIZE_STEP_BYTES))
+}
+
+/// Formats the file at `path`. The host's configuration shall not change what guests get.
+fn mkfs(options: Vec<OsString>, path: &Path, timeout: Duration) -> Result<(), ToolError> {
+    let mut arguments = options;
+    arguments.push(path.as_os_str().to_owned());
+    let arguments: Vec<&OsStr> = arguments.iter().map(OsString::as_os_str).collect();
+    MKFS_EXT4.run(&arguments, &[("MKE2FS_CONFIG", "/dev/null")], timeout).map(drop)
+}
+
+/// Whether the journal holds what has not arrived at its place.
+fn needs_recovery(disk: &File) -> io::Result<bool> {
+    let (mut magic, mut features) = ([0; 2], [0; 1]);
+    disk.read_exact_at(&mut magic, MAGIC_AT)?;
+    disk.read_exact_at(&mut features, FEATURES_AT)?;
+    Ok(magic == MAGIC && features[0] & NEEDS_RECOVERY != 0)
+}
+
 /// The command line of mkfs.ext4, without the file.
-fn options(size_bytes: u64) -> Vec<String> {
+fn options(size_bytes: u64) -> Vec<OsString> {
     let journal_mib = if size_bytes < LARGE_BYTES { 4 } else { 16 };
     let journal = format!("size={journal_mib}");
     let words = [
         "-q", "-F", "-b", "4096", "-I", "256", "-m", "0", "-J", &journal, "-O", FEATURES, "-E",
         LAYOUT,
     ];
-    words.map(str::to_owned).to_vec()
+    words.map(OsString::from).to_vec()
 }
 
-/// The lock belongs to the open file: it lasts as long as a worker that was handed it.
 fn create_new(path: &Path) -> io::Result<File> {
     let file = File::options().read(true).write(true).create_new(true).mode(MODE).open(path)?;
     flock(&file, FlockOperation::NonBlockingLockExclusive)?;
@@ -203,6 +318,11 @@ fn copy_sparsely(from: &File, to: &File) -> io::Result<()> {
 #[derive(Debug)]
 pub struct Disk {
     file: File,
+    place: Place,
+}
+
+#[derive(Debug)]
+struct Place {
     path: PathBuf,
     kept: bool,
 }
@@ -215,33 +335,34 @@ impl Disk {
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Brings it to the host's disk, with its name and that of its folder: what is done with it
-    /// meanwhile may or may not be part of it. To be done before anybody is told that it is there.
-    ///
-    /// # Errors
-    ///
-    /// [`DiskError`].
-    pub async fn settle(&self) -> Result<(), DiskError> {
-        let path = self.path.clone();
-        let failed = |source| DiskError::of(&self.path, source);
-        let file = self.file.try_clone().map_err(failed)?;
-        let settling = spawn_blocking(move || {
-            file.sync_all()?;
-            path.ancestors().skip(1).take(2).try_for_each(|folder| File::open(folder)?.sync_all())
-        });
-        settling.await.expect("syncing a disk does not panic").map_err(failed)
+        &self.place.path
     }
 
     /// Leaves the file in place for good.
-    pub fn keep(mut self) {
-        self.kept = true;
+    pub fn keep(mut self) -> File {
+        self.place.kept = true;
+        self.file
     }
 }
 
-impl Drop for Disk {
+/// Waits until the disk at `path` and its place in two folders above it are on the host's disk.
+///
+/// # Errors
+///
+/// [`DiskError`].
+pub async fn settle(file: &File, path: &Path) -> Result<(), DiskError> {
+    let path = path.to_owned();
+    let failed = |source| DiskError::of(&path, source);
+    let file = file.try_clone().map_err(failed)?;
+    let folders: Vec<PathBuf> = path.ancestors().skip(1).take(2).map(Path::to_owned).collect();
+    let settling = spawn_blocking(move || {
+        file.sync_all()?;
+        folders.iter().try_for_each(|folder| File::open(folder)?.sync_all())
+    });
+    settling.await.expect("syncing a disk does not panic").map_err(failed)
+}
+
+impl Drop for Place {
     fn drop(&mut self) {
         if self.kept {
             return;

@@ -10,6 +10,7 @@ use rustix::fs::{Access, access, statvfs};
 
 use crate::config::{Config, NetworkConfig};
 use crate::network;
+use crate::os::cgroup::ROOT;
 use crate::os::tap;
 use crate::os::tool::TOOLS;
 use crate::server;
@@ -77,6 +78,7 @@ pub fn examine(config: &Config) -> Vec<Finding> {
         },
         Finding { subject: "data folder".to_owned(), outcome: data_dir(&config.data_dir) },
         Finding { subject: "disk space".to_owned(), outcome: space(config) },
+        Finding { subject: "control groups".to_owned(), outcome: Ok(groups(Path::new(ROOT))) },
     ];
     if let Some(NetworkConfig { subnet, .. }) = config.network {
         let outcome = network(subnet, &config.data_dir);
@@ -249,6 +251,22 @@ fn space(config: &Config) -> Result<String, Problem> {
             what: format!("{free_mib} free under {}, {needed} needed", existing.display()),
             mend: "make room, or name another folder with --data-dir".to_owned(),
         })
+    }
+}
+
+/// Whether workers get a share of the host each. It is no problem if not.
+fn groups(root: &Path) -> String {
+    let shown = root.display();
+    let Ok(controllers) = fs::read_to_string(root.join("cgroup.controllers")) else {
+        return format!("none: {shown} is not of version 2; guests share the host unbounded");
+    };
+    let has = |name| controllers.split_whitespace().any(|one| one == name);
+    if !has("cpu") || !has("memory") {
+        return format!("none: {shown} has no cpu and memory; guests share the host unbounded");
+    }
+    match access(root, Access::WRITE_OK) {
+        Ok(()) => format!("a share of processors and memory for each guest, in {shown}"),
+        Err(_) => format!("none: {shown} is root's to write to; guests share the host unbounded"),
     }
 }
 

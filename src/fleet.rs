@@ -32,10 +32,12 @@ use crate::control::{
     RateSpec, Reply, WORKER_COMMAND,
 };
 use crate::fleet::worker::Worker;
+use crate::os::cgroup::{Cgroup, Share};
 use crate::os::packets::{self, PacketListener, PacketSocket};
 use crate::os::process::Process;
 use crate::os::spawn::{self, Identity};
 
+pub use crate::os::cgroup::{Cgroups, ROOT as CGROUP_ROOT};
 pub use crate::os::usage::{HostMemory, Usage};
 
 pub mod journal;
@@ -64,6 +66,8 @@ pub struct Fleet {
     pub kvm: PathBuf,
     /// The guest kernel.
     pub kernel: PathBuf,
+    /// Where workers get their share of the host, if they can.
+    pub groups: Option<Cgroups>,
 }
 
 /// One machine to be started.
@@ -138,10 +142,11 @@ impl NewWorker {
 
 impl Drop for NewWorker {
     fn drop(&mut self) {
-        if let Some(worker) = self.0.take()
-            && let Err(error) = worker.kill()
-        {
-            tracing::error!(pid = worker.pid(), %error, "Failed to kill a worker");
+        if let Some(mut worker) = self.0.take() {
+            if let Err(error) = worker.kill() {
+                tracing::error!(pid = worker.pid(), %error, "Failed to kill a worker");
+            }
+            worker.leave_group();
         }
     }
 }
@@ -217,14 +222,16 @@ impl Fleet {
     ) -> Result<NewWorker, SpawnError> {
         let (ours, theirs) = packets::pair().map_err(SpawnError::Start)?;
         let theirs = OwnedFd::from(theirs);
-        let child = spawn::start(&self.program, WORKER_COMMAND, (&theirs, LAUNCH_FD), log)
-            .map_err(SpawnError::Start)?;
+        let group = self.group(dir, &machine);
+        let door = group.as_ref().map(Cgroup::door).transpose().map_err(SpawnError::Start)?;
+        let spawned = spawn::start(&self.program, WORKER_COMMAND, (&theirs, LAUNCH_FD), log, door);
+        let child = spawned.map_err(SpawnError::Start)?;
         drop(theirs);
         let pid = child.id().ok_or(SpawnError::Died)?;
         let identity = Identity::of(pid).map_err(SpawnError::Start)?;
         let process = identity.find().map_err(SpawnError::Start)?.ok_or(SpawnError::Died)?;
         let worker = Worker::started(identity, process, child, dir).map_err(SpawnError::Start)?;
-        let mut worker = NewWorker(Some(worker));
+        let mut worker = NewWorker(Some(worker.in_group(group)));
         let Some(started) = worker.0.as_mut() else { return Err(SpawnError::Died) };
         let path = dir.join(files::IDENTITY);
         fs::write(&path, serde_json::to_vec(started.identity()).unwrap_or_default())
@@ -277,7 +284,17 @@ impl Fleet {
         // Half a file: the server died before it told the worker anything.
         let Ok(identity) = serde_json::from_slice::<Identity>(&identity) else { return Ok(None) };
         let Some(process) = identity.find().map_err(failed)? else { return Ok(None) };
-        Worker::found(identity, process, dir).map(Some).map_err(failed)
+        let worker = Worker::found(identity, process, dir).map_err(failed)?;
+        let group = self.groups.as_ref().and_then(|groups| groups.find(&id_of(dir)));
+        Ok(Some(worker.in_group(group)))
+    }
+
+    /// The group of the worker in the folder `dir`. One that cannot be made is done without.
+    fn group(&self, dir: &Path, machine: &MachineSpec) -> Option<Cgroup> {
+        let MachineSpec { vcpus, memory_bytes, hotplug_bytes, .. } = *machine;
+        let memory_bytes = memory_bytes.saturating_add(hotplug_bytes);
+        let group = self.groups.as_ref()?.create(&id_of(dir), Share { vcpus, memory_bytes });
+        group.inspect_err(|error| tracing::warn!(%error, "A worker has no control group")).ok()
     }
 
     /// Whether machines can be started here, as far as can be told without starting one.
@@ -367,6 +384,11 @@ fn clear(dir: &Path) -> Result<(), SpawnError> {
         }
     }
     Ok(())
+}
+
+/// What a folder is called: its instance.
+fn id_of(dir: &Path) -> String {
+    dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 fn append(path: &Path) -> io::Result<File> {

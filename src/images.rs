@@ -54,13 +54,13 @@ pub mod manifest;
 pub mod records;
 pub mod reference;
 pub mod registry;
-pub mod room;
 mod roots;
 mod shelf;
 #[cfg(test)]
 mod testing;
 mod tree;
 
+pub use crate::os::room;
 pub use errors::{DeleteError, ImagesError, ReadyError, RequestError, TagError};
 pub use image::{Image, ImageSpec, ImageStatus, RootDisk};
 

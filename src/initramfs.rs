@@ -219,6 +219,7 @@ mod tests {
             working_dir: "/".to_owned(),
             listen: true,
             realtime_ns: 0,
+            volumes: Vec::new(),
         }
     }
 

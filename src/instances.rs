@@ -15,7 +15,6 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
@@ -28,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::agent::Agents;
-use crate::disks::{Disk, Disks};
+use crate::disks::Disks;
 use crate::fleet::Fleet;
 use crate::images::digest::Digest;
 use crate::images::reference::Reference;
@@ -40,21 +39,24 @@ use crate::instances::history::Ending;
 use crate::instances::owner::{Done, Order, Owner};
 use crate::instances::record::{Phase, Record, ReserveError};
 use crate::instances::restart::RestartStatus;
-use crate::instances::spec::{Command, Expiry, InstanceSpec, Upkeep};
+use crate::instances::spec::{Command, Expiry, InstanceSpec, Upkeep, VolumeMount};
 use crate::instances::state::State;
 use crate::logs::watch::FileWatch;
 use crate::network::Network;
+use crate::resources::{Claim, Resources};
 use crate::store::Store;
 use crate::timeline::{Moment, Timeline};
+use crate::volumes::{self, AttachError, Attachment, Volumes};
 
 pub use crate::network::{Mac, NetworkError};
 pub use errors::{
     BootError, CreateError, DeleteError, EndError, FindError, OpenError, OrderError, RecordError,
-    StartError, StopError, UpkeepError,
+    StartError, StopError, UpkeepError, VolumeError,
 };
 
 mod boot;
 mod diary;
+mod disks;
 mod errors;
 pub mod follow;
 mod guest;
@@ -76,9 +78,6 @@ const IMAGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Orders that may wait for an owner: clients that hang up leave theirs behind.
 const ORDERS_MAX: usize = 32;
 
-/// The writable layer's file in an instance's folder.
-const OVERLAY: &str = "overlay.ext4";
-
 /// What instances are made with.
 #[derive(Debug)]
 pub struct InstancesSpec {
@@ -90,6 +89,10 @@ pub struct InstancesSpec {
     pub images: Images,
     /// Where writable layers come from.
     pub disks: Disks,
+    /// Where volumes come from.
+    pub volumes: Volumes,
+    /// Whom to ask for everything else.
+    pub resources: Resources,
     /// Where addresses and ways to guests come from.
     pub network: Network,
     /// Where workers come from.
@@ -111,6 +114,8 @@ struct Shared {
     store: Store,
     images: Images,
     disks: Disks,
+    volumes: Volumes,
+    resources: Resources,
     network: Network,
     fleet: Fleet,
     agents: Agents,
@@ -189,7 +194,8 @@ impl Instances {
     ///
     /// [`OpenError`].
     pub async fn open(spec: InstancesSpec) -> Result<Self, OpenError> {
-        let InstancesSpec { dir, store, images, disks, network, fleet, agent } = spec;
+        let InstancesSpec { dir, store, images, disks, volumes, resources, network, fleet, agent } =
+            spec;
         let failed = |source| OpenError::Dir { path: dir.clone(), source };
         fs::create_dir_all(&dir).map_err(failed)?;
         let log_watch = FileWatch::new().map_err(failed)?;
@@ -198,6 +204,8 @@ impl Instances {
             store,
             images,
             disks,
+            volumes,
+            resources,
             network,
             fleet,
             agents: Agents::default(),
@@ -224,10 +232,13 @@ impl Instances {
     /// [`CreateError`]; nothing is left, except that a pull that was begun goes on.
     pub async fn create(
         &self,
-        spec: InstanceSpec,
+        mut spec: InstanceSpec,
         expiry: Expiry,
     ) -> Result<Arc<Instance>, CreateError> {
         let mut timeline = Timeline::begin();
+        for mount in &mut spec.volumes {
+            mount.volume = self.shared.volumes.find(&mount.volume)?.id.into();
+        }
         if spec.network.is_some() {
             // A host that cannot have networks says so before an image is pulled for nothing.
             self.shared.network.prepare().await.map_err(BootError::from)?;
@@ -240,28 +251,25 @@ impl Instances {
         let record = &mut reservation.record;
         record.expires_at = expiry.from(record.created_at);
         record.address = boot.address();
-        let overlay_path = reservation.dir.join(OVERLAY);
-        let overlay_bytes = reservation.record.spec.overlay_bytes;
-        let id = reservation.record.id.clone();
-        let overlay = async { Ok(self.shared.disks.create(&overlay_path, overlay_bytes).await?) };
+        let id = record.id.clone();
+        let Reservation { record, dir, .. } = &mut reservation;
+        let disks = async { Ok(disks::create(&self.shared, &record.spec, dir).await?) };
         let connected = async { Ok::<_, CreateError>(boot.connect(&self.shared, &id).await?) };
-        let (overlay, ()) = try_join!(overlay, connected)?;
-        reservation.record.timeline.mark(Moment::DisksReady);
-        let Reservation { record, dir, .. } = &reservation;
-        let launch = boot.launch(&self.shared, &record.spec, dir, overlay.file().as_fd());
+        let (disks, ()) = try_join!(disks, connected)?;
+        record.timeline.mark(Moment::DisksReady);
+        let launch = boot.launch(&self.shared, &record.spec, dir, &disks);
         // A disk that is slow to write does not hold up the machine.
         let (booted, ()) = tokio::try_join!(
             launch.map_err(CreateError::from),
-            overlay.settle().map_err(CreateError::from)
+            disks::settle(&disks).map_err(CreateError::from)
         )?;
-        self.keep(reservation, overlay, booted)
+        self.keep(reservation, booted)
     }
 
     /// All steps worked: the record says so, and then nothing is undone any more.
     fn keep(
         &self,
         mut reservation: Reservation,
-        overlay: Disk,
         Booted { worker, lease }: Booted,
     ) -> Result<Arc<Instance>, CreateError> {
         reservation.record.phase = Phase::Kept;
@@ -269,9 +277,9 @@ impl Instances {
         self.shared.store.transact(|records| record.update(records)).map_err(|source| {
             CreateError::Reserve(ReserveError::from_sqlite(record.spec.name.as_str(), source))
         })?;
-        overlay.keep();
-        reservation.keep();
-        let owner = Owner::new(Arc::clone(&self.shared), record).with_worker(worker.keep(), lease);
+        let claim = reservation.keep();
+        let owner = Owner::new(Arc::clone(&self.shared), record).with_claim(claim);
+        let owner = owner.with_worker(worker.keep(), lease);
         Ok(Shared::add(&self.shared, owner))
     }
 
@@ -372,6 +380,35 @@ impl Instances {
     /// [`StartError`]; the instance is as before.
     pub async fn start(&self, key: &str, command: Command) -> Result<Arc<Instance>, StartError> {
         self.order(key, |done| Order::Start { command, done }).await
+    }
+
+    /// Gives the instance a volume, which it has from its next start on. Goes on if the caller goes
+    /// away.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError`]; nothing has changed.
+    pub async fn attach_volume(
+        &self,
+        key: &str,
+        mut mount: VolumeMount,
+    ) -> Result<Arc<Instance>, VolumeError> {
+        mount.volume = self.shared.volumes.find(&mount.volume)?.id.into();
+        self.order(key, |done| Order::Attach { mount, done }).await
+    }
+
+    /// Takes a volume from the instance. Goes on if the caller goes away.
+    ///
+    /// # Errors
+    ///
+    /// [`VolumeError`]; nothing has changed.
+    pub async fn detach_volume(
+        &self,
+        key: &str,
+        volume: &str,
+    ) -> Result<Arc<Instance>, VolumeError> {
+        let volume = self.shared.volumes.find(volume)?.id.into();
+        self.order(key, |done| Order::Detach { volume, done }).await
     }
 
     /// Changes how the instance is looked after.
@@ -476,6 +513,8 @@ struct Reservation {
     shared: Arc<Shared>,
     record: Record,
     dir: PathBuf,
+    /// What the host has promised; gone once it was kept.
+    claim: Option<Claim>,
     is_kept: bool,
 }
 
@@ -500,18 +539,32 @@ impl Reservation {
             hold: None,
             restart: RestartStatus::default(),
         };
-        shared.store.intend(|records| record.insert(records)).map_err(|source| {
-            CreateError::Reserve(ReserveError::from_sqlite(record.spec.name.as_str(), source))
+        let (name, need) = (record.spec.name.as_str(), record.spec.need());
+        let claim = Some(shared.resources.claim_instance(&id, name, need)?);
+        let reserved = shared.store.intend(|records| {
+            record.insert(records)?;
+            record.spec.volumes.iter().try_for_each(|mount| {
+                let (mount_path, read_only) = (mount.path.clone(), mount.mode.is_read_only());
+                let attachment = Attachment { instance_id: id.clone(), mount_path, read_only };
+                volumes::attach(records, &mount.volume, &attachment)
+            })
+        });
+        reserved.map_err(|error| match error {
+            AttachError::Records(source) => {
+                CreateError::Reserve(ReserveError::from_sqlite(name, source))
+            }
+            error => error.into(),
         })?;
         let dir = shared.dir_of(&id);
-        let reservation =
-            Self { shared: Arc::clone(shared), record, dir: dir.clone(), is_kept: false };
+        let shared = Arc::clone(shared);
+        let reservation = Self { shared, record, dir: dir.clone(), claim, is_kept: false };
         fs::create_dir(&dir).map_err(|source| CreateError::File { path: dir, source })?;
         Ok(reservation)
     }
 
-    fn keep(mut self) {
+    fn keep(mut self) -> Claim {
         self.is_kept = true;
+        self.claim.take().expect("a reservation has a claim until it is kept, which is once")
     }
 }
 

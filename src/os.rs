@@ -1,10 +1,13 @@
 //! Everything the server and the worker ask of the kernel that the standard library does not offer.
 
+pub mod capacity;
+pub mod cgroup;
 pub mod log;
 pub mod netlink;
 pub mod packets;
 pub mod process;
 pub mod readable;
+pub mod room;
 pub mod spawn;
 #[expect(unsafe_code, reason = "calls of the TAP driver, which rustix does not have")]
 pub mod tap;

@@ -10,6 +10,7 @@
 //! records.db    instances and images
 //! instances/    a folder for each
 //! overlays/     templates of writable layers
+//! volumes/      a folder for each
 //! blobs/ images/ tmp/   what images are made of, and their root disks
 //! ```
 
@@ -37,13 +38,15 @@ use tokio_util::sync::CancellationToken;
 use crate::api::{self, App};
 use crate::config::{Config, NetworkConfig};
 use crate::disks::Disks;
-use crate::fleet::Fleet;
+use crate::fleet::{CGROUP_ROOT, Cgroups, Fleet};
 use crate::images::records::Records;
 use crate::images::{Images, ImagesSpec, Limits};
 use crate::instances::{Instances, InstancesSpec};
 use crate::network::{Network, NetworkSpec};
+use crate::resources::{Configured, Ratios, Resources, ResourcesSpec};
 use crate::store::{self, Store};
 use crate::token::Secret;
+use crate::volumes::{Volumes, VolumesSpec};
 
 /// How long requests under way may take to end once the server is told to.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -88,11 +91,21 @@ impl Opened {
         let records = dir.join("records.db");
         let store = Store::open(&records)?;
         let images = open_images(config, &records).await?;
+        let resources = Resources::new(resources_spec(config));
+        let volumes = Volumes::open(VolumesSpec {
+            dir: dir.join("volumes"),
+            store: store.clone(),
+            resources: resources.clone(),
+            free_bytes_min: config.images.free_bytes_min,
+            total_gib_max: config.capacity.volumes_bytes_max.map(|bytes| bytes >> 30),
+        })?;
         let instances = Instances::open(InstancesSpec {
             dir: dir.join("instances"),
             store,
             images: images.clone(),
             disks: Disks::open(&dir.join("overlays"))?,
+            volumes: volumes.clone(),
+            resources: resources.clone(),
             network: Network::open(config.network.clone().map(|NetworkConfig { subnet, dns }| {
                 NetworkSpec { subnet, dns, owner: dir.clone() }
             })),
@@ -100,6 +113,7 @@ impl Opened {
                 program: PathBuf::from("/proc/self/exe"),
                 kvm: config.kvm.clone(),
                 kernel: config.kernel.clone(),
+                groups: open_groups(dir),
             },
             agent: config.agent.clone(),
         })
@@ -108,13 +122,15 @@ impl Opened {
         if removed > 0 {
             tracing::info!(removed, "Removed root disks that nobody needs any more");
         }
-        let app = App { images, instances, secret, limits: config.limits };
+        let limits = config.limits;
+        let app = App { images, instances, volumes, resources, secret, limits };
         Ok(Self { app, door, _lock: lock })
     }
 
     /// Leaves instances running, and stops everything else.
     pub async fn close(self) {
         self.app.instances.close().await;
+        self.app.volumes.close().await;
         self.app.images.close().await;
     }
 }
@@ -233,6 +249,34 @@ impl Drop for Door {
     fn drop(&mut self) {
         // One that stays answers nobody, and the next server removes it.
         let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// Where workers get their share of the host. One that has no such thing works without.
+fn open_groups(dir: &Path) -> Option<Cgroups> {
+    Cgroups::open(Path::new(CGROUP_ROOT), dir)
+        .inspect_err(|error| tracing::info!(%error, "Workers have no control groups"))
+        .ok()
+}
+
+fn resources_spec(config: &Config) -> ResourcesSpec {
+    let (dir, capacity) = (&config.data_dir, &config.capacity);
+    ResourcesSpec {
+        data_dir: dir.clone(),
+        images_dir: dir.join("images"),
+        blobs_dir: dir.join("blobs"),
+        ratios: Ratios {
+            cpu: capacity.cpu_ratio,
+            memory: capacity.memory_ratio,
+            disk: capacity.disk_ratio,
+            network: capacity.network_ratio,
+            disk_io: capacity.disk_io_ratio,
+        },
+        configured: Configured {
+            disk_bytes: capacity.disk_bytes,
+            network_bps: capacity.network_bps,
+            disk_io_bps: capacity.disk_io_bps,
+        },
     }
 }
 

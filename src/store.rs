@@ -15,7 +15,8 @@ use std::time::Duration;
 use rusqlite::{Connection, Transaction};
 
 /// The schema, as steps from an empty file.
-const STEPS: &[&str] = &[include_str!("store/0001_instances.sql")];
+const STEPS: &[&str] =
+    &[include_str!("store/0001_instances.sql"), include_str!("store/0002_volumes.sql")];
 
 /// How many those are.
 #[expect(clippy::cast_possible_truncation, reason = "a list written by hand")]
@@ -50,10 +51,10 @@ impl Store {
     /// # Errors
     ///
     /// What `work` says, or SQLite of the commit.
-    pub fn transact<T>(
+    pub fn transact<T, E: From<rusqlite::Error>>(
         &self,
-        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
-    ) -> rusqlite::Result<T> {
+        work: impl FnOnce(&Transaction<'_>) -> Result<T, E>,
+    ) -> Result<T, E> {
         commit(&mut self.lock(), work)
     }
 
@@ -64,10 +65,10 @@ impl Store {
     /// # Errors
     ///
     /// As [`Self::transact`].
-    pub fn intend<T>(
+    pub fn intend<T, E: From<rusqlite::Error>>(
         &self,
-        work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
-    ) -> rusqlite::Result<T> {
+        work: impl FnOnce(&Transaction<'_>) -> Result<T, E>,
+    ) -> Result<T, E> {
         let mut connection = self.lock();
         connection.pragma_update(None, "synchronous", "normal")?;
         let outcome = commit(&mut connection, work);
@@ -81,10 +82,10 @@ impl Store {
     }
 }
 
-fn commit<T>(
+fn commit<T, E: From<rusqlite::Error>>(
     connection: &mut Connection,
-    work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<T>,
-) -> rusqlite::Result<T> {
+    work: impl FnOnce(&Transaction<'_>) -> Result<T, E>,
+) -> Result<T, E> {
     let transaction = connection.transaction()?;
     let result = work(&transaction)?;
     transaction.commit()?;

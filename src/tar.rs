@@ -14,7 +14,9 @@ use std::io::{self, Read};
 use crate::tar::header::RawHeader;
 
 mod header;
+pub mod packed;
 mod pax;
+pub mod stream;
 mod write;
 
 pub use header::EntryKind;

@@ -60,6 +60,12 @@ impl Scope {
     pub const IMAGE_WRITE: Self = Self("image:write");
     /// Delete images.
     pub const IMAGE_DELETE: Self = Self("image:delete");
+    /// List and read volumes.
+    pub const VOLUME_READ: Self = Self("volume:read");
+    /// Make volumes, and give them to and take them from instances.
+    pub const VOLUME_WRITE: Self = Self("volume:write");
+    /// Delete volumes.
+    pub const VOLUME_DELETE: Self = Self("volume:delete");
     /// Read what the server and its host have and can do.
     pub const RESOURCE_READ: Self = Self("resource:read");
 

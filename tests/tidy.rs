@@ -6,7 +6,20 @@ use std::path::{Path, PathBuf};
 
 /// `src/<module>` may use only these siblings. The order is the layering, top first.
 const LAYERS: &[(&str, &[&str])] = &[
-    ("api", &["causes", "config", "duration", "images", "instances", "size", "token"]),
+    (
+        "api",
+        &[
+            "causes",
+            "config",
+            "duration",
+            "images",
+            "instances",
+            "resources",
+            "size",
+            "token",
+            "volumes",
+        ],
+    ),
     (
         "cli",
         &[
@@ -18,6 +31,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "duration",
             "initramfs",
             "server",
+            "size",
             "tar",
             "timeline",
             "token",
@@ -35,11 +49,15 @@ const LAYERS: &[(&str, &[&str])] = &[
             "initramfs",
             "logs",
             "network",
+            "resources",
             "store",
             "subnet",
             "timeline",
+            "volumes",
         ],
     ),
+    ("volumes", &["causes", "disks", "os", "ratio", "resources", "store", "tar"]),
+    ("resources", &["os", "ratio", "size"]),
     ("images", &["causes", "os", "store", "tar"]),
     ("disks", &["os"]),
     ("network", &["causes", "os", "subnet"]),

@@ -2,16 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use std::process;
 
-use ovum_test_host::worker_pids;
+use ovum_test_host::{kvm_counter, worker_pids};
 
-/// KVM's counters of all guests together (Documentation/virt/kvm/api.rst, "KVM_GET_STATS_FD" has
-/// the same).
-const KVM: &str = "/sys/kernel/debug/kvm";
-
-/// Those that are shown, and what for.
+/// KVM's counters that are shown, and what for.
 const COUNTERS: [(&str, &str); 6] = [
     ("exits", "exits"),
     ("io_exits", "to ports"),
@@ -30,8 +25,7 @@ impl Cost {
     pub(crate) fn now() -> Self {
         let mut counts = BTreeMap::new();
         for (file, name) in COUNTERS {
-            let text = fs::read_to_string(Path::new(KVM).join(file)).unwrap_or_default();
-            counts.insert(name.to_owned(), text.trim().parse().unwrap_or(0));
+            counts.insert(name.to_owned(), kvm_counter(file));
         }
         for pid in worker_pids() {
             add_threads(pid, "worker", &mut counts);

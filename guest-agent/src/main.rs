@@ -38,6 +38,7 @@ mod spawn;
 mod stat;
 mod systemd;
 mod terminal;
+mod volumes;
 mod workload;
 
 use std::error::Error;

@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use rustix::mount::{FsPickFlags, MountFlags};
 use rustix::{fs, mount, process};
 
+use crate::volumes::{VolumeError, Volumes};
 use crate::{chain, console};
 
 /// Where things are in the initramfs.
@@ -85,6 +86,8 @@ const LINKS: [(&str, &str); 4] = [
 pub(crate) struct Root {
     /// The writable layer's file system, which has no path any more.
     layer: OwnedFd,
+    /// Dropped behind the root, whose drop writes everything back.
+    volumes: Volumes,
 }
 
 /// Something to mount.
@@ -116,6 +119,8 @@ pub(crate) enum RootError {
         #[source]
         source: io::Error,
     },
+    #[error(transparent)]
+    Volume(#[from] VolumeError),
     #[error("Failed to prepare {path}")]
     Prepare {
         path: &'static str,
@@ -125,8 +130,8 @@ pub(crate) enum RootError {
 }
 
 impl Root {
-    /// Mounts image and layer, enters the root and mounts in it what nobody can do without. Needs
-    /// /dev of the initramfs.
+    /// Mounts image, layer and volumes, enters the root and mounts in it what nobody can do
+    /// without. Needs /dev of the initramfs.
     pub(crate) fn enter(config: &GuestConfig) -> Result<Self, RootError> {
         Mount {
             source: &config.root_device,
@@ -149,11 +154,12 @@ impl Root {
         OVERLAY.attach()?;
         let layer = fs::open(LAYER, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
             .map_err(prepare(LAYER))?;
+        let volumes = Volumes::mount(&config.volumes)?;
 
         process::chdir(MERGED).map_err(prepare(MERGED))?;
         mount::mount_move(".", "/").map_err(prepare("/"))?;
         process::chroot(".").map_err(prepare("/"))?;
-        let root = Self { layer };
+        let root = Self { layer, volumes };
 
         NEEDED.iter().try_for_each(Mount::attach)?;
         for (points_to, path) in LINKS {
@@ -164,6 +170,7 @@ impl Root {
             // Once more, since the first was subject to the umask.
             fs::chmodat(CWD, "/tmp", EVERYONES, AtFlags::empty()).map_err(prepare("/tmp"))?;
         }
+        root.volumes.settle()?;
         Ok(root)
     }
 }

@@ -39,6 +39,8 @@ use crate::instances::{
 };
 use crate::token::{Scope, TokenError};
 
+mod volumes;
+
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
 /// An error on its way to a client.
@@ -376,7 +378,11 @@ impl From<CreateError> for ApiError {
                 Self::conflict("name_conflict", &error)
             }
             CreateError::OverlaySize(_) => Self::bad("invalid_overlay_size", &error),
-            CreateError::NoSpace(_) | CreateError::Reserve(ReserveError::NoSpace { .. }) => {
+            CreateError::Volume(error) => error.into(),
+            CreateError::Attach(error) => error.into(),
+            CreateError::NoSpace(_)
+            | CreateError::Shortage(_)
+            | CreateError::Reserve(ReserveError::NoSpace { .. }) => {
                 Self::conflict("insufficient_resources", &error)
             }
             CreateError::Reserve(ReserveError::Store { .. })
@@ -448,6 +454,7 @@ impl From<StartError> for ApiError {
             StartError::Image(ReadyError::Missing { .. }) => Self::missing("not_found", &error),
             StartError::Image(ReadyError::NotReady { .. } | ReadyError::Host(_))
             | StartError::Disk(_) => Self::internal(&error),
+            StartError::Shortage(_) => Self::conflict("insufficient_resources", &error),
             StartError::Boot(error) => error.into(),
             StartError::Record(error) => error.into(),
         }
@@ -462,6 +469,7 @@ impl From<UpkeepError> for ApiError {
             UpkeepError::NoAgent | UpkeepError::NoNetwork => {
                 Self::bad("invalid_health_check", &error)
             }
+            UpkeepError::Shortage(_) => Self::conflict("insufficient_resources", &error),
             UpkeepError::Worker(_) => Self::internal(&error),
             UpkeepError::Record(error) => error.into(),
         }

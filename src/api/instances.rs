@@ -30,6 +30,7 @@ pub mod start;
 pub mod update;
 pub mod upkeep;
 pub mod view;
+pub mod volumes;
 
 /// How long a wait lasts unless told otherwise.
 const WAIT_TIMEOUT: Duration = Duration::from_secs(60);

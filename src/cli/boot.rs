@@ -120,6 +120,7 @@ fn config_archive(command: &[String]) -> anyhow::Result<File> {
         working_dir: "/".to_owned(),
         listen: false,
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        volumes: Vec::new(),
     };
     Ok(Archive::config(&config)?.to_file()?)
 }

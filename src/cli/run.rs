@@ -16,11 +16,12 @@ use futures_util::TryStreamExt;
 use super::embedded::Reached;
 use super::interrupt::interrupted;
 use super::upkeep::UpkeepArgs;
-use super::{ServerArgs, images, output, waterfall};
+use super::{ServerArgs, images, output, volumes, waterfall};
 use crate::api::instances::WaitView;
 use crate::api::instances::create::CreateInstance;
 use crate::api::instances::extras::Network;
 use crate::api::instances::view::InstanceView;
+use crate::api::instances::volumes::VolumeMount;
 use crate::client::{Client, ClientError, segment};
 use crate::timeline;
 
@@ -53,6 +54,9 @@ pub(super) struct RunArgs {
     /// Size of the writable layer
     #[arg(long, default_value = "10GB")]
     overlay_size: String,
+    /// Volume: NAME:/PATH, NAME:/PATH:ro or NAME:/PATH:ro:overlay=SIZE; may be repeated
+    #[arg(short, long, value_parser = volumes::mount)]
+    volume: Vec<VolumeMount>,
     /// Instead of the image's entrypoint; may be repeated, one word each
     #[arg(long, allow_hyphen_values = true)]
     entrypoint: Vec<String>,
@@ -159,6 +163,7 @@ fn request(args: RunArgs) -> CreateInstance {
             .network
             .map(|enabled| Network { enabled: Some(enabled), ..Network::default() }),
         upkeep: args.upkeep.fields(),
+        volumes: Some(args.volume).filter(|volumes| !volumes.is_empty()),
         skip_guest_agent: args.skip_guest_agent.then_some(true),
         entrypoint: Some(args.entrypoint),
         cmd: Some(args.command),

@@ -20,15 +20,17 @@ use toml::de::Error as TomlError;
 use toml::{Table, Value};
 
 use super::{CONFIG_FILE, IMAGE_JOBS, Settings, VCPUS};
-use crate::size::{ByteRate, ByteSize};
+use crate::ratio::{Ratio, RatioError};
+use crate::size::{ByteRate, ByteSize, SizeError};
 
 /// Longest file that is read.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// All keys there are.
-pub(super) const KEYS: [&str; 17] = [
+pub(super) const KEYS: [&str; 25] = [
     "agent",
     "data_dir",
+    "disk_capacity",
     "disk_io_capacity",
     "dns",
     "image_jobs",
@@ -41,8 +43,15 @@ pub(super) const KEYS: [&str; 17] = [
     "max_memory",
     "max_overlay",
     "max_vcpus",
+    "max_volumes",
     "min_free",
     "network",
+    "network_capacity",
+    "overcommit_cpu",
+    "overcommit_disk",
+    "overcommit_disk_io",
+    "overcommit_memory",
+    "overcommit_network",
     "subnet",
 ];
 
@@ -143,8 +152,9 @@ fn set(settings: &mut Settings, key: &str, value: &Value) -> Result<(), String> 
     match key {
         "agent" => settings.agent = Some(word(value)?),
         "data_dir" => settings.data_dir = Some(word(value)?),
+        "disk_capacity" => settings.disk_capacity = Some(size(value)?),
+        "disk_io_capacity" => settings.disk_io_capacity = Some(rate(value, ByteRate::from_disk)?),
         "dns" => settings.dns = Some(words(value)?),
-        "disk_io_capacity" => settings.disk_io_capacity = Some(rate(value)?),
         "image_jobs" => settings.image_jobs = Some(number(value, IMAGE_JOBS)?),
         "insecure_registries" => settings.insecure_registries = Some(words(value)?),
         "jwt_secret" => settings.jwt_secret = Some(word(value)?),
@@ -155,7 +165,16 @@ fn set(settings: &mut Settings, key: &str, value: &Value) -> Result<(), String> 
         "max_memory" => settings.max_memory = Some(size(value)?),
         "max_overlay" => settings.max_overlay = Some(size(value)?),
         "max_vcpus" => settings.max_vcpus = Some(number(value, VCPUS)?),
+        "max_volumes" => settings.max_volumes = Some(size(value)?),
         "min_free" => settings.min_free = Some(size(value)?),
+        "network_capacity" => {
+            settings.network_capacity = Some(rate(value, ByteRate::from_network)?);
+        }
+        "overcommit_cpu" => settings.overcommit_cpu = Some(ratio(value)?),
+        "overcommit_disk" => settings.overcommit_disk = Some(ratio(value)?),
+        "overcommit_disk_io" => settings.overcommit_disk_io = Some(ratio(value)?),
+        "overcommit_memory" => settings.overcommit_memory = Some(ratio(value)?),
+        "overcommit_network" => settings.overcommit_network = Some(ratio(value)?),
         "network" => settings.network = Some(flag(value)?),
         "subnet" => settings.subnet = Some(word(value)?),
         _ => return Err("nobody reads it".to_owned()),
@@ -192,10 +211,21 @@ fn size(value: &Value) -> Result<ByteSize, String> {
     }
 }
 
-/// A rate like that of a disk.
-fn rate(value: &Value) -> Result<ByteRate, String> {
-    let text = value.as_str().ok_or_else(|| not("a rate like \"500MB/s\"", value))?;
-    ByteRate::from_disk(text).map_err(|error| error.to_string())
+/// A rate with its unit.
+fn rate(value: &Value, parse: fn(&str) -> Result<ByteRate, SizeError>) -> Result<ByteRate, String> {
+    let text = value.as_str().ok_or_else(|| not("a rate like \"100MB/s\"", value))?;
+    parse(text).map_err(|error| error.to_string())
+}
+
+/// A number of times over, as a number or as text.
+fn ratio(value: &Value) -> Result<Ratio, String> {
+    let text = match value {
+        Value::Integer(number) => number.to_string(),
+        Value::Float(number) => number.to_string(),
+        Value::String(text) => text.clone(),
+        _ => return Err(not("a number like 1.5", value)),
+    };
+    text.parse().map_err(|error: RatioError| error.to_string())
 }
 
 fn number(value: &Value, range: RangeInclusive<u8>) -> Result<u8, String> {

@@ -79,18 +79,36 @@ fn everything_can_be_in_the_file() {
         dns = ["9.9.9.9", "10.7.0.1"]
         disk_io_capacity = "1GB/s"
         jwt_secret = "s"
+        max_volumes = "5GB"
+        disk_capacity = "6GB"
+        network_capacity = "1Gbps"
+        overcommit_cpu = 8
+        overcommit_memory = 1.5
+        overcommit_disk = "2"
+        overcommit_network = 3
+        overcommit_disk_io = 0.5
     "#;
 
     let config = load(file, &[]).unwrap();
 
-    let Config { data_dir, listen, jwt_secret, kernel, agent, kvm: _, limits, images, network } =
-        config;
+    let Config {
+        data_dir,
+        listen,
+        jwt_secret,
+        kernel,
+        agent,
+        kvm: _,
+        limits,
+        images,
+        capacity,
+        network,
+    } = config;
     assert_eq!([data_dir, kernel, agent], ["/srv/ovum", "/k", "/a"].map(PathBuf::from));
     assert_eq!(listen.len(), 2);
     assert_eq!(jwt_secret.as_deref(), Some("s"));
     assert_eq!((limits.vcpus_max, limits.memory_bytes_max), (4, 1 << 30));
     assert_eq!(limits.overlay_bytes_max, 2 << 30);
-    assert_eq!(limits.disk_io_bps, NonZeroU64::new(1 << 30));
+    assert_eq!(limits.disk_io_bps, NonZeroU64::new(512 << 20));
     let expected = ImagesConfig {
         insecure_registries: vec!["localhost:5000".to_owned()],
         jobs_max: 3,
@@ -99,6 +117,18 @@ fn everything_can_be_in_the_file() {
         free_bytes_min: 0,
     };
     assert_eq!(images, expected);
+    let expected = CapacityConfig {
+        volumes_bytes_max: Some(5 << 30),
+        disk_bytes: Some(6 << 30),
+        network_bps: Some(125_000_000),
+        disk_io_bps: Some(1 << 30),
+        cpu_ratio: Ratio::whole(8),
+        memory_ratio: "1.5".parse().unwrap(),
+        disk_ratio: Ratio::whole(2),
+        network_ratio: Ratio::whole(3),
+        disk_io_ratio: "0.5".parse().unwrap(),
+    };
+    assert_eq!(capacity, expected);
     let NetworkConfig { subnet, dns } = network.unwrap();
     assert_eq!(subnet.to_string(), "10.7.0.0/24");
     assert_eq!(dns, [Ipv4Addr::new(9, 9, 9, 9), Ipv4Addr::new(10, 7, 0, 1)]);

@@ -70,7 +70,8 @@ async fn next(worker: &mut Worker) -> Option<u64> {
 fn endless() -> (Identity, Child) {
     let (_ours, theirs) = packets::pair().unwrap();
     let log = tempfile::tempfile().unwrap();
-    let child = spawn::start(Path::new(ENDLESS), "x", (&theirs.into(), LAUNCH_FD), log).unwrap();
+    let child = spawn::start(Path::new(ENDLESS), "x", (&theirs.into(), LAUNCH_FD), log, None);
+    let child = child.unwrap();
     (Identity::of(child.id().unwrap()).unwrap(), child)
 }
 
@@ -180,7 +181,7 @@ async fn accept_while(peer: &Peer, worker: &mut Worker) -> PacketSocket {
 
 fn fleet(program: &str) -> Fleet {
     let nowhere = Path::new("/nonexistent").to_owned();
-    Fleet { program: program.into(), kvm: nowhere.clone(), kernel: nowhere }
+    Fleet { program: program.into(), kvm: nowhere.clone(), kernel: nowhere, groups: None }
 }
 
 fn status(pid: u32) -> Status {

@@ -16,6 +16,7 @@ use tokio::time;
 
 use crate::control::{Event, Order, Reply};
 use crate::fleet::{connect, journal};
+use crate::os::cgroup::Cgroup;
 use crate::os::packets::PacketSocket;
 use crate::os::process::Process;
 use crate::os::readable::readable;
@@ -39,6 +40,8 @@ pub struct Worker {
     /// Only if it was started by this process: kept so that it is reaped.
     child: Option<Child>,
     dir: PathBuf,
+    /// Its share of the host; goes with it.
+    group: Option<Cgroup>,
     connection: Option<AsyncFd<PacketSocket>>,
     reconnects: u32,
     queue: VecDeque<Event>,
@@ -79,12 +82,26 @@ impl Worker {
             process: readable(process)?,
             child: None,
             dir: dir.to_owned(),
+            group: None,
             connection: None,
             reconnects: 0,
             queue: VecDeque::new(),
             next_seq: 0,
             is_gone: false,
         })
+    }
+
+    /// It is in this control group.
+    pub(super) fn in_group(mut self, group: Option<Cgroup>) -> Self {
+        self.group = group;
+        self
+    }
+
+    /// Its group goes, as soon as it has.
+    pub(super) fn leave_group(&mut self) {
+        if let Some(group) = self.group.take() {
+            group.remove();
+        }
     }
 
     /// Its process id.
@@ -236,6 +253,7 @@ impl Worker {
         self.catch_up();
         // Reaps it, there being nothing left to wait for.
         self.child = None;
+        self.leave_group();
     }
 
     fn take(&mut self, message: &[u8]) -> Option<Reply> {

@@ -9,21 +9,19 @@ use std::collections::BTreeMap;
 use std::io::{self, BufReader, Read};
 use std::slice;
 
-use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::sync::mpsc;
-use tokio::task::spawn_blocking;
+use tokio::io::AsyncRead;
 
 use crate::images::blobs::{BlobError, Blobs, Lease};
 use crate::images::digest::Digest;
 use crate::images::errors::ImagesError;
-use crate::images::layers::unpack;
 use crate::images::manifest::{
     CONFIG_BYTES_MAX, Configuration, Descriptor, Document, MANIFEST_BYTES_MAX, Manifest,
     ManifestError, select,
 };
 use crate::images::reference::Reference;
+use crate::tar::packed::unpack;
+use crate::tar::stream::{CHUNK_BYTES, feed};
 use crate::tar::{EntryKind, TarError, TarReader};
 
 /// Most files in an archive: several thousand images.
@@ -31,12 +29,6 @@ const FILES_MAX: usize = 50_000;
 
 /// Longest name kept of a file.
 const PATH_BYTES_MAX: usize = 512;
-
-/// Bytes read from the client at once.
-const CHUNK_BYTES: usize = 256 << 10;
-
-/// Chunks between the client and the disk.
-const CHUNKS_MAX: usize = 4;
 
 /// Most symbolic links from one file of the archive to another.
 const HOPS_MAX: usize = 8;
@@ -59,33 +51,17 @@ pub struct ArchivedImage {
 ///
 /// [`ArchiveError`]; blobs that nothing refers to may be left for the next sweep.
 pub async fn read<R: AsyncRead + Unpin>(
-    mut archive: R,
+    archive: R,
     blobs: &Blobs,
     bytes_max: u64,
 ) -> Result<(Vec<ArchivedImage>, Lease), ArchiveError> {
-    let (sender, receiver) = mpsc::channel::<io::Result<Bytes>>(CHUNKS_MAX);
     let blobs = blobs.clone();
-    let reading = spawn_blocking(move || {
-        let stream = BufReader::with_capacity(CHUNK_BYTES, ChannelReader::new(receiver));
+    let reading = feed(archive, move |chunks| {
+        let stream = BufReader::with_capacity(CHUNK_BYTES, chunks);
         let files = Files::store(stream, &blobs, bytes_max)?;
         Ok((files.images()?, files.lease))
     });
-    loop {
-        let mut chunk = Vec::with_capacity(CHUNK_BYTES);
-        let read = archive.read_buf(&mut chunk).await;
-        let message = match read {
-            Ok(0) => break,
-            Ok(_) => Ok(chunk.into()),
-            Err(error) => Err(error),
-        };
-        let failed = message.is_err();
-        // The reader ended: its own result says why.
-        if sender.send(message).await.is_err() || failed {
-            break;
-        }
-    }
-    drop(sender);
-    reading.await.expect("reading an archive does not panic")
+    reading.await
 }
 
 /// Gives the images the name that was asked for, or makes sure that each has one.
@@ -111,32 +87,6 @@ pub fn named(
     }
     image.names = vec![name];
     Ok(images)
-}
-
-/// The blocking end of a channel of chunks.
-struct ChannelReader {
-    receiver: mpsc::Receiver<io::Result<Bytes>>,
-    chunk: Bytes,
-}
-
-impl ChannelReader {
-    fn new(receiver: mpsc::Receiver<io::Result<Bytes>>) -> Self {
-        Self { receiver, chunk: Bytes::new() }
-    }
-}
-
-impl Read for ChannelReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        while self.chunk.is_empty() {
-            match self.receiver.blocking_recv() {
-                Some(chunk) => self.chunk = chunk?,
-                None => return Ok(0),
-            }
-        }
-        let length = buffer.len().min(self.chunk.len());
-        buffer[..length].copy_from_slice(&self.chunk.split_to(length));
-        Ok(length)
-    }
 }
 
 /// What a path of the archive is.

@@ -16,9 +16,7 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
-
-use flate2::bufread::MultiGzDecoder;
+use std::io::{self, BufReader, Read};
 
 use crate::images::digest::{Digest, DigestReader};
 use crate::images::erofs::{
@@ -26,6 +24,7 @@ use crate::images::erofs::{
 };
 use crate::images::erofs::{SYMLINK_BYTES_MAX, XATTRS_BYTES_MAX};
 use crate::images::tree::{Kind, Meta, Node, PathError, Place, Tree, Xattr};
+use crate::tar::packed::unpack;
 use crate::tar::{Entry, EntryKind, TarError, TarReader};
 
 /// Most layers of an image: the bound container runtimes have.
@@ -122,24 +121,6 @@ fn apply(
         return Err(Cause::DiffId { expected: layer.diff_id, found });
     }
     Ok(())
-}
-
-/// Inflates by what the bytes are: media types are known to lie.
-///
-/// # Errors
-///
-/// Those of reading the first bytes.
-pub fn unpack<'a>(mut blob: impl BufRead + 'a) -> io::Result<Box<dyn Read + 'a>> {
-    const GZIP: &[u8] = &[0x1f, 0x8b];
-    const ZSTD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
-    let start = blob.fill_buf()?;
-    if start.starts_with(GZIP) {
-        Ok(Box::new(MultiGzDecoder::new(blob)))
-    } else if start.starts_with(ZSTD) {
-        Ok(Box::new(zstd::Decoder::with_buffer(blob)?))
-    } else {
-        Ok(Box::new(blob))
-    }
 }
 
 fn apply_entry(

@@ -4,14 +4,16 @@
 //! is anything to undo.
 
 use std::fs::{self, File};
+use std::iter;
 use std::net::Ipv4Addr;
 use std::num::NonZeroU64;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use crate::fleet::{NewWorker, WorkerDisk, WorkerNet, WorkerSpec};
 use crate::images::RootDisk;
 use crate::initramfs::Archive;
+use crate::instances::disks::InstanceDisk;
 use crate::instances::errors::BootError;
 use crate::instances::spec::{InstanceSpec, InterfaceSpec};
 use crate::instances::{Shared, guest};
@@ -20,7 +22,7 @@ use crate::network::{Lease, Mac};
 /// Queues of a guest's TAP. More would be served by the same thread, behind the same interrupt.
 const TAP_QUEUES: usize = 1;
 
-/// A boot that is ready but for the writable layer and the way to the network.
+/// A boot that is ready but for the disks that can be written to and the way to the network.
 #[derive(Debug)]
 pub(super) struct Boot {
     image: RootDisk,
@@ -90,9 +92,15 @@ impl Boot {
         shared: &Shared,
         spec: &InstanceSpec,
         dir: &Path,
-        overlay: BorrowedFd<'_>,
+        disks: &[InstanceDisk],
     ) -> Result<Booted, BootError> {
         let Self { image, initramfs, lease, taps, .. } = self;
+        let root = WorkerDisk { id: "root", read_only: true, file: image.file.as_fd() };
+        let others = disks.iter().map(|InstanceDisk { id, read_only, file, .. }| WorkerDisk {
+            id,
+            read_only: *read_only,
+            file: file.as_fd(),
+        });
         let InterfaceSpec { download_bps, upload_bps } = spec.network.unwrap_or_default();
         let net = lease.as_ref().map(|lease| {
             let mac = Mac::of(lease.address()).octets();
@@ -104,10 +112,7 @@ impl Boot {
             memory_bytes: spec.memory_bytes,
             hotplug_bytes: spec.hotplug_bytes,
             initramfs,
-            disks: vec![
-                WorkerDisk { id: "root", read_only: true, file: image.file.as_fd() },
-                WorkerDisk { id: "overlay", read_only: false, file: overlay },
-            ],
+            disks: iter::once(root).chain(others).collect(),
             net,
             disk_io_bps: spec.disk_io_bps,
             vsock: spec.agent,

@@ -11,8 +11,11 @@ use crate::fleet::{SpawnError, worker};
 use crate::images::{ImagesError, ReadyError, RequestError};
 use crate::initramfs::ArchiveError;
 use crate::instances::record::ReserveError;
+use crate::instances::spec::VOLUME_DISKS_MAX;
 use crate::instances::state::State;
 use crate::network::NetworkError;
+use crate::resources::Shortage;
+use crate::volumes::{AttachError, FindError as VolumeFindError};
 
 /// Why instances cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +77,15 @@ pub enum CreateError {
     /// The machine.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The host has too little.
+    #[error(transparent)]
+    Shortage(#[from] Shortage),
+    /// A volume that it names.
+    #[error(transparent)]
+    Volume(#[from] VolumeFindError),
+    /// A volume that it does not get.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
     /// The record.
     #[error(transparent)]
     Reserve(ReserveError),
@@ -234,7 +246,10 @@ pub enum StartError {
     /// Its root disk.
     #[error("The image of the instance cannot be had")]
     Image(#[source] ReadyError),
-    /// Its writable layer.
+    /// The host has too little.
+    #[error(transparent)]
+    Shortage(#[from] Shortage),
+    /// Its writable layer, or a volume.
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// The machine.
@@ -243,6 +258,44 @@ pub enum StartError {
     /// The record.
     #[error(transparent)]
     Record(#[from] RecordError),
+}
+
+/// Why an instance has the volumes that it had.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    /// It was not asked.
+    #[error(transparent)]
+    Order(#[from] OrderError),
+    /// Not in this state: the guest of a machine that runs finds no new disks.
+    #[error("Instance is {state}: volumes are attached to and detached from Stopped ones only")]
+    Refused {
+        /// The state.
+        state: State,
+    },
+    /// Another volume is there.
+    #[error("Another volume is mounted at {path:?}")]
+    PathTaken {
+        /// Where.
+        path: String,
+    },
+    /// A machine has no slot for it.
+    #[error("The volumes of an instance take at most {VOLUME_DISKS_MAX} disks")]
+    TooMany,
+    /// The instance has no such volume.
+    #[error("Volume {volume} is not attached to this instance")]
+    NotAttached {
+        /// Which.
+        volume: String,
+    },
+    /// Which volume?
+    #[error(transparent)]
+    Find(#[from] VolumeFindError),
+    /// It does not get it.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// The records.
+    #[error("Failed to keep what volumes an instance has")]
+    Records(#[from] rusqlite::Error),
 }
 
 /// Why an instance is looked after as before.
@@ -263,6 +316,9 @@ pub enum UpkeepError {
     /// Nobody in the guest can be reached.
     #[error("A health check by HTTP or TCP needs a network, which this instance goes without")]
     NoNetwork,
+    /// The host has no such rate for it.
+    #[error(transparent)]
+    Shortage(#[from] Shortage),
     /// The record.
     #[error(transparent)]
     Record(#[from] RecordError),

@@ -6,14 +6,9 @@ use ovum_agent_proto::VERSION;
 use ovum_agent_proto::config::{GuestConfig, GuestNetwork, INIT_SYSTEMS};
 
 use crate::images::config::ImageConfig;
+use crate::instances::disks::{OVERLAY_DEVICE, ROOT_DEVICE, guest_mounts};
 use crate::instances::spec::InstanceSpec;
 use crate::network::Wiring;
-
-/// The image's disk, the first of the machine.
-const ROOT_DEVICE: &str = "/dev/vda";
-
-/// The writable layer's, the second.
-const OVERLAY_DEVICE: &str = "/dev/vdb";
 
 /// What the agent of `spec`'s guest is told; `None` if neither says what to run.
 ///
@@ -46,6 +41,7 @@ pub(super) fn config(
         working_dir,
         listen: spec.agent,
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        volumes: guest_mounts(spec),
     })
 }
 

@@ -21,12 +21,13 @@ use crate::instances::owner::upkeep::ring;
 use crate::instances::reclaim::{Hold, ReclaimError};
 use crate::instances::record::{End, Phase, Record};
 use crate::instances::restart::RestartStatus;
-use crate::instances::spec::{Command, Upkeep};
+use crate::instances::spec::{Command, Upkeep, VolumeMount};
 use crate::instances::state::{Event, State};
 use crate::instances::{
-    DeleteError, Instance, RecordError, Shared, StartError, StopError, UpkeepError,
+    DeleteError, Instance, RecordError, Shared, StartError, StopError, UpkeepError, VolumeError,
 };
 use crate::network::Lease;
+use crate::resources::Claim;
 use crate::timeline::now_ns;
 
 mod checking;
@@ -34,6 +35,7 @@ mod ending;
 mod reclaiming;
 mod starting;
 mod upkeep;
+mod volumes;
 
 /// Where the outcome of an order goes.
 pub(super) type Done<T, E> = oneshot::Sender<Result<T, E>>;
@@ -52,6 +54,20 @@ pub(super) enum Order {
         command: Command,
         /// The instance afterwards.
         done: Done<Arc<Instance>, StartError>,
+    },
+    /// Give it a volume.
+    Attach {
+        /// Which, by id, and where.
+        mount: VolumeMount,
+        /// The instance afterwards.
+        done: Done<Arc<Instance>, VolumeError>,
+    },
+    /// Take a volume from it.
+    Detach {
+        /// Which, by id.
+        volume: String,
+        /// The instance afterwards.
+        done: Done<Arc<Instance>, VolumeError>,
     },
     /// Look after it in another way.
     LookAfter {
@@ -97,6 +113,8 @@ pub(super) struct Owner {
     /// Nothing is done by itself before: the last time something failed.
     quiet_until: Option<DateTime<Utc>>,
     worker: Option<Worker>,
+    /// What the host has promised to it, unless it has ended.
+    claim: Option<Claim>,
     /// The address of its machine.
     lease: Option<Lease>,
     state_since: DateTime<Utc>,
@@ -139,6 +157,7 @@ impl Owner {
             is_unhealthy: false,
             quiet_until: None,
             worker: None,
+            claim: None,
             lease: None,
             state_since: Utc::now(),
             diary,
@@ -147,6 +166,12 @@ impl Owner {
         owner.recall_end();
         owner.publish();
         owner
+    }
+
+    /// The host has promised this to it.
+    pub(super) fn with_claim(mut self, claim: Claim) -> Self {
+        self.claim = Some(claim);
+        self
     }
 
     /// The machine runs in `worker`; what it has already said is taken.
@@ -235,6 +260,12 @@ impl Owner {
             Order::Start { command, done } => {
                 let _ = done.send(self.start(command).await);
             }
+            Order::Attach { mount, done } => {
+                let _ = done.send(self.attach_volume(mount));
+            }
+            Order::Detach { volume, done } => {
+                let _ = done.send(self.detach_volume(&volume));
+            }
             Order::LookAfter { upkeep, done } => {
                 let _ = done.send(self.look_after(upkeep).await);
             }
@@ -287,6 +318,7 @@ impl Owner {
     /// The worker is gone: writes down how it ended.
     fn ended(&mut self) {
         self.worker = None;
+        self.claim = None;
         self.lease = None;
         self.record.hold = None;
         self.change(Event::Ended);

@@ -92,11 +92,12 @@ async fn undo_start(shared: &Arc<Shared>, mut record: Record) -> Owner {
 async fn revive(shared: &Arc<Shared>, record: Record) -> Owner {
     let dir = shared.dir_of(&record.id);
     let has_ended = record.end.is_some();
+    let (id, name, need) = (&record.id, record.spec.name.as_str(), record.spec.need());
+    let claim = (!has_ended).then(|| shared.resources.count_instance(id, name, need));
     let address = record.address.filter(|_| record.spec.network.is_some());
     let owner = Owner::new(Arc::clone(shared), record);
-    if has_ended {
-        return owner;
-    }
+    let Some(claim) = claim else { return owner };
+    let owner = owner.with_claim(claim);
     // Before anyone else is given one.
     let lease = address.map(|address| shared.network.hold(address));
     match shared.fleet.adopt(&dir).await {

@@ -12,14 +12,20 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
+use crate::control::DISKS_MAX;
 use crate::images::reference::Reference;
 use crate::instances::health::HealthCheck;
 use crate::instances::restart::{RestartPolicy, later};
+use crate::resources::Need;
 
 pub use crate::control::MEMORY_BYTES_MIN;
 
 /// Longest name: it becomes the guest's host name, a DNS label (RFC 1035, 2.3.4 "Size limits").
 const NAME_BYTES_MAX: usize = 63;
+
+/// Most disks that the volumes of an instance take: those that a machine can have, but for its root
+/// and the writable layer.
+pub const VOLUME_DISKS_MAX: usize = DISKS_MAX - 2;
 
 /// An instance someone asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +71,61 @@ pub struct InstanceSpec {
     /// Nobody wants it any more once this server has ended.
     #[serde(default)]
     pub ends_with_server: bool,
+    /// Volumes in its guest, by path: none of them below one that comes later.
+    #[serde(default)]
+    pub volumes: Vec<VolumeMount>,
+}
+
+/// A volume in an instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeMount {
+    /// Its id or name; of an instance that is there, its id.
+    pub volume: String,
+    /// Where in the guest: absolute and normal.
+    pub path: String,
+    /// How.
+    pub mode: VolumeMode,
+}
+
+/// How an instance has a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VolumeMode {
+    /// Alone.
+    ReadWrite,
+    /// Beside others who only read.
+    ReadOnly,
+    /// As read only, with a writable layer of its own above.
+    Overlay {
+        /// Size of that layer.
+        size_bytes: u64,
+    },
+}
+
+impl VolumeMode {
+    /// Whether the volume itself is not written to.
+    pub fn is_read_only(self) -> bool {
+        match self {
+            Self::ReadWrite => false,
+            Self::ReadOnly | Self::Overlay { .. } => true,
+        }
+    }
+
+    /// Disks of a machine that it takes.
+    pub fn disks(self) -> usize {
+        match self {
+            Self::ReadWrite | Self::ReadOnly => 1,
+            Self::Overlay { .. } => 2,
+        }
+    }
+
+    /// Bytes of disk that it may take beside the volume's.
+    pub fn layer_bytes(self) -> u64 {
+        match self {
+            Self::ReadWrite | Self::ReadOnly => 0,
+            Self::Overlay { size_bytes } => size_bytes,
+        }
+    }
 }
 
 /// The network of an instance.
@@ -128,6 +189,20 @@ impl Command {
 }
 
 impl InstanceSpec {
+    /// What the host has to have for it.
+    pub fn need(&self) -> Need {
+        let layers = self.volumes.iter().map(|mount| mount.mode.layer_bytes());
+        let network = self.network.unwrap_or_default();
+        Need {
+            vcpus: self.vcpus.into(),
+            memory_bytes: self.all_memory(),
+            disk_bytes: layers.fold(self.overlay_bytes, u64::saturating_add),
+            download_bps: network.download_bps.map_or(0, NonZeroU64::get),
+            upload_bps: network.upload_bps.map_or(0, NonZeroU64::get),
+            disk_io_bps: self.disk_io_bps.map_or(0, NonZeroU64::get),
+        }
+    }
+
     /// All the memory it may have, in bytes.
     pub fn all_memory(&self) -> u64 {
         self.memory_bytes.saturating_add(self.hotplug_bytes)
@@ -244,6 +319,7 @@ impl InstanceSpec {
             health_check: None,
             restart_policy: None,
             ends_with_server: false,
+            volumes: Vec::new(),
         }
     }
 }

@@ -11,6 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{self, Stdio};
 
+use rustix::io::write;
 use rustix::process::setsid;
 use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
@@ -72,7 +73,8 @@ impl Identity {
 /// Starts `program` with `argument`, in a session of its own and without environment.
 ///
 /// It finds `file` as descriptor `number` and has no other file of ours; what it says to stderr
-/// goes to `log`. The caller owns the child: dropped, it runs on, and is reaped when it ends.
+/// goes to `log`. If there is a `door`, of a control group, it has entered that before it runs. The
+/// caller owns the child: dropped, it runs on, and is reaped when it ends.
 ///
 /// # Errors
 ///
@@ -82,6 +84,7 @@ pub fn start(
     argument: &str,
     (file, number): (&OwnedFd, i32),
     log: File,
+    door: Option<File>,
 ) -> io::Result<Child> {
     #[expect(clippy::disallowed_methods, reason = "a worker is no tool: it is not waited for")]
     let mut command = process::Command::new(program);
@@ -96,6 +99,10 @@ pub fn start(
     let file = file.as_fd().as_raw_fd();
     let prepare = move || {
         setsid()?;
+        if let Some(door) = &door {
+            // Whoever writes 0 means itself.
+            write(door, b"0")?;
+        }
         hand_over(file, number)
     };
     #[expect(unsafe_code, reason = "the only way to hand a child a file under a number")]
@@ -160,7 +167,8 @@ mod tests {
         fs::write(script.path(), "ls /proc/self/fd >&3; env >&2; echo done >&2").unwrap();
         let path = script.path().to_str().unwrap();
 
-        let mut child = start(shell, path, (&theirs.into(), 3), log.try_clone().unwrap()).unwrap();
+        let child = start(shell, path, (&theirs.into(), 3), log.try_clone().unwrap(), None);
+        let mut child = child.unwrap();
         let status = child.wait().await.unwrap();
 
         assert!(status.success());

@@ -45,16 +45,20 @@ pub struct Tool {
     pub needed_for: &'static str,
 }
 
-/// Formats overlay disks.
+/// Formats overlays and volumes.
 pub const MKFS_EXT4: Tool =
     Tool { name: "mkfs.ext4", package: "e2fsprogs", needed_for: "writable disks of instances" };
+
+/// Finishes what a volume's last guest had begun to write.
+pub const E2FSCK: Tool =
+    Tool { name: "e2fsck", package: "e2fsprogs", needed_for: "volumes that are read only" };
 
 /// Sets packet filters.
 pub const NFT: Tool =
     Tool { name: "nft", package: "nftables", needed_for: "networks of instances" };
 
 /// All tools, for a check of the host.
-pub const TOOLS: [&Tool; 2] = [&MKFS_EXT4, &NFT];
+pub const TOOLS: [&Tool; 3] = [&MKFS_EXT4, &E2FSCK, &NFT];
 
 /// What a tool printed.
 #[derive(Debug, Clone, PartialEq, Eq)]

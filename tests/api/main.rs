@@ -15,7 +15,7 @@ use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Method, Request, StatusCode};
 use futures_util::future::join_all;
 use ovum::api;
-use ovum::config::{Config, ImagesConfig, Limits};
+use ovum::config::{CapacityConfig, Config, ImagesConfig, Limits};
 use ovum::images::digest::Digest;
 use ovum::server::Opened;
 use ovum::token::Secret;
@@ -154,6 +154,7 @@ fn config(dir: &Path) -> Config {
             unpacked_bytes_max: 1 << 30,
             free_bytes_min: 0,
         },
+        capacity: CapacityConfig::default(),
         // A test changes nothing of the machine it runs on.
         network: None,
     }

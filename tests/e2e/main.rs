@@ -10,6 +10,7 @@
 
 mod api;
 mod boot;
+mod ceilings;
 mod cli;
 mod copy;
 mod crash;
@@ -23,8 +24,10 @@ mod memory;
 mod network;
 mod outside;
 mod refusals;
+mod resources;
 mod sdk;
 mod systemd;
+mod volumes;
 
 use std::env;
 use std::panic::AssertUnwindSafe;
@@ -63,6 +66,7 @@ fn main() -> ExitCode {
     let filters: Vec<String> = env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let suites = [
         boot::CASES,
+        ceilings::CASES,
         api::CASES,
         lifecycle::CASES,
         exec::CASES,
@@ -71,6 +75,8 @@ fn main() -> ExitCode {
         memory::CASES,
         disk::CASES,
         sdk::CASES,
+        volumes::CASES,
+        resources::CASES,
         images::CASES,
         network::CASES,
         refusals::CASES,

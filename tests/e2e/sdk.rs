@@ -7,6 +7,7 @@
 use std::env;
 use std::process::{Command, Stdio};
 
+use reqwest::{Method, StatusCode};
 use serde_json::json;
 use tokio::task;
 
@@ -18,6 +19,7 @@ cases![
     images_are_driven_by_the_sdk,
     instances_are_driven_by_the_sdk,
     exec_and_cp_are_driven_by_the_sdk,
+    volumes_and_resources_are_driven_by_the_sdk,
 ];
 
 async fn health_and_rights_are_as_the_sdk_wants_them(host: &TestHost) {
@@ -50,6 +52,16 @@ async fn exec_and_cp_are_driven_by_the_sdk(host: &TestHost) {
 
     host.server.delete("sdk").await;
     host.server.delete("ended").await;
+}
+
+async fn volumes_and_resources_are_driven_by_the_sdk(host: &TestHost) {
+    host.server.start_idle("sdk", BUSYBOX).await;
+    let (status, answer) = host.server.call(Method::POST, "/instances/sdk/stop", None).await;
+    assert_eq!(status, StatusCode::OK, "{answer}");
+
+    run(host, "volumes_and_resources.py", &["sdk"]).await;
+
+    host.server.delete("sdk").await;
 }
 
 /// Runs a script of `tests/sdk` against the shared server.

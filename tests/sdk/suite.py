@@ -27,7 +27,7 @@ class Sdk:
         else:
             http = DefaultHttpxClient(event_hooks={"request": [self._count]}, verify=False)
             self.client = Hypeman(http_client=http, **options)
-        for noun in ("instances", "images", "health", "capabilities"):
+        for noun in ("instances", "images", "volumes", "resources", "health", "capabilities"):
             setattr(self, noun, Noun(getattr(self.client, noun)))
 
     def _count(self, _):

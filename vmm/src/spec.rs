@@ -9,6 +9,7 @@ use std::os::unix::net::UnixListener;
 
 use serde::{Deserialize, Serialize};
 
+use crate::layout::MMIO_SLOTS;
 use crate::pci::DEVICES_MAX;
 use crate::rate_limiter::RateLimitSpec;
 use crate::vfio::NAME_BYTES_MAX;
@@ -28,8 +29,13 @@ pub const MEMORY_BYTES_STEP: u64 = 2 << 20;
 /// Most guest memory, in bytes, that can be added later.
 pub const HOTPLUG_BYTES_MAX: u64 = 1 << 40;
 
-/// Most disks a machine can have.
-pub const DISKS_MAX: usize = 16;
+/// Most disks a machine can have: what its slots leave.
+pub const DISKS_MAX: usize = 13;
+
+/// Most devices that are no disks: interface, vsock, console, entropy, balloon, added memory.
+const OTHER_DEVICES_MAX: usize = 6;
+
+const _: () = assert!((DISKS_MAX + OTHER_DEVICES_MAX) as u64 == MMIO_SLOTS);
 
 /// Most queues of a TAP that an interface uses: one device thread serves all of them.
 pub const NET_LANES_MAX: usize = 8;
@@ -377,11 +383,11 @@ mod tests {
     }
 
     #[test]
-    fn there_are_at_most_16_disks_and_a_file_for_each() {
-        assert_eq!(check(&MachineSpec { disks: disks(16), ..spec() }, 16), Ok(()));
+    fn there_are_at_most_13_disks_and_a_file_for_each() {
+        assert_eq!(check(&MachineSpec { disks: disks(13), ..spec() }, 13), Ok(()));
 
-        let refused = Err(SpecError::Disks { disks: 17 });
-        assert_eq!(check(&MachineSpec { disks: disks(17), ..spec() }, 17), refused);
+        let refused = Err(SpecError::Disks { disks: 14 });
+        assert_eq!(check(&MachineSpec { disks: disks(14), ..spec() }, 14), refused);
         for files in [0, 2] {
             let refused = Err(SpecError::DiskFiles { disks: 1, files });
             assert_eq!(check(&MachineSpec { disks: disks(1), ..spec() }, files), refused);

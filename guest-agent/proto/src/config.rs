@@ -39,6 +39,35 @@ pub struct GuestConfig {
     /// Host's CLOCK_REALTIME in nanoseconds when the guest was started, in case the guest kernel
     /// finds no clock of its own.
     pub realtime_ns: u64,
+    /// Volumes, none of them below one that comes later.
+    #[serde(default)]
+    pub volumes: Vec<VolumeMount>,
+}
+
+/// A volume in the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeMount {
+    /// Block device with an ext4.
+    pub device: String,
+    /// Where it is mounted, absolute; made if it is missing.
+    pub path: String,
+    /// How.
+    pub mode: VolumeMode,
+}
+
+/// How a volume is mounted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VolumeMode {
+    /// For this guest alone.
+    ReadWrite,
+    /// Maybe beside others.
+    ReadOnly,
+    /// As read only, with a writable layer above.
+    Overlay {
+        /// Block device with an ext4 for that layer.
+        device: String,
+    },
 }
 
 /// How the guest reaches others, by way of its only network interface.

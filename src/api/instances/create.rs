@@ -12,9 +12,10 @@ use std::ops::RangeInclusive;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::api::instances::extras::{Credential, Gpu, Network, SnapshotPolicy, VolumeMount};
+use crate::api::instances::extras::{Credential, Gpu, Network, SnapshotPolicy};
 use crate::api::instances::upkeep::UpkeepFields;
 use crate::api::instances::view::PLATFORM;
+use crate::api::instances::volumes::{self, VolumeMount};
 use crate::api::tags::{self, Tags, TagsError};
 use crate::config::Limits;
 use crate::images::reference::{Reference, ReferenceError};
@@ -84,7 +85,7 @@ pub struct CreateInstance {
     /// Part of a GPU. Not there yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu: Option<Gpu>,
-    /// Volumes. Not there yet.
+    /// Volumes in the guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub volumes: Option<Vec<VolumeMount>>,
     /// A name for the runtime, echoed; all of them mean the same.
@@ -163,10 +164,12 @@ impl CreateInstance {
         let Upkeep { health_check, restart_policy, expiry, .. } = self.upkeep.parsed()?;
         let (health_check, restart_policy) = (health_check.flatten(), restart_policy.flatten());
         let agent = !self.skip_guest_agent.unwrap_or_default();
-        let network = self.network.unwrap_or_default().parsed(limits.has_network)?;
+        let share = limits.network_share(vcpus);
+        let network = self.network.unwrap_or_default().parsed(limits.has_network, share)?;
         if let Some(lack) = health_check.as_ref().and_then(|check| lack_of(check, agent, network)) {
             return Err(SpecError::invalid("health_check", lack));
         }
+        let volumes = volumes::parsed(self.volumes, limits)?;
         if let Some(field) = unsupported {
             return Err(SpecError::NotSupported { field });
         }
@@ -187,6 +190,7 @@ impl CreateInstance {
             network,
             health_check,
             restart_policy,
+            volumes,
             ends_with_server: self.ends_with_server.unwrap_or_default(),
         };
         Ok((spec, expiry.unwrap_or(Expiry::Never)))

@@ -11,16 +11,7 @@ use utoipa::ToSchema;
 use crate::api::instances::create::{CreateInstance, SpecError};
 use crate::duration::GoDuration;
 use crate::instances::spec::InterfaceSpec;
-use crate::size::{ByteRate, ByteSize};
-
-/// Folders of the guest that nothing may be mounted over.
-const SYSTEM_FOLDERS: [&str; 14] = [
-    "/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/root", "/run", "/sbin", "/sys",
-    "/tmp", "/usr", "/var",
-];
-
-/// Most volumes of an instance.
-const VOLUMES_MAX: usize = 23;
+use crate::size::ByteRate;
 
 /// The network of an instance.
 #[derive(Debug, Default, Serialize, Deserialize, ToSchema)]
@@ -103,21 +94,6 @@ pub struct Gpu {
     pub profile: Option<String>,
 }
 
-/// A volume in an instance.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub struct VolumeMount {
-    /// Id or name.
-    pub volume_id: String,
-    /// Where in the guest.
-    pub mount_path: String,
-    /// The guest cannot write.
-    pub readonly: Option<bool>,
-    /// What the guest writes goes into a layer of its own.
-    pub overlay: Option<bool>,
-    /// Size of that layer.
-    pub overlay_size: Option<String>,
-}
-
 /// How snapshots are kept.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub struct SnapshotPolicy {
@@ -169,7 +145,6 @@ impl CreateInstance {
             ("credentials", self.credentials_ask()?),
             ("devices", self.devices.as_ref().is_some_and(|devices| !devices.is_empty())),
             ("gpu", self.gpu.as_ref().is_some_and(Gpu::asks)),
-            ("volumes", self.volumes_ask()?),
             (
                 "snapshot_policy",
                 self.snapshot_policy.as_ref().map_or(Ok(false), SnapshotPolicy::asks)?,
@@ -213,35 +188,24 @@ impl CreateInstance {
         }
         Ok(!credentials.is_empty())
     }
-
-    fn volumes_ask(&self) -> Result<bool, SpecError> {
-        let Some(volumes) = &self.volumes else { return Ok(false) };
-        if volumes.len() > VOLUMES_MAX {
-            return Err(SpecError::invalid("volumes", format!("more than {VOLUMES_MAX}")));
-        }
-        let mut paths = BTreeSet::new();
-        for volume in volumes {
-            volume.check()?;
-            if !paths.insert(&volume.mount_path) {
-                let why = format!("{:?} is there twice", volume.mount_path);
-                return Err(SpecError::invalid("volumes.mount_path", why));
-            }
-        }
-        Ok(!volumes.is_empty())
-    }
 }
 
 impl Network {
-    /// The network that is asked for, if any is; `by_default` if nothing is said of it.
+    /// The network that is asked for, if any is; `by_default` if nothing is said of it, and of
+    /// rates that nothing is said of, `share`.
     ///
     /// # Errors
     ///
     /// [`SpecError`], which names the field.
-    pub(super) fn parsed(&self, by_default: bool) -> Result<Option<InterfaceSpec>, SpecError> {
+    pub(super) fn parsed(
+        &self,
+        by_default: bool,
+        share: Option<NonZeroU64>,
+    ) -> Result<Option<InterfaceSpec>, SpecError> {
         let enabled = self.enabled.unwrap_or(by_default);
         let rate =
             |field, text: Option<&String>| match text.map(|text| ByteRate::from_network(text)) {
-                None => Ok(None),
+                None => Ok(share),
                 Some(Ok(ByteRate(rate))) => Ok(NonZeroU64::new(rate)),
                 Some(Err(error)) => Err(SpecError::invalid(field, error)),
             };
@@ -263,29 +227,6 @@ impl Network {
 impl Gpu {
     fn asks(&self) -> bool {
         self.profile.as_ref().is_some_and(|profile| !profile.is_empty())
-    }
-}
-
-impl VolumeMount {
-    fn check(&self) -> Result<(), SpecError> {
-        if self.volume_id.is_empty() {
-            return Err(SpecError::invalid("volumes.volume_id", "it is empty"));
-        }
-        let path = &self.mount_path;
-        let is_normal = path
-            .strip_prefix('/')
-            .is_some_and(|rest| rest.split('/').all(|part| !matches!(part, "" | "." | "..")));
-        if !is_normal || path.contains('\0') || SYSTEM_FOLDERS.contains(&path.as_str()) {
-            let why = format!("{path:?} is no folder to mount at");
-            return Err(SpecError::invalid("volumes.mount_path", why));
-        }
-        let field = "volumes.overlay_size";
-        match (self.overlay.unwrap_or_default(), self.overlay_size.as_deref()) {
-            (false, None) => Ok(()),
-            (true, Some(size)) if size_asks(field, Some(size))? => Ok(()),
-            (true, _) => Err(SpecError::invalid(field, "an overlay needs a size")),
-            (false, Some(_)) => Err(SpecError::invalid(field, "only an overlay has a size")),
-        }
     }
 }
 
@@ -324,12 +265,6 @@ impl AutoStandby {
         }
         Ok(enabled)
     }
-}
-
-fn size_asks(field: &'static str, text: Option<&str>) -> Result<bool, SpecError> {
-    let Some(text) = text else { return Ok(false) };
-    let size: ByteSize = text.parse().map_err(|error| SpecError::invalid(field, error))?;
-    Ok(size.0 > 0)
 }
 
 /// Whether a duration is longer than nothing. A negative one is invalid.

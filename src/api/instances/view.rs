@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::api::instances::policies::{HealthCheck, RestartPolicy};
+use crate::api::instances::volumes::VolumeMount;
 use crate::api::tags::Tags;
 use crate::instances::health::Health;
 use crate::instances::restart::RestartStatus;
@@ -91,6 +92,9 @@ pub struct InstanceView {
     /// When it is started again.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub restart_policy: Option<RestartPolicy>,
+    /// Volumes in its guest.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub volumes: Vec<VolumeMount>,
     /// How that has gone; missing as long as there is nothing to say.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub restart_status: Option<RestartStatusView>,
@@ -249,6 +253,7 @@ impl From<&Instance> for InstanceView {
             health_status: health.into(),
             health_check: spec.health_check.as_ref().map(HealthCheck::from),
             restart_policy: spec.restart_policy.as_ref().map(RestartPolicy::from),
+            volumes: spec.volumes.iter().map(VolumeMount::from).collect(),
             restart_status: restart_status(instance),
         }
     }

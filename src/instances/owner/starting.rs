@@ -7,19 +7,19 @@
 //! What fails on the way leaves the instance stopped as it was; so does a server that is killed,
 //! by way of the next one.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use chrono::Utc;
 
 use crate::instances::boot::{Boot, Booted};
+use crate::instances::disks;
 use crate::instances::history::{Ending, History};
 use crate::instances::owner::Owner;
 use crate::instances::record::{Phase, Record};
 use crate::instances::restart::{RestartReason, RestartStatus};
 use crate::instances::spec::{Command, InstanceSpec};
 use crate::instances::state::{Event, Request, Verdict};
-use crate::instances::{Instance, OVERLAY, StartError};
+use crate::instances::{Instance, StartError};
 use crate::timeline::{Moment, Timeline};
 
 impl Owner {
@@ -65,7 +65,12 @@ impl Owner {
         let mut boot = Boot::prepare(&shared, &spec, image, self.record.address)?;
         let address = boot.address();
         let dir = shared.dir_of(&self.record.id);
-        let overlay = shared.disks.reopen(&dir.join(OVERLAY)).await?;
+        let claim = shared.resources.claim_instance(
+            &self.record.id,
+            self.record.spec.name.as_str(),
+            spec.need(),
+        )?;
+        let disks = disks::reopen(&shared, &spec, &dir).await?;
         self.begin(|record| record.phase = Phase::Starting)?;
         self.change(Event::Start);
         self.started_at = None;
@@ -74,7 +79,7 @@ impl Owner {
         let booted = async {
             boot.connect(&shared, &self.record.id).await?;
             timeline.mark(Moment::DisksReady);
-            let booted = boot.launch(&shared, &spec, &dir, overlay.as_fd()).await?;
+            let booted = boot.launch(&shared, &spec, &dir, &disks).await?;
             self.keep(booted, |record| {
                 *record = Record {
                     spec,
@@ -89,8 +94,9 @@ impl Owner {
             .await
         };
         let outcome = booted.await;
-        if outcome.is_err() {
-            self.undo_start();
+        match &outcome {
+            Ok(()) => self.claim = Some(claim),
+            Err(_) => self.undo_start(),
         }
         outcome
     }

@@ -5,6 +5,7 @@
 //! next is found anew. Times are of the calendar, for they outlive the server.
 
 use std::future;
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -154,8 +155,13 @@ impl Owner {
                 Probe::Exec { .. } | Probe::Http(_) | Probe::Tcp { .. } => {}
             }
         }
+        let bps_of = |limit: Option<NonZeroU64>| limit.map_or(0, NonZeroU64::get);
+        let had_bps = bps_of(self.record.spec.disk_io_bps);
+        if let (Some(limit), Some(claim)) = (disk_io_bps, &self.claim) {
+            claim.change_disk_io(bps_of(limit))?;
+        }
         let is_checked_anew = health_check.is_some();
-        self.update(|record| {
+        let kept = self.update(|record| {
             if let Some(check) = health_check {
                 record.spec.health_check = check;
             }
@@ -169,7 +175,11 @@ impl Owner {
             if let Some(disk_io_bps) = disk_io_bps {
                 record.spec.disk_io_bps = disk_io_bps;
             }
-        })?;
+        });
+        if let (Err(_), Some(claim)) = (&kept, &self.claim) {
+            claim.change_disk_io(had_bps)?;
+        }
+        kept?;
         if let (Some(limit), Some(worker)) = (disk_io_bps, &mut self.worker) {
             let order = Order::LimitDisks { limit: byte_limit(limit) };
             worker.order(&order).await.map_err(UpkeepError::Worker)?;

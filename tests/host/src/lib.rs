@@ -59,7 +59,7 @@ impl TestHost {
         host
     }
 
-    /// No instance, no worker, no file of an instance, no mount of ours.
+    /// No instance, no worker, no file of an instance, no mount or control group of ours.
     pub async fn check_nothing_is_left(&self) {
         assert_eq!(self.server.get("/instances").await, json!([]), "instances are left");
         let patience = Instant::now() + Duration::from_secs(5);
@@ -71,6 +71,10 @@ impl TestHost {
         let files: Vec<_> = fs::read_dir(instances).into_iter().flatten().flatten().collect();
         assert!(files.is_empty(), "files are left: {files:?}");
         assert_eq!(taps(), Vec::<String>::new(), "interfaces are left");
+        while !groups().is_empty() && Instant::now() < patience {
+            time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(groups(), Vec::<PathBuf>::new(), "control groups are left");
         let mounts = fs::read_to_string("/proc/mounts").expect("/proc is mounted");
         let ours = format!(" {}/", self.server.data_dir.display());
         assert!(!mounts.contains(&ours), "mounts are left: {mounts}");
@@ -82,6 +86,11 @@ impl TestHost {
         for instance in list.as_array().into_iter().flatten() {
             let id = instance["id"].as_str().unwrap_or_default();
             self.server.call(Method::DELETE, &format!("/instances/{id}"), None).await;
+        }
+        let volumes = self.server.get("/volumes").await;
+        for volume in volumes.as_array().into_iter().flatten() {
+            let id = volume["id"].as_str().unwrap_or_default();
+            self.server.call(Method::DELETE, &format!("/volumes/{id}"), None).await;
         }
         for pid in worker_pids() {
             // One that ends meanwhile is as good as killed.
@@ -137,6 +146,12 @@ impl Server {
     /// Starts `program`, another `ovum` than the released one, by way of `command`.
     pub async fn start_other(data_dir: &Path, program: &Path, mut command: Command) -> Self {
         let address = free_address();
+        // One processor and a small disk shall not be what a case fails for.
+        for name in ["OVUM_OVERCOMMIT_CPU", "OVUM_OVERCOMMIT_MEMORY", "OVUM_OVERCOMMIT_DISK"] {
+            if command.get_envs().all(|(set, _)| set != name) {
+                command.env(name, "100");
+            }
+        }
         if !command.get_envs().any(|(name, _)| name == "OVUM_SUBNET") {
             command.env("OVUM_SUBNET", subnet_of(data_dir));
         }
@@ -401,6 +416,15 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..")
 }
 
+/// One of KVM's counters, over all guests that there are now (Documentation/virt/kvm/api.rst,
+/// "KVM_GET_STATS_FD" has the same).
+pub fn kvm_counter(name: &str) -> u64 {
+    let path = Path::new("/sys/kernel/debug/kvm").join(name);
+    let text = fs::read_to_string(&path);
+    let text = text.unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    text.trim().parse().expect("a counter is a number")
+}
+
 /// The binary under test.
 pub fn ovum() -> PathBuf {
     root().join("target/release/ovum")
@@ -450,6 +474,13 @@ pub fn taps() -> Vec<String> {
     let links = fs::read_dir("/sys/class/net").expect("/sys is mounted").flatten();
     let names = links.filter_map(|link| link.file_name().into_string().ok());
     names.filter(|name| name.starts_with("ov") && !name.starts_with("ovum-")).collect()
+}
+
+/// The control groups of all servers' workers.
+fn groups() -> Vec<PathBuf> {
+    let servers = fs::read_dir("/sys/fs/cgroup/ovum").into_iter().flatten().flatten();
+    let groups = servers.flat_map(|server| fs::read_dir(server.path()).into_iter().flatten());
+    groups.flatten().map(|group| group.path()).filter(|path| path.is_dir()).collect()
 }
 
 /// Process ids of all workers.

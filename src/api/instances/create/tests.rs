@@ -15,6 +15,7 @@ const LIMITS: Limits = Limits {
     overlay_bytes_max: 20 << 30,
     body_bytes_max: 0,
     disk_io_bps: None,
+    network_bps: None,
     host_cpus: NonZeroUsize::MIN,
 };
 
@@ -152,7 +153,7 @@ fn values_inside_of_what_is_not_there_yet_are_checked_too() {
     for path in ["", "data", "/", "/etc", "/a/../b", "/a//b", "/a/"] {
         assert_eq!(refused(&mount(path)), "volumes.mount_path", "{path}");
     }
-    assert_eq!(refused(&mount("/etc/app")), "volumes");
+    assert_eq!(spec(&mount("/etc/app")).unwrap().volumes[0].path, "/etc/app");
     for (fields, field) in [
         (json!({ "network": { "bandwidth_upload": "1.5" } }), "network.bandwidth_upload"),
         (
@@ -205,7 +206,7 @@ fn disks_have_the_limit_asked_for_or_their_share_of_the_hosts() {
         body.into_spec(limits).unwrap().0.disk_io_bps.map(NonZeroU64::get)
     };
     let host_cpus = NonZeroUsize::new(16).unwrap();
-    let shared = Limits { disk_io_bps: NonZeroU64::new(1 << 30), host_cpus, ..LIMITS };
+    let shared = Limits { disk_io_bps: NonZeroU64::new(2 << 30), host_cpus, ..LIMITS };
 
     for limits in [LIMITS, shared] {
         assert_eq!(of(json!({ "disk_io_bps": "10MB/s" }), &limits), Some(10 << 20));
@@ -213,7 +214,28 @@ fn disks_have_the_limit_asked_for_or_their_share_of_the_hosts() {
         assert_eq!(of(json!({ "disk_io_bps": "0" }), &limits), None);
     }
     assert_eq!(of(json!({}), &LIMITS), None);
-    assert_eq!(of(json!({}), &shared), Some(512 << 20), "a quarter of twice as much");
+    assert_eq!(of(json!({}), &shared), Some(512 << 20), "a quarter");
+    let small = Limits { host_cpus: NonZeroUsize::MIN, ..shared };
+    assert_eq!(of(json!({}), &small), Some(2 << 30), "all there is, and no more");
+}
+
+#[test]
+fn a_network_has_the_rates_that_are_asked_for_or_its_share() {
+    let limits = Limits {
+        network_bps: NonZeroU64::new(1000 << 20),
+        host_cpus: NonZeroUsize::new(8).unwrap(),
+        ..LIMITS
+    };
+    let body = json!({
+        "name": "web", "image": "nginx", "vcpus": 2,
+        "network": { "enabled": true, "bandwidth_upload": "80Mbps" },
+    });
+
+    let body = serde_json::from_value::<CreateInstance>(body).unwrap();
+    let network = body.into_spec(&limits).unwrap().0.network.unwrap();
+
+    assert_eq!(network.download_bps, NonZeroU64::new(250 << 20));
+    assert_eq!(network.upload_bps, NonZeroU64::new(10_000_000));
 }
 
 #[test]
@@ -238,7 +260,6 @@ fn asking() -> BTreeMap<&'static str, Value> {
     BTreeMap::from([
         ("devices", json!(["gpu"])),
         ("gpu", json!({ "profile": "L40S-1Q" })),
-        ("volumes", json!([{ "volume_id": "v", "mount_path": "/mnt/v" }])),
         ("snapshot_policy", json!({ "compression": { "enabled": true } })),
         ("auto_standby", json!({ "enabled": true, "idle_timeout": "5m" })),
         ("skip_kernel_headers", json!(false)),

@@ -1,0 +1,60 @@
+//! `ovum resources`: what the host has, and who was promised what.
+
+use clap::Args;
+
+use super::{ServerArgs, output};
+use crate::api::resources::{ResourcesView, StatusView};
+
+/// What can be typed after `ovum resources`.
+#[derive(Debug, Args)]
+pub(super) struct ResourcesArgs {
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+pub(super) async fn resources(args: ResourcesArgs) -> anyhow::Result<()> {
+    let view: ResourcesView = args.server.client()?.get("/resources").await?;
+    if args.json {
+        return output::json(&view);
+    }
+    let number = |number: u64| number.to_string();
+    let mut rows = vec![row(&view.cpu, number), row(&view.memory, output::size)];
+    rows.push(row(&view.disk, output::size));
+    // Without a source nobody knows the host's.
+    let rate = |bps| format!("{}/s", output::size(bps));
+    let rates = [Some(&view.network), view.disk_io.as_ref()];
+    let known = rates.into_iter().flatten().filter(|status| status.source.is_some());
+    rows.extend(known.map(|status| row(status, rate)));
+    output::table(["", "CAPACITY", "RATIO", "LIMIT", "PROMISED", "LEFT"], &rows)?;
+    if view.allocations.is_empty() {
+        return Ok(());
+    }
+    output::line("")?;
+    let rows: Vec<_> = view
+        .allocations
+        .iter()
+        .map(|allocation| {
+            [
+                allocation.instance_name.clone(),
+                allocation.cpu.to_string(),
+                output::size(allocation.memory_bytes),
+                output::size(allocation.disk_bytes),
+            ]
+        })
+        .collect();
+    output::table(["INSTANCE", "VCPUS", "MEMORY", "DISK"], &rows)
+}
+
+fn row(status: &StatusView, text: impl Fn(u64) -> String) -> [String; 6] {
+    [
+        status.kind.clone(),
+        text(status.capacity),
+        status.oversub_ratio.to_string(),
+        text(status.effective_limit),
+        text(status.allocated),
+        text(status.available),
+    ]
+}
