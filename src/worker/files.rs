@@ -51,7 +51,6 @@ impl Files {
             taps,
             console: single.take(FileRole::Console)?.into(),
             vsock: single.take(FileRole::Vsock).ok().map(UnixListener::from),
-            vfio: None,
         };
         let events = single.take(FileRole::Events)?.into();
         let control = PacketListener::from(single.take(FileRole::Control)?);

@@ -113,7 +113,6 @@ fn build(spec: ForegroundSpec) -> anyhow::Result<Machine> {
         taps: Vec::new(),
         console: console.into(),
         vsock: None,
-        vfio: None,
     };
     Machine::build(&machine, files).context("Failed to build the machine")
 }

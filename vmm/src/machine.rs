@@ -115,13 +115,17 @@ impl Machine {
         let vm = Arc::new(kvm.create_vm().map_err(BuildError::kvm("create a virtual machine"))?);
         set_up_interrupts(&vm)?;
         let slots = KvmSlots::new(Arc::clone(&vm));
-        let container = files.vfio.take().map(|vfio| Container::new(vfio, &vm)).transpose()?;
         let mut listeners: Vec<Box<dyn MemoryListener>> = vec![Box::new(slots.clone())];
-        if let Some(container) = &container {
-            listeners.push(Box::new(DmaMap(Arc::clone(container))));
-        }
+        let pci = if spec.devices.is_empty() {
+            None
+        } else {
+            let container = Container::new(&vm)?;
+            let pci = bus(spec, &container, &vm, slots)?;
+            // After the first device, without which a container has no IOMMU to map with.
+            listeners.push(Box::new(DmaMap(container)));
+            Some(pci)
+        };
         let memory = Memory::new(spec.memory_bytes, listeners)?;
-        let pci = container.map(|container| bus(spec, container, &vm, slots)).transpose()?;
         let mem = Arc::clone(memory.mem());
         let events = Arc::new(Events::new().map_err(BuildError::Thread)?);
 
@@ -336,16 +340,16 @@ fn set_up_interrupts(vm: &VmFd) -> Result<(), BuildError> {
 /// The bus with the devices of the host that the machine is lent.
 fn bus(
     spec: &MachineSpec,
-    container: Arc<Container>,
+    container: &Container,
     vm: &Arc<VmFd>,
     slots: KvmSlots,
 ) -> Result<PciBus, BuildError> {
     let memory_end = hotplug_start(spec.memory_bytes) + spec.hotplug_bytes;
     let windows = pci::windows(memory_end);
     let routes = Routes::new(Arc::clone(vm));
-    let place = Place { container, slots, routes, windows: windows.clone() };
+    let place = Place { slots, routes, windows: windows.clone() };
     let devices = spec.devices.iter().map(|device| {
-        let opened = place.container.open(device.group, &device.name)?;
+        let opened = container.open(&device.path)?;
         Passthrough::new(opened, place.clone())
     });
     Ok(PciBus::new(devices.collect::<Result<_, _>>()?, windows)?)

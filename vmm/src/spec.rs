@@ -1,18 +1,20 @@
 //! What a machine can be asked for, and what it is handed: the words of the outside.
 //!
 //! [`MachineSpec`] is plain data and travels between processes. [`MachineFiles`] holds the open
-//! files that stand behind it: this crate opens no path, so what it was not given it cannot reach.
+//! files that stand behind it: what it was not given it cannot reach, for this crate opens no path.
+//! Devices of the host are the exception ([`HostDeviceSpec`]).
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::layout::MMIO_SLOTS;
 use crate::pci::DEVICES_MAX;
 use crate::rate_limiter::RateLimitSpec;
-use crate::vfio::NAME_BYTES_MAX;
+use crate::vfio::{NAME_BYTES_MAX, is_device_path};
 
 /// Most vCPUs a machine can have.
 pub const VCPUS_MAX: u8 = 32;
@@ -85,10 +87,9 @@ pub struct DiskSpec {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HostDeviceSpec {
-    /// What VFIO calls it: a PCI address (`0000:03:00.0`) or the UUID of a mediated device.
-    pub name: String,
-    /// Which of the groups that are handed over it is in.
-    pub group: usize,
+    /// Where sysfs lists it: `/sys/bus/pci/devices/0000:03:00.0`, or a mediated device by its UUID
+    /// in `/sys/bus/mdev/devices`. Its IOMMU group has to be free, and is opened with it.
+    pub path: PathBuf,
 }
 
 /// A network interface.
@@ -122,17 +123,6 @@ pub struct MachineFiles {
     /// Where host processes connect to reach a vsock port of the guest: a client writes
     /// `CONNECT <port>\n` and reads `OK <host port>\n`. Needed if the spec has a vsock address.
     pub vsock: Option<UnixListener>,
-    /// What stands behind devices of the host; None if there are none.
-    pub vfio: Option<VfioFiles>,
-}
-
-/// The open files behind devices of the host.
-#[derive(Debug)]
-pub struct VfioFiles {
-    /// /dev/vfio/vfio, which no group is in yet.
-    pub container: OwnedFd,
-    /// /dev/vfio/N for each IOMMU group.
-    pub groups: Vec<OwnedFd>,
 }
 
 /// Why no machine can be what a description asks for.
@@ -194,19 +184,15 @@ pub enum SpecError {
         /// What was asked for.
         devices: usize,
     },
-    /// A device that is in none of the groups that were handed over, or has no name.
+    /// A path that is no device's, or one that comes twice.
     #[error(
-        "Device {name:?} is in group {group} of {groups} that came with the description, and its \
-         name has to be 1 to {} bytes",
+        "Device {path:?} has to be /sys/bus/pci/devices/ADDRESS or /sys/bus/mdev/devices/UUID, the \
+         name at most {} bytes, and no device comes twice",
         NAME_BYTES_MAX - 1
     )]
-    DeviceGroup {
-        /// Which device.
-        name: String,
-        /// Where it is said to be.
-        group: usize,
-        /// How many there are.
-        groups: usize,
+    DevicePath {
+        /// What was asked for.
+        path: PathBuf,
     },
     /// A balloon and devices of the host: what the balloon gives back a device would still reach.
     #[error("balloon is set, and devices of the host keep all guest memory where it is")]
@@ -257,7 +243,7 @@ impl MachineSpec {
         if net.is_some() != (1..=NET_LANES_MAX).contains(&taps) || net.is_none() && taps > 0 {
             return Err(SpecError::Taps { taps });
         }
-        check_devices(devices, files.vfio.as_ref())?;
+        check_devices(devices)?;
         if *balloon && !devices.is_empty() {
             return Err(SpecError::PinnedBalloon);
         }
@@ -269,18 +255,15 @@ impl MachineSpec {
     }
 }
 
-fn check_devices(devices: &[HostDeviceSpec], files: Option<&VfioFiles>) -> Result<(), SpecError> {
+fn check_devices(devices: &[HostDeviceSpec]) -> Result<(), SpecError> {
     if devices.len() > DEVICES_MAX {
         return Err(SpecError::Devices { devices: devices.len() });
     }
-    let groups = files.map_or(0, |files| files.groups.len());
-    let is_wrong = |device: &&HostDeviceSpec| {
-        device.group >= groups || !(1..NAME_BYTES_MAX).contains(&device.name.len())
+    let is_right = |(index, device): (usize, &HostDeviceSpec)| {
+        is_device_path(&device.path) && !devices[..index].contains(device)
     };
-    match devices.iter().find(is_wrong) {
-        Some(HostDeviceSpec { name, group }) => {
-            Err(SpecError::DeviceGroup { name: name.clone(), group: *group, groups })
-        }
+    match devices.iter().enumerate().find(|device| !is_right(*device)) {
+        Some((_, HostDeviceSpec { path })) => Err(SpecError::DevicePath { path: path.clone() }),
         None => Ok(()),
     }
 }
@@ -324,28 +307,26 @@ mod tests {
             taps: (0..taps).map(|_| file().into()).collect(),
             console: file(),
             vsock: None,
-            vfio: None,
         })
     }
 
     /// Its memory is where a device finds it, as long as the machine runs.
     #[test]
-    fn devices_of_the_host_are_in_a_group_that_is_there_and_go_with_no_balloon() {
-        let device = |name: &str, group| HostDeviceSpec { name: name.into(), group };
+    fn devices_of_the_host_are_each_in_sysfs_and_go_with_no_balloon() {
+        let device = |name| HostDeviceSpec { path: format!("/sys/bus/pci/devices/{name}").into() };
         let asked = |devices: Vec<HostDeviceSpec>| MachineSpec { devices, ..spec() };
+        let first = device("0000:00:02.0");
+        let check = |spec: MachineSpec| check(&spec, 0);
 
-        let refused = check(&asked(vec![device("0000:00:02.0", 0)]), 0).unwrap_err();
-        assert!(matches!(refused, SpecError::DeviceGroup { groups: 0, .. }), "{refused}");
-        let many = asked(vec![device("0000:00:02.0", 0); DEVICES_MAX + 1]);
-        assert_eq!(check(&many, 0), Err(SpecError::Devices { devices: DEVICES_MAX + 1 }));
-
-        let file = || tempfile::tempfile().unwrap().into();
-        let files = VfioFiles { container: file(), groups: vec![file()] };
-        assert_eq!(check_devices(&[device("0000:00:02.0", 0)], Some(&files)), Ok(()));
-        for (name, group) in [("0000:00:02.0", 1), ("", 0), (&"x".repeat(NAME_BYTES_MAX), 0)] {
-            let refused = check_devices(&[device(name, group)], Some(&files));
-            assert!(matches!(refused, Err(SpecError::DeviceGroup { .. })), "{refused:?}");
-        }
+        assert_eq!(check(asked(vec![first.clone(), device("0000:00:03.0")])), Ok(()));
+        let refused = Err(SpecError::DevicePath { path: first.path.clone() });
+        assert_eq!(check(asked(vec![first.clone(), first.clone()])), refused);
+        let refused = Err(SpecError::DevicePath { path: "/etc/passwd".into() });
+        assert_eq!(check(asked(vec![HostDeviceSpec { path: "/etc/passwd".into() }])), refused);
+        let refused = Err(SpecError::Devices { devices: DEVICES_MAX + 1 });
+        assert_eq!(check(asked(vec![first.clone(); DEVICES_MAX + 1])), refused);
+        let balloon = MachineSpec { balloon: true, ..asked(vec![first]) };
+        assert_eq!(check(balloon), Err(SpecError::PinnedBalloon));
     }
 
     #[test]

@@ -15,8 +15,8 @@ use vfio_bindings::bindings::vfio::{
     VFIO_PCI_MSIX_IRQ_INDEX,
 };
 
+use super::VfioError;
 use super::device::{HostDevice, Mapping, Region};
-use super::{Container, VfioError};
 use crate::kvm_slots::KvmSlots;
 use crate::memory::MemoryRange;
 use crate::pci::bars::{BARS_MAX, BarKind, BarShape, Windows};
@@ -32,8 +32,6 @@ const ENTRY_BYTES: usize = 16;
 /// Where it all is in the machine.
 #[derive(Debug, Clone)]
 pub struct Place {
-    /// The memory that devices see, and what KVM knows of them.
-    pub container: Arc<Container>,
     /// KVM's memory.
     pub slots: KvmSlots,
     /// KVM's interrupts.
@@ -90,13 +88,12 @@ impl Passthrough {
     /// [`VfioError`].
     pub fn new(device: HostDevice, place: Place) -> Result<Self, VfioError> {
         let failed = |why: String| VfioError::Device { name: device.name().into(), why };
-        let config_region = device
-            .region(VFIO_PCI_CONFIG_REGION_INDEX)
-            .map_err(VfioError::vfio("find configuration space"))?;
+        let config_region = device.region(VFIO_PCI_CONFIG_REGION_INDEX);
         let length = usize::try_from(config_region.bytes).unwrap_or(0).min(CONFIG_BYTES_MAX);
         let mut bytes = vec![0; length];
         device.read(&config_region, 0, &mut bytes);
-        let regions = regions(&device).map_err(VfioError::vfio("find the BARs of a device"))?;
+        let bars = (VFIO_PCI_BAR0_REGION_INDEX..).take(BARS_MAX);
+        let regions: Vec<_> = bars.map(|index| device.region(index)).collect();
         let shapes = shapes(&regions, &bytes).map_err(failed)?;
         let config =
             ConfigSpace::new(&bytes, &shapes).map_err(|error| failed(error.to_string()))?;
@@ -108,7 +105,8 @@ impl Passthrough {
             let mut mapped = Vec::new();
             for area in region.areas.iter().flat_map(|area| whole_pages(area, &watched)) {
                 let mapping = device.map(&region, &area);
-                let mapping = mapping.map_err(VfioError::vfio("map registers"))?;
+                let map_failed = |source| VfioError::Map { name: device.name().into(), source };
+                let mapping = mapping.map_err(map_failed)?;
                 mapped.push((area.start, area.end.saturating_sub(area.start), mapping));
             }
             bars.push(Bar { index, shape, region, mapped, start: None });
@@ -404,11 +402,6 @@ fn whole_pages(area: &Range<u64>, watched: &[Range<u64>]) -> Vec<Range<u64>> {
     pages.push(start..down(area.end));
     pages.retain(|range| range.start < range.end);
     pages
-}
-
-fn regions(device: &HostDevice) -> io::Result<Vec<Region>> {
-    let bars = (VFIO_PCI_BAR0_REGION_INDEX..).take(BARS_MAX);
-    bars.map(|index| device.region(index)).collect()
 }
 
 /// The BARs of memory among `regions`; `config` has their registers.

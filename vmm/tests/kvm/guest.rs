@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use ovum_vmm::machine::{Machine, MachineEventKind, StopReason};
 use ovum_vmm::rate_limiter::RateLimitSpec;
-use ovum_vmm::spec::{DiskSpec, HostDeviceSpec, MachineFiles, MachineSpec, VfioFiles};
+use ovum_vmm::spec::{DiskSpec, HostDeviceSpec, MachineFiles, MachineSpec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 
@@ -34,8 +34,6 @@ pub(crate) struct GuestSpec {
     pub(crate) script: String,
     pub(crate) disks: Vec<File>,
     pub(crate) archives: Vec<Archive>,
-    /// The groups of devices of the host.
-    pub(crate) groups: Vec<PathBuf>,
 }
 
 /// A machine that runs `script` on one vCPU with 128 MiB.
@@ -53,13 +51,7 @@ pub(crate) fn guest(script: &str) -> GuestSpec {
         devices: Vec::new(),
         serial: false,
     };
-    GuestSpec {
-        spec,
-        script: script.into(),
-        disks: Vec::new(),
-        archives: Vec::new(),
-        groups: Vec::new(),
-    }
+    GuestSpec { spec, script: script.into(), disks: Vec::new(), archives: Vec::new() }
 }
 
 impl GuestSpec {
@@ -117,9 +109,7 @@ impl GuestSpec {
 
     /// Lends it a device of the host.
     pub(crate) fn device(mut self, lent: &Lent) -> Self {
-        let device = HostDeviceSpec { name: lent.address.clone(), group: self.groups.len() };
-        self.spec.devices.push(device);
-        self.groups.push(lent.group.clone());
+        self.spec.devices.push(HostDeviceSpec { path: lent.path.clone() });
         self
     }
 
@@ -137,10 +127,6 @@ impl GuestSpec {
             taps: Vec::new(),
             console: File::from(console),
             vsock: None,
-            vfio: (!self.groups.is_empty()).then(|| VfioFiles {
-                container: open("/dev/vfio/vfio".as_ref()),
-                groups: self.groups.iter().map(|group| open(group)).collect(),
-            }),
         };
         (files, File::from(output))
     }

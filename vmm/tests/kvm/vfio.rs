@@ -24,8 +24,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A device that its driver has let go of; dropped, the driver gets it back.
 #[derive(Debug)]
 pub(crate) struct Lent {
-    pub(crate) address: String,
-    pub(crate) group: PathBuf,
+    pub(crate) path: PathBuf,
 }
 
 impl Lent {
@@ -47,22 +46,18 @@ impl Lent {
         let is_it = |path: &Path| signs.iter().all(|sign| has(path, sign));
         let found = devices.map(|entry| entry.path()).find(|path| is_it(path));
         let device = found.expect("these tests need devices to pass on: dev/in-host --vfio");
-        let group = fs::read_link(device.join("iommu_group")).unwrap();
-        let lent = Self {
-            address: device.file_name().unwrap().to_str().unwrap().into(),
-            group: Path::new("/dev/vfio").join(group.file_name().unwrap()),
-        };
+        let lent = Self { path: device };
         lent.bind("vfio-pci");
         lent
     }
 
     fn bind(&self, driver: &str) {
-        let device = Path::new("/sys/bus/pci/devices").join(&self.address);
-        fs::write(device.join("driver_override"), format!("{driver}\n")).unwrap();
-        if device.join("driver").exists() {
-            fs::write(device.join("driver/unbind"), &self.address).unwrap();
+        let address = self.path.file_name().unwrap().to_str().unwrap();
+        fs::write(self.path.join("driver_override"), format!("{driver}\n")).unwrap();
+        if self.path.join("driver").exists() {
+            fs::write(self.path.join("driver/unbind"), address).unwrap();
         }
-        fs::write("/sys/bus/pci/drivers_probe", &self.address).unwrap();
+        fs::write("/sys/bus/pci/drivers_probe", address).unwrap();
     }
 }
 
