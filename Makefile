@@ -30,10 +30,11 @@ check: deps tools ## format, lints, house rules, licences, documentation
 	dev/cargo-deny check --hide-inclusion-graph bans licenses sources
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" $(cargo) doc --workspace --no-deps --document-private-items --quiet
 
-build: deps kernel agent server ## target/release/ovum, target/agent/ovum-agent, target/kernel/vmlinux
+build: deps kernel agent server ## target/release/ovum, target/agent/ovum-agent, target/kernel
 
 kernel: deps ## the guest kernel; minutes at first, nothing after
 	kernel-config/build
+	kernel-config/headers
 
 agent: deps ## the guest agent
 	guest-agent/build

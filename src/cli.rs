@@ -60,7 +60,7 @@ enum Command {
     /// Run the server
     Serve(ConfigArgs),
     /// Pull an image if need be, run a command in a new instance, show its output, exit as it exits
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     /// List instances
     Ps(instances::PsArgs),
     /// Run a command in an instance, exit as it exits
@@ -175,7 +175,7 @@ pub fn main() -> ExitCode {
     }
     let outcome = match Cli::parse().command {
         Command::Serve(args) => serve(args).map(|()| ExitCode::SUCCESS),
-        Command::Run(args) => run(args),
+        Command::Run(args) => run(*args),
         Command::Ps(args) => block_on(instances::ps(args)),
         Command::Exec(args) => client_runtime().and_then(|on| on.block_on(exec::exec(args))),
         Command::Cp(args) => block_on(cp::cp(args)),

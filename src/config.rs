@@ -49,9 +49,6 @@ const IMAGE_JOBS_DEFAULT: u8 = 2;
 /// vCPUs an instance can have.
 const VCPUS: RangeInclusive<u8> = 1..=32;
 
-/// Whom guests ask for names unless told otherwise.
-const DNS: Ipv4Addr = Ipv4Addr::new(1, 1, 1, 1);
-
 /// What can be typed after `ovum serve`.
 #[derive(Debug, Clone, Args)]
 pub struct ConfigArgs {
@@ -135,7 +132,7 @@ struct Settings {
     #[arg(long, env = "OVUM_SUBNET", value_name = "CIDR")]
     subnet: Option<Subnet>,
     /// Name server of instances; may be repeated. One on this host has the gateway's address
-    /// [default: 1.1.1.1]
+    /// [default: those that this host asks]
     #[arg(long, env = "OVUM_DNS", value_name = "ADDRESS", value_delimiter = ',')]
     dns: Option<Vec<Ipv4Addr>>,
     /// Bytes per second that the host's disks give: an instance that names no limit of its own gets
@@ -283,7 +280,7 @@ pub struct Config {
 pub struct NetworkConfig {
     /// Their addresses.
     pub subnet: Subnet,
-    /// Whom they ask for names.
+    /// Whom they ask for names; nobody: whom the host asks.
     pub dns: Vec<Ipv4Addr>,
 }
 
@@ -489,7 +486,7 @@ impl Config {
             capacity,
             network: has_network.then(|| NetworkConfig {
                 subnet: subnet.unwrap_or(Subnet::DEFAULT),
-                dns: dns.unwrap_or_else(|| vec![DNS]),
+                dns: dns.unwrap_or_default(),
             }),
         })
     }

@@ -2,14 +2,18 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
 use rustix::fs::{Access, access, statvfs};
 
+use crate::causes::chain;
 use crate::config::{Config, NetworkConfig};
+use crate::instances::HEADERS;
 use crate::network;
+use crate::network::forwarding::{self, Chain};
+use crate::network::resolvers::{self, Resolvers};
 use crate::os::cgroup::ROOT;
 use crate::os::tap;
 use crate::os::tool::TOOLS;
@@ -76,13 +80,18 @@ pub fn examine(config: &Config) -> Vec<Finding> {
             subject: "guest agent".to_owned(),
             outcome: program(&config.agent, "`make agent` builds it; --agent names another"),
         },
+        Finding { subject: "kernel headers".to_owned(), outcome: headers(&config.kernel) },
         Finding { subject: "data folder".to_owned(), outcome: data_dir(&config.data_dir) },
         Finding { subject: "disk space".to_owned(), outcome: space(config) },
         Finding { subject: "control groups".to_owned(), outcome: Ok(groups(Path::new(ROOT))) },
     ];
-    if let Some(NetworkConfig { subnet, .. }) = config.network {
-        let outcome = network(subnet, &config.data_dir);
+    if let Some(NetworkConfig { subnet, dns }) = &config.network {
+        let outcome = network(*subnet, &config.data_dir);
         findings.push(Finding { subject: "network".to_owned(), outcome });
+        let outcome = forwarding(*subnet);
+        findings.push(Finding { subject: "other packet filters".to_owned(), outcome });
+        let outcome = name_servers(dns, Path::new("/"));
+        findings.push(Finding { subject: "name servers".to_owned(), outcome });
     }
     findings.extend(config.listen.iter().map(|&address| Finding {
         subject: format!("address {address}"),
@@ -171,6 +180,18 @@ fn program(path: &Path, mend: &str) -> Result<String, Problem> {
     Ok(path.display().to_string())
 }
 
+/// What modules for the kernel are built with lies beside it.
+fn headers(kernel: &Path) -> Result<String, Problem> {
+    let path = kernel.with_file_name(HEADERS);
+    match File::open(&path) {
+        Ok(_) => Ok(path.display().to_string()),
+        Err(error) => Err(Problem {
+            what: format!("{} cannot be read: {error}; instances build no modules", path.display()),
+            mend: "`make kernel` builds it, of the same build as the kernel".to_owned(),
+        }),
+    }
+}
+
 /// The folder, or the nearest above it that exists, can be written to.
 fn data_dir(dir: &Path) -> Result<String, Problem> {
     let existing = nearest(dir);
@@ -220,6 +241,51 @@ fn network(subnet: Subnet, data_dir: &Path) -> Result<String, Problem> {
             let mend = "name another with --subnet".to_owned();
             Err(Problem { what: error.to_string(), mend })
         }
+    }
+}
+
+/// No other packet filter drops what guests send and get.
+fn forwarding(subnet: Subnet) -> Result<String, Problem> {
+    match forwarding::obstacle(subnet) {
+        Ok(None) => Ok("none drops what is forwarded".to_owned()),
+        Ok(Some(Chain { family, table, name, .. })) => Err(Problem {
+            what: format!(
+                "chain {name} of table {family} {table} drops what is forwarded: instances reach \
+                 this host and nothing beyond it"
+            ),
+            mend: format!(
+                "nft insert rule {family} {table} {name} ip saddr {subnet} accept, and the same \
+                 with daddr; beside Docker insert both into DOCKER-USER, which it keeps"
+            ),
+        }),
+        Err(error) => Err(Problem {
+            what: format!("they are not known: {}", chain(&error)),
+            mend: "run as root".to_owned(),
+        }),
+    }
+}
+
+/// Guests are told of name servers that they can reach.
+fn name_servers(chosen: &[Ipv4Addr], root: &Path) -> Result<String, Problem> {
+    let list = |servers: &[Ipv4Addr]| {
+        let servers: Vec<String> = servers.iter().map(Ipv4Addr::to_string).collect();
+        servers.join(", ")
+    };
+    if !chosen.is_empty() {
+        return Ok(list(chosen));
+    }
+    match resolvers::of_host(root) {
+        Some(Resolvers { servers, path }) => {
+            Ok(format!("{}, as {} says", list(&servers), path.display()))
+        }
+        None => Err(Problem {
+            what: format!(
+                "this host names no server that an instance could ask, so that they ask {}",
+                resolvers::FALLBACK
+            ),
+            mend: "name one with --dns: the gateway's address is a resolver on this host"
+                .to_owned(),
+        }),
     }
 }
 

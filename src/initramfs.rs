@@ -220,6 +220,7 @@ mod tests {
             listen: true,
             realtime_ns: 0,
             volumes: Vec::new(),
+            kernel_headers: false,
         }
     }
 

@@ -49,6 +49,7 @@ use crate::timeline::{Moment, Timeline};
 use crate::volumes::{self, AttachError, Attachment, Volumes};
 
 pub use crate::network::{Mac, NetworkError};
+pub use boot::HEADERS;
 pub use errors::{
     BootError, CreateError, DeleteError, EndError, FindError, OpenError, OrderError, RecordError,
     StartError, StopError, UpkeepError, VolumeError,

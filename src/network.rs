@@ -43,8 +43,10 @@ pub use addresses::{Lease, Mac};
 pub use probe::HttpProbe;
 
 mod addresses;
+pub mod forwarding;
 mod host;
 mod probe;
+pub mod resolvers;
 mod rules;
 
 /// Packets that may wait for a guest, as many as an Ethernet card of the host has room for.
@@ -63,7 +65,7 @@ const PACKET_BYTES: u64 = 1500;
 pub struct NetworkSpec {
     /// The addresses of guests.
     pub subnet: Subnet,
-    /// Whom guests ask for names.
+    /// Whom guests ask for names; nobody: whom the host asks.
     pub dns: Vec<Ipv4Addr>,
     /// The server's data folder, by which it is told from others.
     pub owner: PathBuf,
@@ -189,7 +191,7 @@ impl Network {
             address: lease.address(),
             prefix: subnet.prefix(),
             gateway: subnet.gateway(),
-            dns: spec.map(|spec| spec.dns.clone()).unwrap_or_default(),
+            dns: spec.map(|spec| name_servers(&spec.dns)).unwrap_or_default(),
         }
     }
 
@@ -251,6 +253,16 @@ impl Network {
 /// [`NetworkError::Collision`]; [`NetworkError::Host`] if the host's routes cannot be read.
 pub fn check(subnet: Subnet, owner: &Path) -> Result<(), NetworkError> {
     host::check_routes(&Names::of(owner), subnet)
+}
+
+/// Whom a guest asks that boots now: `chosen`, or whom the host asks at this moment, which changes
+/// with the network it is in.
+fn name_servers(chosen: &[Ipv4Addr]) -> Vec<Ipv4Addr> {
+    if !chosen.is_empty() {
+        return chosen.to_vec();
+    }
+    let host = resolvers::of_host(Path::new("/"));
+    host.map_or_else(|| vec![resolvers::FALLBACK], |resolvers| resolvers.servers)
 }
 
 /// A TAP called `name`, with the gateway at this end and the guest at the other.

@@ -182,8 +182,10 @@ enum Holder {
 /// Something cannot be promised.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "Not enough {}: {} asked for, {} left of {}",
-    kind.name(), kind.amount(*asked), kind.amount(*available), kind.amount(*limit)
+    "Not enough {}: {} asked for, {} left of {}: ask for less, stop or delete others, or start the \
+     server with a larger --overcommit-{}",
+    kind.name(), kind.amount(*asked), kind.amount(*available), kind.amount(*limit),
+    kind.name().replace('_', "-")
 )]
 pub struct Shortage {
     /// Of what.

@@ -16,6 +16,7 @@ mod command;
 mod config;
 mod console;
 mod get;
+mod headers;
 mod identity;
 mod init;
 mod jobs;
@@ -159,6 +160,11 @@ fn live(port: Port) -> Result<Ending, AgentError> {
     }
     port.report(Report::Phase(Phase::RootMounted));
     identity::assume(&config);
+    if config.kernel_headers
+        && let Err(error) = headers::attach()
+    {
+        console::say(format_args!("{}", chain(&error)));
+    }
     if is_unit {
         let exit = become_systemd(&program, &config, port)?;
         port.report(Report::Exit(exit));

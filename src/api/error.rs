@@ -400,9 +400,10 @@ impl From<BootError> for ApiError {
                 Self::bad("invalid_request", &error)
             }
             BootError::Network(error) => Self::of_network(error),
-            BootError::File { .. } | BootError::Initramfs(_) | BootError::Worker(_) => {
-                Self::internal(&error)
-            }
+            BootError::File { .. }
+            | BootError::Headers { .. }
+            | BootError::Initramfs(_)
+            | BootError::Worker(_) => Self::internal(&error),
         }
     }
 }

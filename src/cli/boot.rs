@@ -121,6 +121,7 @@ fn config_archive(command: &[String]) -> anyhow::Result<File> {
         listen: false,
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
         volumes: Vec::new(),
+        kernel_headers: false,
     };
     Ok(Archive::config(&config)?.to_file()?)
 }

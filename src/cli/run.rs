@@ -48,6 +48,9 @@ pub(super) struct RunArgs {
     /// Memory
     #[arg(long, default_value = "1GB")]
     memory: String,
+    /// Memory that is added once the workload runs
+    #[arg(long, value_name = "SIZE")]
+    hotplug_size: Option<String>,
     /// vCPUs
     #[arg(long, default_value_t = 2)]
     cpus: i64,
@@ -57,6 +60,9 @@ pub(super) struct RunArgs {
     /// Volume: NAME:/PATH, NAME:/PATH:ro or NAME:/PATH:ro:overlay=SIZE; may be repeated
     #[arg(short, long, value_parser = volumes::mount)]
     volume: Vec<VolumeMount>,
+    /// Most bytes per second to and from its disks together: 100MB/s, or 0 for no limit
+    #[arg(long, value_name = "RATE")]
+    disk_io: Option<String>,
     /// Instead of the image's entrypoint; may be repeated, one word each
     #[arg(long, allow_hyphen_values = true)]
     entrypoint: Vec<String>,
@@ -66,6 +72,9 @@ pub(super) struct RunArgs {
     /// Whether it has a network; if not said, it has one if the server can give it
     #[arg(long, value_name = "BOOL")]
     network: Option<bool>,
+    /// What modules for its kernel are built with, in /usr/src and /lib/modules
+    #[arg(long)]
+    kernel_headers: bool,
     /// The guest's agent does not listen
     #[arg(long)]
     skip_guest_agent: bool,
@@ -155,6 +164,8 @@ fn request(args: RunArgs) -> CreateInstance {
         image: args.image,
         name,
         size: Some(args.memory),
+        hotplug_size: args.hotplug_size,
+        disk_io_bps: args.disk_io,
         overlay_size: Some(args.overlay_size),
         vcpus: Some(args.cpus),
         env: Some(environment(&args.env)),
@@ -164,6 +175,7 @@ fn request(args: RunArgs) -> CreateInstance {
             .map(|enabled| Network { enabled: Some(enabled), ..Network::default() }),
         upkeep: args.upkeep.fields(),
         volumes: Some(args.volume).filter(|volumes| !volumes.is_empty()),
+        skip_kernel_headers: Some(!args.kernel_headers),
         skip_guest_agent: args.skip_guest_agent.then_some(true),
         entrypoint: Some(args.entrypoint),
         cmd: Some(args.command),

@@ -4,23 +4,28 @@
 //! is anything to undo.
 
 use std::fs::{self, File};
-use std::iter;
+use std::io::ErrorKind;
 use std::net::Ipv4Addr;
 use std::num::NonZeroU64;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+
+use ovum_agent_proto::config::HEADERS_SERIAL;
 
 use crate::fleet::{NewWorker, WorkerDisk, WorkerNet, WorkerSpec};
 use crate::images::RootDisk;
 use crate::initramfs::Archive;
 use crate::instances::disks::InstanceDisk;
 use crate::instances::errors::BootError;
-use crate::instances::spec::{InstanceSpec, InterfaceSpec};
+use crate::instances::spec::{InstanceSpec, InterfaceSpec, KernelHeaders};
 use crate::instances::{Shared, guest};
 use crate::network::{Lease, Mac};
 
 /// Queues of a guest's TAP. More would be served by the same thread, behind the same interrupt.
 const TAP_QUEUES: usize = 1;
+
+/// The file with the headers of the kernel in whose folder it is.
+pub const HEADERS: &str = "headers.erofs";
 
 /// A boot that is ready but for the disks that can be written to and the way to the network.
 #[derive(Debug)]
@@ -30,6 +35,7 @@ pub(super) struct Boot {
     lease: Option<Lease>,
     download_bps: Option<NonZeroU64>,
     taps: Vec<OwnedFd>,
+    headers: Option<File>,
 }
 
 /// A machine that runs.
@@ -55,12 +61,14 @@ impl Boot {
         let network = &shared.network;
         let lease = spec.network.map(|_| network.lease(last)).transpose()?;
         let wiring = lease.as_ref().map(|lease| network.wiring(lease));
-        let config = guest::config(spec, &image.config, wiring).ok_or(BootError::NothingToRun)?;
+        let headers = headers(&shared.fleet.kernel, spec.kernel_headers)?;
+        let config = guest::config(spec, &image.config, wiring, headers.is_some())
+            .ok_or(BootError::NothingToRun)?;
         let config = rewound(&Archive::config(&config)?.to_file()?)?;
         let base = base_archive(shared)?;
         let initramfs = vec![base, config];
         let InterfaceSpec { download_bps, .. } = spec.network.unwrap_or_default();
-        Ok(Self { image, initramfs, lease, download_bps, taps: Vec::new() })
+        Ok(Self { image, initramfs, lease, download_bps, taps: Vec::new(), headers })
     }
 
     /// The guest's address, if it has a network.
@@ -92,15 +100,22 @@ impl Boot {
         shared: &Shared,
         spec: &InstanceSpec,
         dir: &Path,
-        disks: &[InstanceDisk],
+        disks_of_its_own: &[InstanceDisk],
     ) -> Result<Booted, BootError> {
-        let Self { image, initramfs, lease, taps, .. } = self;
+        let Self { image, initramfs, lease, taps, headers, .. } = self;
         let root = WorkerDisk { id: "root", read_only: true, file: image.file.as_fd() };
-        let others = disks.iter().map(|InstanceDisk { id, read_only, file, .. }| WorkerDisk {
-            id,
-            read_only: *read_only,
+        let mut disks = vec![root];
+        disks.extend(disks_of_its_own.iter().map(|disk| WorkerDisk {
+            id: &disk.id,
+            read_only: disk.read_only,
+            file: disk.file.as_fd(),
+        }));
+        // The last: the agent finds it by its serial number, and the others by their places.
+        disks.extend(headers.as_ref().map(|file| WorkerDisk {
+            id: HEADERS_SERIAL,
+            read_only: true,
             file: file.as_fd(),
-        });
+        }));
         let InterfaceSpec { download_bps, upload_bps } = spec.network.unwrap_or_default();
         let net = lease.as_ref().map(|lease| {
             let mac = Mac::of(lease.address()).octets();
@@ -112,7 +127,7 @@ impl Boot {
             memory_bytes: spec.memory_bytes,
             hotplug_bytes: spec.hotplug_bytes,
             initramfs,
-            disks: iter::once(root).chain(others).collect(),
+            disks,
             net,
             disk_io_bps: spec.disk_io_bps,
             vsock: spec.agent,
@@ -138,8 +153,38 @@ fn base_archive(shared: &Shared) -> Result<File, BootError> {
     rewound(base)
 }
 
+/// The disk with the headers of `kernel`, which lies beside it.
+fn headers(kernel: &Path, asked: KernelHeaders) -> Result<Option<File>, BootError> {
+    let path = kernel.with_file_name(HEADERS);
+    match (asked, File::open(&path)) {
+        (KernelHeaders::Skipped, _) => Ok(None),
+        (_, Ok(file)) => Ok(Some(file)),
+        (KernelHeaders::IfThere, Err(error)) if error.kind() == ErrorKind::NotFound => Ok(None),
+        (_, Err(source)) => Err(BootError::Headers { path, source }),
+    }
+}
+
 /// The same file with a position of its own, at the beginning.
 fn rewound(file: &File) -> Result<File, BootError> {
     let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
     File::open(&path).map_err(|source| BootError::File { path, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_who_asks_for_headers_is_refused_without() {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = dir.path().join("vmlinux");
+        let has = |asked| headers(&kernel, asked).map(|file| file.is_some());
+
+        assert!(!has(KernelHeaders::IfThere).unwrap());
+        let error = has(KernelHeaders::Needed).unwrap_err().to_string();
+        assert!(error.contains("headers.erofs, which skip_kernel_headers"), "{error}");
+        fs::write(dir.path().join(HEADERS), b"").unwrap();
+        assert!(!has(KernelHeaders::Skipped).unwrap());
+        assert!(has(KernelHeaders::IfThere).unwrap() && has(KernelHeaders::Needed).unwrap());
+    }
 }

@@ -137,6 +137,15 @@ pub enum BootError {
         #[source]
         source: io::Error,
     },
+    /// The kernel's headers.
+    #[error("Failed to use {path}, which skip_kernel_headers does without", path = path.display())]
+    Headers {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The initramfs.
     #[error(transparent)]
     Initramfs(ArchiveError),

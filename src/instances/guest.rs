@@ -18,6 +18,7 @@ pub(super) fn config(
     spec: &InstanceSpec,
     image: &ImageConfig,
     wiring: Option<Wiring>,
+    kernel_headers: bool,
 ) -> Option<GuestConfig> {
     let argv: Vec<String> = argv(spec, image).cloned().collect();
     let mut env = image.env.clone();
@@ -42,6 +43,7 @@ pub(super) fn config(
         listen: spec.agent,
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
         volumes: guest_mounts(spec),
+        kernel_headers,
     })
 }
 
@@ -77,7 +79,7 @@ mod tests {
             cmd: words(ours.1),
             ..InstanceSpec::sample()
         };
-        config(&spec, &image, None).map(|config| config.argv)
+        config(&spec, &image, None, false).map(|config| config.argv)
     }
 
     #[test]
@@ -115,7 +117,7 @@ mod tests {
         };
         let spec = InstanceSpec { env: env(&[("PATH", "/own")]), ..InstanceSpec::sample() };
 
-        let config = config(&spec, &image, None).unwrap();
+        let config = config(&spec, &image, None, false).unwrap();
 
         assert_eq!(config.env, [("LANG".into(), "C".into()), ("PATH".into(), "/own".into())]);
         assert_eq!(config.working_dir, "/");

@@ -23,9 +23,9 @@ pub use crate::control::MEMORY_BYTES_MIN;
 /// Longest name: it becomes the guest's host name, a DNS label (RFC 1035, 2.3.4 "Size limits").
 const NAME_BYTES_MAX: usize = 63;
 
-/// Most disks that the volumes of an instance take: those that a machine can have, but for its root
-/// and the writable layer.
-pub const VOLUME_DISKS_MAX: usize = DISKS_MAX - 2;
+/// Most disks that the volumes of an instance take: those that a machine can have, but for its
+/// root, the writable layer and the headers of its kernel.
+pub const VOLUME_DISKS_MAX: usize = DISKS_MAX - 3;
 
 /// An instance someone asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +55,9 @@ pub struct InstanceSpec {
     pub hypervisor: String,
     /// Whether the guest's agent listens; without it there is no graceful stop.
     pub agent: bool,
+    /// Whether the guest gets the headers of its kernel.
+    #[serde(default)]
+    pub kernel_headers: KernelHeaders,
     /// Instead of the image's entrypoint; empty: the image's.
     pub entrypoint: Vec<String>,
     /// Instead of the image's arguments; empty: the image's.
@@ -126,6 +129,19 @@ impl VolumeMode {
             Self::Overlay { size_bytes } => size_bytes,
         }
     }
+}
+
+/// Whether a guest gets the headers of its kernel, to build modules with.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KernelHeaders {
+    /// It goes without, at no cost.
+    #[default]
+    Skipped,
+    /// If they lie beside the kernel.
+    IfThere,
+    /// It is not started without.
+    Needed,
 }
 
 /// The network of an instance.
@@ -313,6 +329,7 @@ impl InstanceSpec {
             tags: BTreeMap::new(),
             hypervisor: "native".to_owned(),
             agent: true,
+            kernel_headers: KernelHeaders::Skipped,
             entrypoint: Vec::new(),
             cmd: Vec::new(),
             network: None,

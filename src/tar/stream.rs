@@ -34,6 +34,8 @@ where
             break;
         }
     }
+    // What comes behind an error is another, or whoever reads on would wait for it for ever.
+    drop(sender);
     reading.await.expect("reading an archive does not panic")
 }
 
@@ -66,8 +68,10 @@ mod tests {
     use std::pin::pin;
     use std::task::Poll;
 
+    use futures_util::stream;
     use tokio::io::duplex;
     use tokio::sync::oneshot;
+    use tokio_util::io::StreamReader;
 
     use super::*;
 
@@ -83,6 +87,19 @@ mod tests {
         let read = feed(bytes.as_slice(), to_end).await.unwrap();
 
         assert_eq!(read, bytes);
+    }
+
+    #[tokio::test]
+    async fn whoever_reads_on_behind_an_error_gets_another() {
+        let stream = StreamReader::new(stream::iter([Err::<Bytes, _>(io::Error::other("reset"))]));
+
+        let kinds = feed(stream, |mut reader| {
+            let mut kind = || reader.read(&mut [0]).unwrap_err().kind();
+            [kind(), kind()]
+        });
+
+        let told = [io::ErrorKind::Other, io::ErrorKind::ConnectionAborted];
+        assert_eq!(kinds.await, told);
     }
 
     #[tokio::test]

@@ -16,6 +16,7 @@ mod copy;
 mod crash;
 mod disk;
 mod exec;
+mod headers;
 mod images;
 mod killed;
 mod kvm;
@@ -73,6 +74,7 @@ fn main() -> ExitCode {
         copy::CASES,
         systemd::CASES,
         memory::CASES,
+        headers::CASES,
         disk::CASES,
         sdk::CASES,
         volumes::CASES,

@@ -11,6 +11,7 @@ pub mod buffers;
 pub mod config_space;
 pub mod console;
 pub mod entropy;
+mod host_signal;
 pub mod mem;
 pub mod mmio;
 pub mod net;

@@ -10,6 +10,9 @@ pub const CONFIG_PATH: &str = "/ovum/config.json";
 /// Most bytes the configuration may take: arguments and environment of an image are far smaller.
 pub const CONFIG_BYTES_MAX: usize = 1 << 20;
 
+/// Serial number of the disk with the kernel headers: an EROFS.
+pub const HEADERS_SERIAL: &str = "headers";
+
 /// Programs that only work as PID 1, and end the guest themselves.
 pub const INIT_SYSTEMS: [&str; 3] =
     ["/sbin/init", "/lib/systemd/systemd", "/usr/lib/systemd/systemd"];
@@ -42,6 +45,9 @@ pub struct GuestConfig {
     /// Volumes, none of them below one that comes later.
     #[serde(default)]
     pub volumes: Vec<VolumeMount>,
+    /// Whether it has a disk with the headers of its kernel.
+    #[serde(default)]
+    pub kernel_headers: bool,
 }
 
 /// A volume in the guest.

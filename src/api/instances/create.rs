@@ -20,7 +20,9 @@ use crate::api::tags::{self, Tags, TagsError};
 use crate::config::Limits;
 use crate::images::reference::{Reference, ReferenceError};
 use crate::instances::health::{self, Probe};
-use crate::instances::spec::{Expiry, InstanceSpec, InterfaceSpec, MEMORY_BYTES_MIN, Upkeep};
+use crate::instances::spec::{
+    Expiry, InstanceSpec, InterfaceSpec, KernelHeaders, MEMORY_BYTES_MIN, Upkeep,
+};
 use crate::size::{ByteRate, ByteSize};
 
 /// vCPUs unless told otherwise.
@@ -94,7 +96,8 @@ pub struct CreateInstance {
     /// How snapshots are kept. Not there yet.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snapshot_policy: Option<SnapshotPolicy>,
-    /// No kernel headers in the guest. There are none yet, so that only `false` asks for something.
+    /// No kernel headers in the guest, and no cost of them. If omitted it has them if this host
+    /// does; with `false` it is not started without.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skip_kernel_headers: Option<bool>,
     /// The agent does not listen: no graceful stop, and `Running` does not wait for it.
@@ -185,6 +188,11 @@ impl CreateInstance {
             tags,
             hypervisor,
             agent,
+            kernel_headers: match self.skip_kernel_headers {
+                None => KernelHeaders::IfThere,
+                Some(false) => KernelHeaders::Needed,
+                Some(true) => KernelHeaders::Skipped,
+            },
             entrypoint,
             cmd,
             network,

@@ -150,7 +150,6 @@ impl CreateInstance {
                 self.snapshot_policy.as_ref().map_or(Ok(false), SnapshotPolicy::asks)?,
             ),
             ("auto_standby", self.upkeep.asks_standby()?),
-            ("skip_kernel_headers", self.skip_kernel_headers == Some(false)),
         ];
         Ok(asks.into_iter().find_map(|(field, asks)| asks.then_some(field)))
     }

@@ -273,6 +273,6 @@ mod tests {
 
         assert!(parsed(Some(many(VOLUME_DISKS_MAX)), &Limits::default()).is_ok());
         let refused = refused(many(VOLUME_DISKS_MAX + 1));
-        assert!(refused.contains("more than 11"), "{refused}");
+        assert!(refused.contains("more than 10"), "{refused}");
     }
 }

@@ -149,7 +149,7 @@ impl Server {
         // One processor and a small disk shall not be what a case fails for.
         for name in ["OVUM_OVERCOMMIT_CPU", "OVUM_OVERCOMMIT_MEMORY", "OVUM_OVERCOMMIT_DISK"] {
             if command.get_envs().all(|(set, _)| set != name) {
-                command.env(name, "100");
+                command.env(name, "1000");
             }
         }
         if !command.get_envs().any(|(name, _)| name == "OVUM_SUBNET") {

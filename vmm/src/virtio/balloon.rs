@@ -10,19 +10,17 @@
 //! back, a wrong page is the guest's loss.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::{read, write};
 use vm_memory::GuestAddress;
 use zerocopy::byteorder::little_endian::U32;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::buffers::Span;
+use super::host_signal::HostSignal;
 use super::ring::Answer;
-use super::{Device, DeviceIo, DeviceState, Fault, Interest, Served, Watch};
+use super::{Device, DeviceIo, DeviceState, Fault, Served, Watch};
 use crate::memory::{Mem, give_back};
 
 /// A page as the balloon counts them, whatever the guest's pages are (5.5.6).
@@ -46,9 +44,6 @@ const DEFLATE: u16 = 1;
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
 const F_REPORTING: u64 = 1 << 5;
 
-/// The file that is readable when the host would like another size.
-const TOKEN_INFLATE: u32 = 0;
-
 /// The host's side of the balloon, for other threads. Clones are the same.
 #[derive(Debug, Clone)]
 pub struct BalloonHandle(Arc<Shared>);
@@ -59,7 +54,7 @@ struct Shared {
     wanted_pages: AtomicU32,
     /// Pages that it has, as the driver says.
     given_pages: AtomicU32,
-    signal: OwnedFd,
+    signal: HostSignal,
 }
 
 impl BalloonHandle {
@@ -68,8 +63,7 @@ impl BalloonHandle {
     pub fn inflate(&self, bytes: u64) {
         let pages = u32::try_from(bytes / PAGE_BYTES).unwrap_or(u32::MAX);
         self.0.wanted_pages.store(pages, Ordering::SeqCst);
-        // An eventfd refuses only when its counter is full: then the device is told already.
-        let _ = write(&self.0.signal, &1_u64.to_ne_bytes());
+        self.0.signal.raise();
     }
 
     /// What the host has asked for.
@@ -97,7 +91,6 @@ struct Config {
 pub struct Balloon {
     config: Config,
     shared: Arc<Shared>,
-    watching: bool,
 }
 
 impl Balloon {
@@ -107,10 +100,9 @@ impl Balloon {
     ///
     /// What eventfd(2) says.
     pub fn new() -> io::Result<Self> {
-        let signal = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let (wanted_pages, given_pages) = (AtomicU32::new(0), AtomicU32::new(0));
-        let shared = Arc::new(Shared { wanted_pages, given_pages, signal });
-        Ok(Self { config: Config::default(), shared, watching: false })
+        let shared = Arc::new(Shared { wanted_pages, given_pages, signal: HostSignal::new()? });
+        Ok(Self { config: Config::default(), shared })
     }
 
     /// The host's side of it.
@@ -173,10 +165,7 @@ impl Device for Balloon {
     }
 
     fn activate(&mut self, _features: u64, io: &mut DeviceIo<'_>) -> Result<(), Fault> {
-        self.watching = true;
-        io.watch
-            .add(self.shared.signal.as_fd(), TOKEN_INFLATE, Interest::Read)
-            .map_err(|source| Fault::Host { what: "wait for another size", source })?;
+        self.shared.signal.watch(io.watch)?;
         self.follow_host();
         Ok(())
     }
@@ -198,19 +187,13 @@ impl Device for Balloon {
     }
 
     fn wake(&mut self, _token: u32, _io: &mut DeviceIo<'_>) -> Result<Served, Fault> {
-        let mut count = [0; 8];
-        // It fails if nobody asked, and then there is nothing to do.
-        let _ = read(&self.shared.signal, &mut count);
+        self.shared.signal.clear();
         Ok(if self.follow_host() { Served::CONFIG } else { Served::NOTHING })
     }
 
     /// A driver that begins anew begins with an empty balloon.
     fn reset(&mut self, watch: &mut dyn Watch) {
-        if self.watching {
-            // It fails if the file is not there, which is what is wanted.
-            let _ = watch.remove(self.shared.signal.as_fd());
-        }
-        self.watching = false;
+        self.shared.signal.forget(watch);
         self.shared.given_pages.store(0, Ordering::SeqCst);
     }
 

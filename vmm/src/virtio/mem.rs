@@ -15,18 +15,16 @@ mod request;
 
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::event::{EventfdFlags, eventfd};
-use rustix::io::{read, write};
 use serde::{Deserialize, Serialize};
 use vm_memory::GuestAddress;
 use zerocopy::IntoBytes;
 
+use super::host_signal::HostSignal;
 use super::ring::Answer;
-use super::{Device, DeviceIo, DeviceState, Fault, Interest, Served, Watch};
+use super::{Device, DeviceIo, DeviceState, Fault, Served, Watch};
 use crate::memory::Memory;
 use blocks::{Blocks, Holding};
 use config::Config;
@@ -46,9 +44,6 @@ const QUEUE_SIZES: [u16; 1] = [64];
 
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
 
-/// The file that is readable when the host would like another size.
-const TOKEN_RESIZE: u32 = 0;
-
 /// The host's side of the device, for other threads. Clones are the same.
 #[derive(Debug, Clone)]
 pub struct MemHandle(Arc<Shared>);
@@ -60,7 +55,7 @@ struct Shared {
     /// What is plugged.
     plugged_bytes: AtomicU64,
     region_bytes: u64,
-    signal: OwnedFd,
+    signal: HostSignal,
 }
 
 impl MemHandle {
@@ -76,8 +71,7 @@ impl MemHandle {
             return Err(MemError::Size { bytes, max });
         }
         self.0.wanted_bytes.store(bytes, Ordering::SeqCst);
-        // An eventfd refuses only when its counter is full: then the device is told already.
-        let _ = write(&self.0.signal, &1_u64.to_ne_bytes());
+        self.0.signal.raise();
         Ok(())
     }
 
@@ -113,7 +107,6 @@ pub struct MemDevice {
     blocks: Blocks,
     config: Config,
     shared: Arc<Shared>,
-    watching: bool,
 }
 
 /// What a memory device needs to go on elsewhere, beside the memory that is plugged.
@@ -141,13 +134,11 @@ impl MemDevice {
         if bytes == 0 || !bytes.is_multiple_of(BLOCK_BYTES) {
             return Err(MemError::Size { bytes, max: u64::MAX });
         }
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let signal = eventfd(0, flags).map_err(|errno| MemError::Signal(errno.into()))?;
         let shared = Shared {
             wanted_bytes: AtomicU64::new(0),
             plugged_bytes: AtomicU64::new(0),
             region_bytes: bytes,
-            signal,
+            signal: HostSignal::new().map_err(MemError::Signal)?,
         };
         let share = bytes.div_ceil(CHUNKS_MAX).max(CHUNK_BYTES_MIN);
         Ok(Self {
@@ -157,7 +148,6 @@ impl MemDevice {
             blocks: Blocks::new(usize::try_from(bytes / BLOCK_BYTES).unwrap_or(0)),
             config: Config::new(BLOCK_BYTES, start, bytes),
             shared: Arc::new(shared),
-            watching: false,
         })
     }
 
@@ -320,10 +310,7 @@ impl Device for MemDevice {
             let what = "unplugged memory would be touched";
             return Err(Fault::Protocol { index: 0, what });
         }
-        self.watching = true;
-        io.watch
-            .add(self.shared.signal.as_fd(), TOKEN_RESIZE, Interest::Read)
-            .map_err(|source| Fault::Host { what: "wait for another size", source })?;
+        self.shared.signal.watch(io.watch)?;
         self.follow_host();
         Ok(())
     }
@@ -348,19 +335,13 @@ impl Device for MemDevice {
     }
 
     fn wake(&mut self, _token: u32, _io: &mut DeviceIo<'_>) -> Result<Served, Fault> {
-        let mut count = [0; 8];
-        // It fails if nobody asked, and then there is nothing to do.
-        let _ = read(&self.shared.signal, &mut count);
+        self.shared.signal.clear();
         Ok(if self.follow_host() { Served::CONFIG } else { Served::NOTHING })
     }
 
     /// What is plugged stays plugged: the guest may use it without a driver (5.15.6.2).
     fn reset(&mut self, watch: &mut dyn Watch) {
-        if self.watching {
-            // It fails if the file is not there, which is what is wanted.
-            let _ = watch.remove(self.shared.signal.as_fd());
-        }
-        self.watching = false;
+        self.shared.signal.forget(watch);
     }
 
     fn save(&self) -> DeviceState {

@@ -1,4 +1,4 @@
-//! Devices of the host in a guest: an NVMe controller, by `dev/in-host --vfio`.
+//! Devices of the host in a guest: those that `dev/in-host --vfio` has.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;

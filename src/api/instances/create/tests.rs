@@ -262,7 +262,6 @@ fn asking() -> BTreeMap<&'static str, Value> {
         ("gpu", json!({ "profile": "L40S-1Q" })),
         ("snapshot_policy", json!({ "compression": { "enabled": true } })),
         ("auto_standby", json!({ "enabled": true, "idle_timeout": "5m" })),
-        ("skip_kernel_headers", json!(false)),
     ])
 }
 
