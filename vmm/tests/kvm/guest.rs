@@ -5,7 +5,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::mem;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ovum_vmm::machine::{Machine, MachineEventKind, StopReason};
@@ -270,11 +270,6 @@ fn wait(files: &[BorrowedFd<'_>], patience: Duration) -> bool {
 pub(crate) fn kvm() -> OwnedFd {
     let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm");
     kvm.expect("these tests need /dev/kvm: run them by dev/end-to-end or dev/in-host").into()
-}
-
-fn open(path: &Path) -> OwnedFd {
-    let file = OpenOptions::new().read(true).write(true).open(path);
-    file.unwrap_or_else(|error| panic!("{}: {error}", path.display())).into()
 }
 
 pub(crate) fn kernel() -> File {
