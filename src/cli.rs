@@ -34,6 +34,7 @@ mod output;
 mod resources;
 mod run;
 mod stats;
+mod tags;
 mod terminal;
 mod top;
 mod upkeep;

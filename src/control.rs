@@ -13,6 +13,7 @@ pub use ovum_vmm::rate_limiter::{RateLimitSpec, RateSpec};
 pub use ovum_vmm::spec::{
     DISKS_MAX, DiskSpec, MEMORY_BYTES_MIN, MEMORY_BYTES_STEP, MachineSpec, NetSpec,
 };
+use rustix::time::{self, ClockId};
 use serde::{Deserialize, Serialize};
 
 /// The only argument of a worker. Not for people.
@@ -115,6 +116,13 @@ pub struct Status {
     /// Memory that the guest gave up, in bytes.
     #[serde(default)]
     pub given_bytes: u64,
+}
+
+/// CLOCK_MONOTONIC in nanoseconds: the clock of all events, the same in every process of a host.
+pub fn now_ns() -> u64 {
+    let now = time::clock_gettime(ClockId::Monotonic);
+    let (seconds, nanoseconds) = (now.tv_sec.cast_unsigned(), now.tv_nsec.cast_unsigned());
+    seconds * 1_000_000_000 + nanoseconds
 }
 
 /// Something that happened in a machine.

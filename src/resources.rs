@@ -283,12 +283,12 @@ impl Resources {
                 status.check(asked)?;
             }
         }
-        Ok(self.enter(&mut ledger, id, name, need))
+        Ok(self.enter_instance(&mut ledger, id, name, need))
     }
 
     /// Counts what an instance has already.
     pub fn count_instance(&self, id: &str, name: &str, need: Need) -> Claim {
-        self.enter(&mut self.shared.lock(), id, name, need)
+        self.enter_instance(&mut self.shared.lock(), id, name, need)
     }
 
     /// Promises disk to a volume, or nothing.
@@ -302,14 +302,12 @@ impl Resources {
         if let Some(disk) = statuses.get(&Kind::Disk) {
             disk.check(bytes)?;
         }
-        ledger.volumes.insert(id.to_owned(), bytes);
-        Ok(Claim { shared: Arc::clone(&self.shared), holder: Holder::Volume(id.to_owned()) })
+        Ok(self.enter_volume(&mut ledger, id, bytes))
     }
 
     /// Counts what a volume has already.
     pub fn count_volume(&self, id: &str, bytes: u64) -> Claim {
-        self.shared.lock().volumes.insert(id.to_owned(), bytes);
-        Claim { shared: Arc::clone(&self.shared), holder: Holder::Volume(id.to_owned()) }
+        self.enter_volume(&mut self.shared.lock(), id, bytes)
     }
 
     /// How it stands. Reads folders: blocks for a moment.
@@ -320,7 +318,12 @@ impl Resources {
         Report { statuses, disk, allocations: ledger.instances.values().cloned().collect() }
     }
 
-    fn enter(&self, ledger: &mut Ledger, id: &str, name: &str, need: Need) -> Claim {
+    fn enter_volume(&self, ledger: &mut Ledger, id: &str, bytes: u64) -> Claim {
+        ledger.volumes.insert(id.to_owned(), bytes);
+        Claim { shared: Arc::clone(&self.shared), holder: Holder::Volume(id.to_owned()) }
+    }
+
+    fn enter_instance(&self, ledger: &mut Ledger, id: &str, name: &str, need: Need) -> Claim {
         let allocation = Allocation { id: id.to_owned(), name: name.to_owned(), need };
         ledger.instances.insert(id.to_owned(), allocation);
         Claim { shared: Arc::clone(&self.shared), holder: Holder::Instance(id.to_owned()) }

@@ -18,10 +18,9 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ovum_agent_proto::report::{Phase, Report};
-use rustix::time::{self, ClockId};
 use serde::{Deserialize, Serialize};
 
-use crate::control::{Event, Happening};
+use crate::control::{Event, Happening, now_ns};
 
 /// A moment that a phase begins or ends with, in their order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -144,12 +143,6 @@ impl Timeline {
         }
         phases
     }
-}
-
-/// CLOCK_MONOTONIC, in nanoseconds.
-pub fn now_ns() -> u64 {
-    let now = time::clock_gettime(ClockId::Monotonic);
-    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
 }
 
 #[cfg(test)]

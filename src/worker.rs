@@ -25,10 +25,12 @@ use ovum_vmm::virtio::balloon::BalloonHandle;
 use rustix::event::{self, PollFd, PollFlags};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 
-use crate::control::{Event, Happening, LAUNCH_FD, Launch, Order, Reply, Status, StopCause};
+use crate::control::{
+    Event, Happening, LAUNCH_FD, Launch, Order, Reply, Status, StopCause, now_ns,
+};
 use crate::os::packets::{Packet, PacketListener, PacketSocket};
 use files::Files;
-use journal::{Journal, now_ns};
+use journal::Journal;
 
 pub use log::WorkerLog;
 

@@ -14,6 +14,7 @@ use tokio::io::stdin;
 use tokio::time;
 use tokio_util::io::ReaderStream;
 
+use super::orders::delete_each;
 use super::{ServerArgs, output};
 use crate::api::images::{CreateImage, ImageView};
 use crate::api::tags::Tags;
@@ -94,14 +95,8 @@ pub(super) async fn image(command: ImageCommand) -> anyhow::Result<()> {
             output::line(image.name)
         }
         ImageCommand::Ls(args) => ls(args).await,
-        ImageCommand::Rm(args) => {
-            let client = args.server.client()?;
-            for image in args.images {
-                let path = format!("/images/{}", segment(&image));
-                client.delete(&path).await.with_context(|| format!("Failed to delete {image}"))?;
-                output::line(image)?;
-            }
-            Ok(())
+        ImageCommand::Rm(RmArgs { images, server }) => {
+            delete_each(&server.client()?, "/images", images).await
         }
         ImageCommand::Load(args) => load(args).await,
         ImageCommand::Tag(TagArgs { source, target, server }) => {

@@ -118,6 +118,20 @@ pub(super) async fn rm(args: RmArgs) -> anyhow::Result<()> {
     each(keys, remove, |key, ()| output::line(key)).await
 }
 
+/// Deletes what lies at `keys` in `folder` of the API and prints each, up to the first that stays.
+pub(super) async fn delete_each(
+    client: &Client,
+    folder: &str,
+    keys: Vec<String>,
+) -> anyhow::Result<()> {
+    for key in keys {
+        let path = format!("{folder}/{}", segment(&key));
+        client.delete(&path).await.with_context(|| format!("Failed to delete {key}"))?;
+        output::line(key)?;
+    }
+    Ok(())
+}
+
 async fn remove(client: &Client, key: &str, force: bool) -> anyhow::Result<()> {
     let path = format!("/instances/{}", segment(key));
     let failed = || format!("Failed to delete {key}");

@@ -16,7 +16,7 @@ use futures_util::TryStreamExt;
 use super::embedded::Reached;
 use super::interrupt::interrupted;
 use super::upkeep::UpkeepArgs;
-use super::{ServerArgs, images, output, volumes, waterfall};
+use super::{ServerArgs, images, output, tags, volumes, waterfall};
 use crate::api::instances::WaitView;
 use crate::api::instances::create::CreateInstance;
 use crate::api::instances::extras::Network;
@@ -159,7 +159,6 @@ async fn work(
 
 fn request(args: RunArgs) -> CreateInstance {
     let name = args.name.unwrap_or_else(|| name_from(&args.image));
-    let tags = args.tag.iter().map(|tag| tag.split_once('=').unwrap_or((tag, "")));
     CreateInstance {
         image: args.image,
         name,
@@ -169,7 +168,7 @@ fn request(args: RunArgs) -> CreateInstance {
         overlay_size: Some(args.overlay_size),
         vcpus: Some(args.cpus),
         env: Some(environment(&args.env)),
-        tags: Some(tags.map(|(key, value)| (key.to_owned(), value.to_owned())).collect()),
+        tags: Some(tags::parsed(&args.tag)),
         network: args
             .network
             .map(|enabled| Network { enabled: Some(enabled), ..Network::default() }),

@@ -9,9 +9,9 @@ use tokio::fs::File;
 use tokio::io::stdin;
 use tokio_util::io::ReaderStream;
 
-use super::{ServerArgs, output};
+use super::orders::delete_each;
+use super::{ServerArgs, output, tags};
 use crate::api::instances::volumes::VolumeMount;
-use crate::api::tags::Tags;
 use crate::api::volumes::{CreateVolume, VolumeView};
 use crate::client::{Client, segment};
 use crate::size::ByteSize;
@@ -84,13 +84,7 @@ pub(super) async fn volume(command: VolumeCommand) -> anyhow::Result<()> {
             output::json(&server.client()?.get::<VolumeView>(&path).await?)
         }
         VolumeCommand::Rm(RmArgs { volumes, server }) => {
-            let client = server.client()?;
-            for volume in volumes {
-                let path = format!("/volumes/{}", segment(&volume));
-                client.delete(&path).await.with_context(|| format!("Failed to delete {volume}"))?;
-                output::line(volume)?;
-            }
-            Ok(())
+            delete_each(&server.client()?, "/volumes", volumes).await
         }
     }
 }
@@ -101,10 +95,8 @@ async fn create(args: CreateArgs) -> anyhow::Result<()> {
         bail!("--size {size}: volumes have whole GB, for example 10GB");
     }
     let size_gb = i64::try_from(size.0 >> 30).context("--size is too large")?;
-    let tags = tag.iter().map(|tag| tag.split_once('=').unwrap_or((tag, "")));
-    let tags: Tags = tags.map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
     let client = server.client()?;
-    let body = CreateVolume { name, size_gb, id, tags: Some(tags) };
+    let body = CreateVolume { name, size_gb, id, tags: Some(tags::parsed(&tag)) };
     let volume = match from_archive {
         Some(file) => fill(&client, &file, body).await?,
         None => client.post("/volumes", &body).await?,

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::control::{Event as WorkerEvent, Happening};
+use crate::control::{Event as WorkerEvent, Happening, now_ns};
 use crate::fleet::files;
 use crate::fleet::worker::{Happened, Worker};
 use crate::instances::diary::Diary;
@@ -28,7 +28,6 @@ use crate::instances::{
 };
 use crate::network::Lease;
 use crate::resources::Claim;
-use crate::timeline::now_ns;
 
 mod checking;
 mod ending;

@@ -3,6 +3,9 @@
 use std::io::Write;
 use std::mem;
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
+
 /// A tar archive in the making. Headers are built here byte by byte, so that a test can also make
 /// what no tool would.
 #[derive(Debug, Clone, Default)]
@@ -165,4 +168,11 @@ fn number(value: u64, width: usize) -> Vec<u8> {
     bytes.extend(&value.to_be_bytes()[8_usize.saturating_sub(width)..]);
     bytes[0] |= 0x80;
     bytes
+}
+
+/// What an archive is mostly packed with.
+pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
 }

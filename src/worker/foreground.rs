@@ -13,8 +13,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
 use super::happening;
-use super::journal::now_ns;
-use crate::control::{Event, Happening};
+use crate::control::{Event, Happening, now_ns};
 
 /// Most vCPUs that can be asked for.
 pub const VCPUS_MAX: u8 = spec::VCPUS_MAX;

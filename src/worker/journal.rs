@@ -6,8 +6,6 @@
 use std::fs::File;
 use std::io::{self, Write};
 
-use rustix::time::{self, ClockId};
-
 use crate::control::{Event, Happening};
 
 /// The events file and the number of the next event.
@@ -41,13 +39,6 @@ impl Journal {
         line.push(b'\n');
         self.file.write_all(&line)
     }
-}
-
-/// CLOCK_MONOTONIC in nanoseconds: the clock of all events, the same in every process of a host.
-pub(super) fn now_ns() -> u64 {
-    let now = time::clock_gettime(ClockId::Monotonic);
-    let (seconds, nanoseconds) = (now.tv_sec.cast_unsigned(), now.tv_nsec.cast_unsigned());
-    seconds * 1_000_000_000 + nanoseconds
 }
 
 #[cfg(test)]

@@ -7,7 +7,6 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use bytes::Bytes;
 use serde_json::Error;
 
 use crate::api::instances::view::InstanceView;
@@ -26,7 +25,7 @@ pub struct Texts {
 #[derive(Debug)]
 struct Text {
     of: Weak<Instance>,
-    json: Bytes,
+    json: Vec<u8>,
 }
 
 impl Texts {
@@ -48,7 +47,7 @@ impl Texts {
                 list.extend_from_slice(&text.json);
                 continue;
             }
-            let json = Bytes::from(serde_json::to_vec(&InstanceView::from(&**instance))?);
+            let json = serde_json::to_vec(&InstanceView::from(&**instance))?;
             list.extend_from_slice(&json);
             known.insert(instance.id.clone(), Text { of: Arc::downgrade(instance), json });
         }

@@ -10,8 +10,9 @@ use tokio::io::ReadBuf;
 
 use super::*;
 use crate::images::room::Room;
-use crate::images::testing::layout::{Layout, gzip};
+use crate::images::testing::layout::Layout;
 use crate::images::testing::{TarBuilder, header, run};
+use crate::tar::testing::gzip;
 
 struct Store {
     dir: tempfile::TempDir,

@@ -2,15 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use flate2::Compression;
-use flate2::write::GzEncoder;
 use serde_json::{Value, json};
 
 use crate::images::digest::Digest;
-use crate::images::testing::TarBuilder;
+use crate::tar::testing::{TarBuilder, gzip};
 
 /// An OCI image layout in the making: content by digest, and names for some of it.
 #[derive(Debug, Default)]
@@ -123,10 +120,4 @@ impl Layout {
         let tar = TarBuilder::new();
         self.files().into_iter().fold(tar, |tar, (path, content)| tar.file(path, content)).build()
     }
-}
-
-pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
-    encoder.write_all(bytes).unwrap();
-    encoder.finish().unwrap()
 }
