@@ -139,6 +139,13 @@ impl Cgroup {
         File::options().write(true).open(self.folder.join("cgroup.procs"))
     }
 
+    /// Whether the kernel killed a process of it for want of memory (cgroup-v2, "memory.events").
+    pub fn ran_out_of_memory(&self) -> bool {
+        let events = fs::read_to_string(self.folder.join("memory.events")).unwrap_or_default();
+        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        kills.is_some_and(|kills| kills != "0")
+    }
+
     /// Removes the group, now or, if a process of it has not quite ended, when it has.
     pub fn remove(self) {
         self.left.remove(self.folder);
@@ -252,5 +259,18 @@ mod tests {
         let memory: u64 = read("memory.max").parse().unwrap();
         assert!(memory > 1 << 30 && memory < (1 << 30) + (256 << 20), "{memory}");
         group.remove();
+    }
+
+    #[test]
+    fn a_group_says_whether_a_process_was_killed_for_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let group = Cgroup { folder: dir.path().to_owned(), left: Left::default() };
+        assert!(!group.ran_out_of_memory());
+
+        for (kills, is_so) in [("0", false), ("1", true), ("27", true)] {
+            let events = format!("low 0\nmax 12\noom 3\noom_kill {kills}\noom_group_kill 0\n");
+            fs::write(dir.path().join("memory.events"), events).unwrap();
+            assert_eq!(group.ran_out_of_memory(), is_so, "{kills}");
+        }
     }
 }
