@@ -72,7 +72,8 @@ impl Volumes {
             [] if disk.is_free() => {}
             [mount] => self.unmount(&disk, &number, mount)?,
             others => {
-                let path = others.first().map_or_else(String::new, |mount| mount.path.clone());
+                let path = others.first().map(|mount| mount.path.clone());
+                let path = path.unwrap_or_else(|| "any folder seen from here".to_owned());
                 return Err(ChangeError::Elsewhere { path });
             }
         }
