@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use ovum_agent_proto::files::{GetSpec, PathInfo, PutSpec, StatSpec};
 use ovum_agent_proto::frame::FrameError;
-use ovum_agent_proto::message::{ErrorCode, ToAgent, ToServer, TooLong};
+use ovum_agent_proto::message::{ToAgent, ToServer, TooLong};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex as AsyncMutex;
@@ -28,6 +28,8 @@ use crate::agent::line::{Line, Stream};
 
 pub use ovum_agent_proto::exec::{ExecSpec, WindowSize};
 pub use ovum_agent_proto::files;
+pub use ovum_agent_proto::message::ErrorCode;
+pub use ovum_agent_proto::volumes::{AttachSpec, DetachSpec};
 
 mod connection;
 pub mod copy;
@@ -109,6 +111,24 @@ impl Agents {
         }
     }
 
+    /// Mounts a volume in the guest behind `socket`.
+    ///
+    /// # Errors
+    ///
+    /// [`AgentError`]; one that the agent did not say itself leaves open whether it is mounted.
+    pub async fn attach(&self, socket: &Path, spec: AttachSpec) -> Result<(), AgentError> {
+        self.open(socket, ToAgent::Attach(spec)).await.map(drop)
+    }
+
+    /// Unmounts a volume in the guest behind `socket`, if it is mounted there.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Self::attach`].
+    pub async fn detach(&self, socket: &Path, spec: DetachSpec) -> Result<(), AgentError> {
+        self.open(socket, ToAgent::Detach(spec)).await.map(drop)
+    }
+
     /// Waits until the agent behind `socket` takes connections, as long as the caller likes.
     pub async fn wait_until_it_listens(&self, socket: &Path) {
         let mut pause = RETRY_FIRST;
@@ -125,7 +145,7 @@ impl Agents {
         self.shared.tasks.wait().await;
     }
 
-    /// Opens a stream of bytes.
+    /// Asks for what is acknowledged first; what follows, if anything, comes from the stream.
     async fn open(&self, socket: &Path, request: ToAgent) -> Result<Stream, AgentError> {
         let stream = self.line(socket).await?.open(&request).await?;
         match answer(&stream, ANSWER_TIMEOUT).await? {

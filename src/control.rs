@@ -4,7 +4,7 @@
 //! reads exactly one [`Launch`] from it, whose files arrive in the same packet in the order of
 //! [`Launch::files`]. It answers one [`Reply`]. Afterwards it listens on the control socket it was
 //! handed: each connection gets every [`Event`] from then on and may send [`Order`]s, each answered
-//! by a [`Reply`].
+//! by a [`Reply`]. One order has a file beside it ([`Order::files`]).
 //!
 //! The worker also appends each event, as one line of JSON, to the events file. That file is what
 //! a server trusts after it was away.
@@ -84,8 +84,35 @@ pub enum Order {
         /// In bytes.
         bytes: u64,
     },
+    /// Have one more disk. The file behind it comes beside this.
+    AttachDisk {
+        /// Which; its id is that of no other.
+        disk: DiskSpec,
+    },
+    /// Have this disk no more, if it is there.
+    DetachDisk {
+        /// Which.
+        id: String,
+    },
     /// End the machine now, as if its power was cut.
     Stop,
+}
+
+impl Order {
+    /// How many files come beside it.
+    pub fn files(&self) -> usize {
+        match self {
+            Self::AttachDisk { .. } => 1,
+            Self::Status
+            | Self::Pause
+            | Self::Resume
+            | Self::LimitDisks { .. }
+            | Self::ResizeHotplug { .. }
+            | Self::Inflate { .. }
+            | Self::DetachDisk { .. }
+            | Self::Stop => 0,
+        }
+    }
 }
 
 /// What a worker sends: answers to launch and orders, and events as they happen.
@@ -116,6 +143,9 @@ pub struct Status {
     /// Memory that the guest gave up, in bytes.
     #[serde(default)]
     pub given_bytes: u64,
+    /// Disks that can be attached. A worker that knows nothing of this has no room for any.
+    #[serde(default)]
+    pub vacant_slots: usize,
 }
 
 /// CLOCK_MONOTONIC in nanoseconds: the clock of all events, the same in every process of a host.

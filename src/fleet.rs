@@ -90,6 +90,8 @@ pub struct WorkerSpec<'a> {
     pub net: Option<WorkerNet>,
     /// Bytes per second to and from all disks together, if there is a limit.
     pub disk_io_bps: Option<NonZeroU64>,
+    /// Slots for disks that are attached while it runs, as far as there are any left.
+    pub spare_slots: u8,
     /// Whether the guest gets a vsock device.
     pub vsock: bool,
     /// Whether it ends when this process does, however that ends.
@@ -360,6 +362,7 @@ fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
         disks: disks
             .map(|disk| DiskSpec { id: disk.id.to_owned(), read_only: disk.read_only })
             .collect(),
+        spare_slots: spec.spare_slots,
         net: spec.net.as_ref().map(|net| NetSpec {
             mac: net.mac,
             download: byte_limit(net.download_bps),

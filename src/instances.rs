@@ -383,8 +383,8 @@ impl Instances {
         self.order(key, |done| Order::Start { command, done }).await
     }
 
-    /// Gives the instance a volume, which it has from its next start on. Goes on if the caller goes
-    /// away.
+    /// Gives the instance a volume: in its guest, if it runs, or from its next start on. Goes on if
+    /// the caller goes away.
     ///
     /// # Errors
     ///
@@ -398,7 +398,8 @@ impl Instances {
         self.order(key, |done| Order::Attach { mount, done }).await
     }
 
-    /// Takes a volume from the instance. Goes on if the caller goes away.
+    /// Takes a volume from the instance, out of its guest if it runs. Goes on if the caller goes
+    /// away.
     ///
     /// # Errors
     ///
@@ -539,6 +540,7 @@ impl Reservation {
             end: None,
             hold: None,
             restart: RestartStatus::default(),
+            volume_change: None,
         };
         let (name, need) = (record.spec.name.as_str(), record.spec.need());
         let claim = Some(shared.resources.claim_instance(&id, name, need)?);

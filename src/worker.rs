@@ -12,6 +12,7 @@ pub mod foreground;
 mod journal;
 mod log;
 
+use std::fs::File;
 use std::io;
 use std::mem;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -205,7 +206,7 @@ impl Worker {
             bail!("Closed by the other end");
         }
         let reply = match serde_json::from_slice(&packet.bytes) {
-            Ok(order) => self.obey(&order),
+            Ok(order) => self.obey(&order, packet.files),
             Err(error) => Err(anyhow!(error).context("Malformed order")),
         };
         let reply = reply.unwrap_or_else(|error| Reply::Failed { message: format!("{error:#}") });
@@ -213,7 +214,11 @@ impl Worker {
         Ok(send(connection, &reply)?)
     }
 
-    fn obey(&mut self, order: &Order) -> anyhow::Result<Reply> {
+    /// Follows an order with the files beside it.
+    fn obey(&mut self, order: &Order, files: Vec<OwnedFd>) -> anyhow::Result<Reply> {
+        if files.len() != order.files() {
+            bail!("The order needs {} files and has {}", order.files(), files.len());
+        }
         match order {
             Order::Status => {}
             Order::Pause => {
@@ -233,6 +238,15 @@ impl Worker {
                 let balloon = self.machine.balloon().context("The machine has no balloon")?;
                 balloon.inflate(*bytes);
             }
+            Order::AttachDisk { disk } => {
+                let file = files.into_iter().next().context("The order has no file")?;
+                self.machine
+                    .attach_disk(disk, File::from(file))
+                    .context("Failed to attach a disk")?;
+            }
+            Order::DetachDisk { id } => {
+                self.machine.detach_disk(id).context("Failed to detach a disk")?;
+            }
             // The end itself arrives as an event.
             Order::Stop => self.machine.stop(),
         }
@@ -246,6 +260,7 @@ impl Worker {
             running: self.running,
             plugged_bytes: self.machine.plugged_bytes(),
             given_bytes: balloon.map_or(0, BalloonHandle::given_bytes),
+            vacant_slots: self.machine.vacant_slots(),
         })
     }
 

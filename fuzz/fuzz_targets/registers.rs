@@ -71,9 +71,10 @@ fuzz_target!(|steps: Vec<Step>| {
         let line = Line::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()));
         Registers::new(slot, Identity::of(&**device, config.clone()), orders.clone(), line)
     });
-    let slots = Slots::new(registers.collect());
+    let slots = Slots::new(registers.collect(), 1);
     let at = |slot: u8, offset: u16| {
-        let slot = u64::from(slot) % (configs.len() as u64 + 1);
+        // The last but one is vacant, and there is no last.
+        let slot = u64::from(slot) % (configs.len() as u64 + 2);
         MMIO_START + slot * MMIO_SLOT_BYTES + u64::from(offset) % MMIO_SLOT_BYTES
     };
     let mut data = [0; WIDTH_MAX];

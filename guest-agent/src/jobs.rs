@@ -53,8 +53,8 @@ impl Jobs {
                 outbox.say(&stat::answer(&spec));
                 return Ok(());
             }
-            // An order to the whole guest, which is served above.
-            ToAgent::Shutdown { .. } => return Ok(()),
+            // Orders to the whole guest, which are served above.
+            ToAgent::Shutdown { .. } | ToAgent::Attach(_) | ToAgent::Detach(_) => return Ok(()),
             ToAgent::Exec(_) | ToAgent::Put(_) | ToAgent::Get(_) => {
                 self.check_place(stream).and_then(|()| open(message, env))
             }

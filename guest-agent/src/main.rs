@@ -15,6 +15,7 @@
 mod command;
 mod config;
 mod console;
+mod disks;
 mod get;
 mod headers;
 mod identity;
@@ -59,6 +60,7 @@ use crate::program::{Program, ProgramError, Refusal};
 use crate::root::{Root, RootError};
 use crate::serve::{Agent, Charge, Ending};
 use crate::signals::Signals;
+use crate::volumes::Volumes;
 use crate::workload::{StartError, Workload};
 
 /// Why the guest has no workload.
@@ -135,7 +137,8 @@ fn serve_as_unit() -> Result<(), AgentError> {
     let listener = Listener::open().map_err(system("the listener"))?;
     port.report(Report::Phase(Phase::AgentReady));
     let (listener, charge) = (Some(listener), Charge::Systemd);
-    match (Agent { signals, listener, charge, env: config.env }).serve() {
+    let volumes = &mut Volumes::default();
+    match (Agent { signals, listener, charge, env: config.env, volumes }).serve() {
         Ending::Over(exit) => {
             port.report(Report::Exit(exit));
             power_off();
@@ -153,7 +156,7 @@ fn live(port: Port) -> Result<Ending, AgentError> {
     let config = config::read(CONFIG_PATH)?;
     let program = Program::new(&config.argv, &config.env)?;
     // Dropped last: what was written is on the disk before the power goes.
-    let root = Root::enter(&config)?;
+    let mut root = Root::enter(&config)?;
     let is_unit = systemd::is_meant(&program);
     if !is_unit {
         root::furnish();
@@ -174,7 +177,10 @@ fn live(port: Port) -> Result<Ending, AgentError> {
     let signals = Signals::open().map_err(system("signals"))?;
     let listener = if config.listen { listen(port) } else { None };
     let ending = match start(&program, &config, port) {
-        Ok(charge) => Agent { signals, listener, charge, env: config.env }.serve(),
+        Ok(charge) => {
+            let volumes = root.volumes();
+            Agent { signals, listener, charge, env: config.env, volumes }.serve()
+        }
         Err(StartError::Refused(refusal)) => Ending::Over(refused(&refusal)),
         Err(StartError::System(errno)) => return Err(system("the workload's process")(errno)),
     };

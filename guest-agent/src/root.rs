@@ -159,7 +159,7 @@ impl Root {
         process::chdir(MERGED).map_err(prepare(MERGED))?;
         mount::mount_move(".", "/").map_err(prepare("/"))?;
         process::chroot(".").map_err(prepare("/"))?;
-        let root = Self { layer, volumes };
+        let mut root = Self { layer, volumes };
 
         NEEDED.iter().try_for_each(Mount::attach)?;
         for (points_to, path) in LINKS {
@@ -176,6 +176,11 @@ impl Root {
 }
 
 impl Root {
+    /// The volumes in it.
+    pub(crate) fn volumes(&mut self) -> &mut Volumes {
+        &mut self.volumes
+    }
+
     /// Leaves the root as it is: someone else ends this guest.
     pub(crate) fn leave(self) {
         mem::forget(self);

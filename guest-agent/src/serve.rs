@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use ovum_agent_proto::frame::CONNECTION;
 use ovum_agent_proto::message::{ErrorCode, ToAgent, ToServer};
 use ovum_agent_proto::report::Exit;
+use ovum_agent_proto::volumes::{AttachSpec, DetachSpec};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use rustix::process::{Pid, WaitOptions};
@@ -17,7 +18,8 @@ use crate::listener::Listener;
 use crate::output::Output;
 use crate::session::{Closed, Session};
 use crate::signals::{self, Signal, Signals};
-use crate::{init, systemd, workload};
+use crate::volumes::Volumes;
+use crate::{chain, init, systemd, workload};
 
 /// What is reported of an init system that ended the guest by itself.
 const SUCCESS: Exit = Exit { code: 0, oom: false };
@@ -37,12 +39,14 @@ const OWN_GRACE: Duration = Duration::from_secs(10);
 
 /// What the loop takes care of.
 #[derive(Debug)]
-pub(crate) struct Agent {
+pub(crate) struct Agent<'v> {
     pub(crate) signals: Signals,
     pub(crate) listener: Option<Listener>,
     pub(crate) charge: Charge,
     /// The workload's environment, which commands get too.
     pub(crate) env: Vec<(String, String)>,
+    /// What the guest has of them.
+    pub(crate) volumes: &'v mut Volumes,
 }
 
 /// For whom the guest exists.
@@ -63,8 +67,8 @@ pub(crate) enum Charge {
 
 /// The loop's state.
 #[derive(Debug)]
-struct Loop {
-    agent: Agent,
+struct Loop<'v> {
+    agent: Agent<'v>,
     clients: Vec<Client>,
     /// When whatever still runs is killed.
     kill_at: Option<Instant>,
@@ -100,7 +104,7 @@ enum Ready {
     Job { client: usize, stream: u32, end: End },
 }
 
-impl Agent {
+impl Agent<'_> {
     /// Serves until the charge has ended.
     pub(crate) fn serve(self) -> Ending {
         let mut serving = Loop { agent: self, clients: Vec::new(), kill_at: None, ended: None };
@@ -114,7 +118,7 @@ impl Agent {
     }
 }
 
-impl Loop {
+impl Loop<'_> {
     /// Waits once, and does what there is to do.
     fn turn(&mut self) {
         let mut orders = Vec::new();
@@ -132,8 +136,8 @@ impl Loop {
                 }
                 Ready::Session { hears: false, .. } => {}
                 Ready::Session { client, hears: true } => {
-                    let shutdowns = self.clients[client].receive(&self.agent.env);
-                    orders.extend(shutdowns.into_iter().map(|order| (client, order)));
+                    let received = self.clients[client].receive(&self.agent.env);
+                    orders.extend(received.into_iter().map(|order| (client, order)));
                 }
                 Ready::Job { client, stream, end } => {
                     let Client { session, jobs, .. } = &mut self.clients[client];
@@ -141,8 +145,8 @@ impl Loop {
                 }
             }
         }
-        for (client, (stream, request)) in orders {
-            let answer = self.shut_down(&request);
+        for (client, (stream, order)) in orders {
+            let answer = self.obey(&order);
             self.clients[client].session.say(stream, &answer);
         }
         self.clients.retain_mut(Client::work);
@@ -240,10 +244,22 @@ impl Loop {
         }
     }
 
-    fn shut_down(&mut self, request: &Shutdown) -> ToServer {
-        match self.stop(request.signal, request.grace) {
+    /// Does what was ordered, waiting for disks if it has to.
+    fn obey(&mut self, order: &Order) -> ToServer {
+        let refused = match order {
+            Order::Shutdown { signal, grace } => {
+                self.stop(*signal, *grace).map_err(|errno| (ErrorCode::System, errno.to_string()))
+            }
+            Order::Attach(spec) => {
+                self.agent.volumes.attach(spec).map_err(|error| (error.code(), chain(&error)))
+            }
+            Order::Detach(spec) => {
+                self.agent.volumes.detach(spec).map_err(|error| (error.code(), chain(&error)))
+            }
+        };
+        match refused {
             Ok(()) => ToServer::Ack,
-            Err(errno) => ToServer::Error { code: ErrorCode::System, message: errno.to_string() },
+            Err((code, message)) => ToServer::Error { code, message },
         }
     }
 
@@ -316,11 +332,15 @@ impl Loop {
     }
 }
 
-/// An order to end the guest.
-#[derive(Debug, Clone, Copy)]
-struct Shutdown {
-    signal: u8,
-    grace: Duration,
+/// An order to the whole guest.
+#[derive(Debug, Clone)]
+enum Order {
+    /// End it.
+    Shutdown { signal: u8, grace: Duration },
+    /// Give it a volume.
+    Attach(AttachSpec),
+    /// Take a volume from it.
+    Detach(DetachSpec),
 }
 
 impl Client {
@@ -333,16 +353,22 @@ impl Client {
     }
 
     /// Takes what the server says; returns what is for the whole guest, each with its stream.
-    fn receive(&mut self, env: &[(String, String)]) -> Vec<(u32, Shutdown)> {
+    fn receive(&mut self, env: &[(String, String)]) -> Vec<(u32, Order)> {
         let mut orders = Vec::new();
         match self.session.receive() {
             Ok(requests) => {
                 for (stream, request) in requests {
-                    if let ToAgent::Shutdown { signal, grace_ms } = request {
-                        let grace = Duration::from_millis(grace_ms.into());
-                        orders.push((stream, Shutdown { signal, grace }));
-                    } else if self.jobs.take(stream, request, env, &mut self.session).is_err() {
-                        self.is_over = true;
+                    match request {
+                        ToAgent::Shutdown { signal, grace_ms } => {
+                            let grace = Duration::from_millis(grace_ms.into());
+                            orders.push((stream, Order::Shutdown { signal, grace }));
+                        }
+                        ToAgent::Attach(spec) => orders.push((stream, Order::Attach(spec))),
+                        ToAgent::Detach(spec) => orders.push((stream, Order::Detach(spec))),
+                        request => {
+                            let taken = self.jobs.take(stream, request, env, &mut self.session);
+                            self.is_over |= taken.is_err();
+                        }
                     }
                 }
             }

@@ -2,7 +2,8 @@
 //!
 //! They are mounted in the initramfs, where their devices and the layers above some of them have
 //! paths, and moved to their places once the root is entered. A volume that cannot be mounted ends
-//! the boot: a workload that wrote into the folder below it would lose what it wrote.
+//! the boot: a workload that wrote into the folder below it would lose what it wrote. Volumes that
+//! come or go later are in [`change`].
 
 use std::ffi::CString;
 use std::io;
@@ -17,6 +18,8 @@ use rustix::{fs, mount};
 use crate::console;
 use crate::root::directory;
 
+mod change;
+
 /// What a guest frees is given back to the host. For the rest see the root's layer.
 const WRITABLE: &str = "discard,noinit_itable,no_prefetch_block_bitmaps";
 
@@ -26,9 +29,12 @@ const READ_ONLY: &str = "noload,no_prefetch_block_bitmaps";
 /// The volumes of a guest, mounted. Dropping it leaves the disks it wrote to clean.
 #[derive(Debug, Default)]
 pub(crate) struct Volumes {
+    /// On their way to their places.
     mounted: Vec<Mounted>,
-    /// File systems that were written to.
+    /// File systems that are written to.
     writable: Vec<OwnedFd>,
+    /// They are ours to leave clean; else an init system unmounts them.
+    are_ours: bool,
 }
 
 /// A volume that is mounted somewhere.
@@ -51,7 +57,7 @@ pub(crate) struct VolumeError {
 impl Volumes {
     /// Mounts all of `volumes` in the initramfs.
     pub(crate) fn mount(volumes: &[VolumeMount]) -> Result<Self, VolumeError> {
-        let mut all = Self::default();
+        let mut all = Self { mounted: Vec::new(), writable: Vec::new(), are_ours: true };
         for (index, volume) in volumes.iter().enumerate() {
             let VolumeMount { device, path, .. } = volume;
             let mounted = all.mount_one(index, volume).map_err(|errno| VolumeError {
@@ -96,15 +102,15 @@ impl Volumes {
     }
 
     /// Moves them to their places in the root, which has been entered.
-    pub(crate) fn settle(&self) -> Result<(), VolumeError> {
-        for Mounted { path, mount } in &self.mounted {
+    pub(crate) fn settle(&mut self) -> Result<(), VolumeError> {
+        for Mounted { path, mount } in self.mounted.drain(..) {
             let flags =
                 MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_SYMLINKS;
-            let settled = directories(path)
-                .and_then(|()| mount::move_mount(mount, "", CWD, path.as_str(), flags));
+            let settled = directories(&path)
+                .and_then(|()| mount::move_mount(&mount, "", CWD, path.as_str(), flags));
             settled.map_err(|errno| VolumeError {
                 device: "a volume".to_owned(),
-                path: path.clone(),
+                path,
                 source: errno.into(),
             })?;
         }

@@ -8,6 +8,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixListener;
 
 use super::*;
+use crate::agent::testing::PlayedWorker;
 
 /// What a worker and the agent behind it answer, whatever they hear; returns what they heard.
 async fn asked(answer: Vec<u8>) -> (Result<(), AgentError>, Vec<u8>) {
@@ -65,4 +66,38 @@ async fn nobody_silence_and_nonsense_are_told_apart() {
     assert!(matches!(error(&[b'x'; 100]).await, AgentError::NotListening));
     assert!(matches!(error(b"OK 1\n").await, AgentError::Closed));
     assert!(matches!(error(b"OK 1\n\xff\xff\xff\xff").await, AgentError::Frame(_)));
+}
+
+#[tokio::test]
+async fn a_volume_is_mounted_when_the_agent_says_so_and_not_when_it_says_no() {
+    let worker = PlayedWorker::new();
+    let socket = worker.socket();
+    let agents = Agents::default();
+    let spec = AttachSpec { serial: "v".into(), path: "/data".into(), read_only: true };
+    let gone = DetachSpec { serial: "v".into() };
+
+    let script = async {
+        let mut agent = worker.accept().await;
+        let (stream, heard) = agent.hear().await;
+        agent.say(stream, &ToServer::Ack).await;
+        assert_eq!(heard, ToAgent::Attach(spec.clone()));
+        // An answered request is over.
+        let (stream, heard) = loop {
+            match agent.hear().await {
+                (_, ToAgent::Cancel) => {}
+                heard => break heard,
+            }
+        };
+        assert_eq!(heard, ToAgent::Detach(gone.clone()));
+        let (code, message) = (ErrorCode::Unsupported, "Frame of unknown kind 0x4".to_owned());
+        agent.say(stream, &ToServer::Error { code, message }).await;
+        agent
+    };
+    let asked = async {
+        agents.attach(&socket, spec.clone()).await.unwrap();
+        agents.detach(&socket, gone.clone()).await.unwrap_err()
+    };
+    let (_agent, refused) = tokio::join!(script, asked);
+
+    assert!(matches!(refused, AgentError::Refused { code: ErrorCode::Unsupported, .. }));
 }

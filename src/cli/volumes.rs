@@ -1,4 +1,4 @@
-//! `ovum volume`: create, list, inspect, delete.
+//! `ovum volume`: create, list, inspect, attach, detach, delete.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,8 @@ use tokio_util::io::ReaderStream;
 
 use super::orders::delete_each;
 use super::{ServerArgs, output, tags};
-use crate::api::instances::volumes::VolumeMount;
+use crate::api::instances::view::InstanceView;
+use crate::api::instances::volumes::{AttachVolume, VolumeMount};
 use crate::api::volumes::{CreateVolume, VolumeView};
 use crate::client::{Client, segment};
 use crate::size::ByteSize;
@@ -25,6 +26,10 @@ pub(super) enum VolumeCommand {
     Ls(LsArgs),
     /// Show all there is to know about a volume, as JSON
     Inspect(InspectArgs),
+    /// Give an instance a volume, which it has at once if it runs
+    Attach(AttachArgs),
+    /// Take a volume from an instance, which must not be using it
+    Detach(DetachArgs),
     /// Delete volumes that nobody has
     Rm(RmArgs),
 }
@@ -67,6 +72,27 @@ pub(super) struct InspectArgs {
 }
 
 #[derive(Debug, Args)]
+pub(super) struct AttachArgs {
+    /// Id, name, or the beginning of an id
+    instance: String,
+    /// The volume and where it goes: NAME:/PATH, or NAME:/PATH:ro to be read only
+    #[arg(value_name = "NAME:/PATH[:ro]", value_parser = mount)]
+    volume: VolumeMount,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct DetachArgs {
+    /// Id, name, or the beginning of an id
+    instance: String,
+    /// Id or name
+    volume: String,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+#[derive(Debug, Args)]
 pub(super) struct RmArgs {
     /// Ids or names
     #[arg(required = true)]
@@ -82,6 +108,11 @@ pub(super) async fn volume(command: VolumeCommand) -> anyhow::Result<()> {
         VolumeCommand::Inspect(InspectArgs { volume, server }) => {
             let path = format!("/volumes/{}", segment(&volume));
             output::json(&server.client()?.get::<VolumeView>(&path).await?)
+        }
+        VolumeCommand::Attach(args) => attach(args).await,
+        VolumeCommand::Detach(DetachArgs { instance, volume, server }) => {
+            server.client()?.delete(&attachment(&instance, &volume)).await?;
+            Ok(())
         }
         VolumeCommand::Rm(RmArgs { volumes, server }) => {
             delete_each(&server.client()?, "/volumes", volumes).await
@@ -102,6 +133,23 @@ async fn create(args: CreateArgs) -> anyhow::Result<()> {
         None => client.post("/volumes", &body).await?,
     };
     output::line(volume.id)
+}
+
+async fn attach(args: AttachArgs) -> anyhow::Result<()> {
+    let AttachArgs { instance, volume, server } = args;
+    let VolumeMount { volume_id, mount_path, readonly, overlay_size, .. } = volume;
+    if overlay_size.is_some() {
+        bail!("A volume has an overlay from the creation of an instance on, or not at all");
+    }
+    let body = AttachVolume { mount_path, readonly };
+    let client = server.client()?;
+    client.post::<InstanceView>(&attachment(&instance, &volume_id), &body).await?;
+    Ok(())
+}
+
+/// The path of a volume in an instance.
+fn attachment(instance: &str, volume: &str) -> String {
+    format!("/instances/{}/volumes/{}", segment(instance), segment(volume))
 }
 
 async fn fill(client: &Client, file: &Path, volume: CreateVolume) -> anyhow::Result<VolumeView> {

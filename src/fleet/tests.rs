@@ -153,6 +153,35 @@ async fn an_order_gets_its_answer_though_events_come_first() {
     assert_eq!(queued, Some(event(0)));
 }
 
+/// An order for a disk is the only one that brings a file.
+#[tokio::test]
+async fn an_order_arrives_with_the_file_beside_it() {
+    let peer = Peer::new();
+    let mut worker = peer.adopt_self();
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(b"disk").unwrap();
+    let disk = DiskSpec { id: "v".to_owned(), read_only: true };
+    let attach = Order::AttachDisk { disk };
+
+    let script = async {
+        let connection = accept(&peer).await;
+        let heard = task::spawn_blocking(move || {
+            let heard = connection.recv().unwrap();
+            send(&connection, &Reply::Done(status(7)));
+            heard
+        });
+        heard.await.unwrap()
+    };
+    let files = [file.as_fd()];
+    let (heard, done) = tokio::join!(script, worker.order_with(&attach, &files));
+
+    assert!(done.is_ok());
+    assert_eq!(serde_json::from_slice::<Order>(&heard.bytes).unwrap(), attach);
+    assert_eq!((heard.files.len(), attach.files(), Order::Status.files()), (1, 1, 0));
+    let length = File::from(heard.files.into_iter().next().unwrap()).metadata().unwrap().len();
+    assert_eq!(length, 4);
+}
+
 #[tokio::test]
 async fn the_death_of_a_process_comes_after_its_last_words() {
     let peer = Peer::new();
@@ -185,7 +214,7 @@ fn fleet(program: &str) -> Fleet {
 }
 
 fn status(pid: u32) -> Status {
-    Status { pid, running: true, plugged_bytes: 0, given_bytes: 0 }
+    Status { pid, running: true, plugged_bytes: 0, given_bytes: 0, vacant_slots: 0 }
 }
 
 fn any_machine() -> MachineSpec {
@@ -196,6 +225,7 @@ fn any_machine() -> MachineSpec {
         balloon: false,
         cmdline: String::new(),
         disks: Vec::new(),
+        spare_slots: 0,
         net: None,
         disk_limit: RateLimitSpec::default(),
         vsock_cid: None,
@@ -274,6 +304,7 @@ async fn what_is_not_the_kvm_device_is_not_handed_on() {
         initramfs: Vec::new(),
         disks: Vec::new(),
         net: None,
+        spare_slots: 0,
         vsock: true,
     };
     for path in ["/nonexistent", "/dev/null"] {

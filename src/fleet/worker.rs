@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -165,14 +166,36 @@ impl Worker {
     ///
     /// [`OrderError`].
     pub async fn order(&mut self, order: &Order) -> Result<Reply, OrderError> {
-        time::timeout(ORDER_TIMEOUT, self.exchange(order)).await.map_err(|_| OrderError::Silent)?
+        self.order_with(order, &[]).await
     }
 
-    async fn exchange(&mut self, order: &Order) -> Result<Reply, OrderError> {
+    /// As [`Self::order`], with files beside it.
+    ///
+    /// # Errors
+    ///
+    /// [`OrderError`].
+    pub async fn order_with(
+        &mut self,
+        order: &Order,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Reply, OrderError> {
+        let answer = time::timeout(ORDER_TIMEOUT, self.exchange(order, files)).await;
+        answer.unwrap_or_else(|_elapsed| {
+            // What it still answers is not the answer to the next order.
+            self.connection = None;
+            Err(OrderError::Silent)
+        })
+    }
+
+    async fn exchange(
+        &mut self,
+        order: &Order,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Reply, OrderError> {
         let message = serde_json::to_vec(order).map_err(|e| OrderError::Send(e.into()))?;
         self.ensure_connected();
         let Some(connection) = &self.connection else { return Err(OrderError::Gone) };
-        connection.get_ref().send(&message, &[]).map_err(OrderError::Send)?;
+        connection.get_ref().send(&message, files).map_err(OrderError::Send)?;
         match self.reply().await? {
             Reply::Failed { message } => Err(OrderError::Refused { message }),
             reply => Ok(reply),
@@ -181,7 +204,7 @@ impl Worker {
 
     /// Its process id, as the worker itself says.
     pub(super) async fn status(&mut self) -> Result<u32, OrderError> {
-        match self.exchange(&Order::Status).await? {
+        match self.exchange(&Order::Status, &[]).await? {
             Reply::Done(status) => Ok(status.pid),
             Reply::Failed { .. } | Reply::Event(_) => Err(OrderError::Gone),
         }

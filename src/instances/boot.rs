@@ -17,7 +17,7 @@ use crate::images::RootDisk;
 use crate::initramfs::Archive;
 use crate::instances::disks::InstanceDisk;
 use crate::instances::errors::BootError;
-use crate::instances::spec::{InstanceSpec, InterfaceSpec, KernelHeaders};
+use crate::instances::spec::{InstanceSpec, InterfaceSpec, KernelHeaders, SPARE_SLOTS};
 use crate::instances::{Shared, guest};
 use crate::network::{Lease, Mac};
 
@@ -130,6 +130,8 @@ impl Boot {
             disks,
             net,
             disk_io_bps: spec.disk_io_bps,
+            // Without an agent nobody in the guest would look for a disk.
+            spare_slots: if spec.agent { SPARE_SLOTS } else { 0 },
             vsock: spec.agent,
             ends_with_us: spec.ends_with_server,
         };

@@ -2,12 +2,14 @@
 //! start.
 //!
 //! The order is that of the machine: the writable layer behind the root, then the volumes by path,
-//! each with its own layer behind it if it has one.
+//! each with its own layer behind it if it has one. What is attached later has no place in it: the
+//! guest finds that by its serial number, which is the same for a volume wherever it is.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use ovum_agent_proto::config::{VolumeMode as GuestMode, VolumeMount as GuestMount};
+use sha2::{Digest as _, Sha256};
 
 use crate::disks::{self, DiskError, Disks};
 use crate::instances::Shared;
@@ -24,6 +26,10 @@ pub(super) const OVERLAY_DEVICE: &str = "/dev/vdb";
 
 /// The first of a volume.
 const FIRST_VOLUME: u8 = b'c';
+
+/// Bytes of a volume's key in a serial number, of which its hexadecimal digits, a letter and a dash
+/// are all.
+const SERIAL_KEY_BYTES: usize = 9;
 
 /// One disk, open.
 #[derive(Debug)]
@@ -53,10 +59,10 @@ pub(super) async fn create(
     };
     let overlay = make("overlay".to_owned(), dir.join(OVERLAY), spec.overlay_bytes).await?;
     let mut disks = vec![overlay];
-    for (index, mount) in spec.volumes.iter().enumerate() {
-        disks.push(volume(shared, index, mount).await?);
+    for mount in &spec.volumes {
+        disks.push(volume(shared, mount).await?);
         if let VolumeMode::Overlay { size_bytes } = mount.mode {
-            disks.push(make(layer_id(index), layer_path(dir, mount), size_bytes).await?);
+            disks.push(make(serial('l', mount), layer_path(dir, mount), size_bytes).await?);
         }
     }
     Ok(disks)
@@ -88,11 +94,11 @@ pub(super) async fn reopen(
 ) -> Result<Vec<InstanceDisk>, DiskError> {
     let overlay = Disks::reopen(&dir.join(OVERLAY)).await?;
     let mut disks = vec![writable("overlay".to_owned(), overlay)];
-    for (index, mount) in spec.volumes.iter().enumerate() {
-        disks.push(volume(shared, index, mount).await?);
+    for mount in &spec.volumes {
+        disks.push(volume(shared, mount).await?);
         if let VolumeMode::Overlay { .. } = mount.mode {
             let file = Disks::reopen(&layer_path(dir, mount)).await?;
-            disks.push(writable(layer_id(index), file));
+            disks.push(writable(serial('l', mount), file));
         }
     }
     Ok(disks)
@@ -119,26 +125,41 @@ pub(super) fn guest_mounts(spec: &InstanceSpec) -> Vec<GuestMount> {
     mounts.collect()
 }
 
-async fn volume(
+/// Opens the disk of a volume.
+///
+/// # Errors
+///
+/// [`DiskError`].
+pub(super) async fn volume(
     shared: &Shared,
-    index: usize,
     mount: &VolumeMount,
 ) -> Result<InstanceDisk, DiskError> {
     let read_only = mount.mode.is_read_only();
     let file = shared.volumes.disk(&mount.volume, read_only).await?;
-    Ok(InstanceDisk { id: format!("volume-{index}"), read_only, file, made_at: None })
+    Ok(InstanceDisk { id: volume_serial(mount), read_only, file, made_at: None })
+}
+
+/// The serial number of a volume's disk.
+pub(super) fn volume_serial(mount: &VolumeMount) -> String {
+    serial('v', mount)
+}
+
+/// A serial number made of the volume's id, which may be too long for one.
+fn serial(kind: char, mount: &VolumeMount) -> String {
+    let key = Sha256::digest(&mount.volume);
+    format!("{kind}-{}", hex::encode(&key[..SERIAL_KEY_BYTES]))
 }
 
 fn writable(id: String, file: File) -> InstanceDisk {
     InstanceDisk { id, read_only: false, file, made_at: None }
 }
 
-fn layer_id(index: usize) -> String {
-    format!("volume-{index}-layer")
-}
-
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use ovum_agent_proto::volumes::SERIAL_BYTES_MAX;
+
     use super::*;
 
     fn mount(path: &str, mode: VolumeMode) -> VolumeMount {
@@ -161,9 +182,17 @@ mod tests {
         assert_eq!(told[1].mode, GuestMode::Overlay { device: "/dev/vde".to_owned() });
     }
 
-    /// The machine answers a request for a disk's id with 20 bytes at most.
     #[test]
-    fn ids_have_room_in_a_disks_answer() {
-        assert!(layer_id(99).len() <= 20);
+    fn a_serial_number_is_the_volumes_own_and_fits() {
+        let named = |volume: &str| {
+            let mount =
+                VolumeMount { volume: volume.to_owned(), ..mount("/a", VolumeMode::ReadOnly) };
+            [volume_serial(&mount), serial('l', &mount)]
+        };
+        let all = [named("a"), named("b"), named(&"x".repeat(63))].concat();
+
+        assert!(all.iter().all(|serial| serial.len() == SERIAL_BYTES_MAX), "{all:?}");
+        assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), all.len());
+        assert_eq!(named("a")[0], "v-ca978112ca1bbdcafa");
     }
 }

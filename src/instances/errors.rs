@@ -6,12 +6,13 @@ use std::path::PathBuf;
 use chrono::{DateTime, Utc};
 use rusqlite::ErrorCode;
 
+use crate::agent::AgentError;
 use crate::disks::DiskError;
 use crate::fleet::{SpawnError, worker};
 use crate::images::{ImagesError, ReadyError, RequestError};
 use crate::initramfs::ArchiveError;
 use crate::instances::record::ReserveError;
-use crate::instances::spec::VOLUME_DISKS_MAX;
+use crate::instances::spec::{SPARE_SLOTS, VOLUME_DISKS_MAX};
 use crate::instances::state::State;
 use crate::network::NetworkError;
 use crate::resources::Shortage;
@@ -275,8 +276,10 @@ pub enum VolumeError {
     /// It was not asked.
     #[error(transparent)]
     Order(#[from] OrderError),
-    /// Not in this state: the guest of a machine that runs finds no new disks.
-    #[error("Instance is {state}: volumes are attached to and detached from Stopped ones only")]
+    /// Not in this state.
+    #[error(
+        "Instance is {state}: volumes are attached to and detached from Running and Stopped ones"
+    )]
     Refused {
         /// The state.
         state: State,
@@ -290,6 +293,54 @@ pub enum VolumeError {
     /// A machine has no slot for it.
     #[error("The volumes of an instance take at most {VOLUME_DISKS_MAX} disks")]
     TooMany,
+    /// This machine has none left.
+    #[error(
+        "The machine has no slot left for a disk, having begun with at most {SPARE_SLOTS} to \
+         spare: detach another volume, or stop the instance first"
+    )]
+    NoSlot,
+    /// Nobody in the guest could mount it.
+    #[error(
+        "The guest goes without its agent, which would have to mount or unmount the volume: stop \
+         the instance first"
+    )]
+    NoAgent,
+    /// The guest was started by an older server.
+    #[error("The agent in the guest is too old for this: stop the instance first")]
+    OldAgent,
+    /// What is below the path would not be seen any more.
+    #[error("A volume is mounted below {path:?}, which would hide it: stop the instance first")]
+    Hides {
+        /// Where.
+        path: String,
+    },
+    /// Its layer is mounted with it, where nobody can unmount it.
+    #[error("Volume {volume} has a layer of its own in the guest: stop the instance first")]
+    HasLayer {
+        /// Which.
+        volume: String,
+    },
+    /// The guest has the volume as before.
+    #[error("The volume is in use in the guest: {message}")]
+    InUse {
+        /// By what and what to do, as the agent says.
+        message: String,
+    },
+    /// The guest has the volumes that it had.
+    #[error("The guest refused: {message}")]
+    Guest {
+        /// Why, as the agent says.
+        message: String,
+    },
+    /// Its agent did not answer. It is asked again until it does, or ends.
+    #[error("The guest did not say whether it has the volume: its agent was asked in vain")]
+    Silent(#[source] AgentError),
+    /// Its worker.
+    #[error("The machine did not do as it was told")]
+    Worker(#[from] worker::OrderError),
+    /// The volume's disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// The instance has no such volume.
     #[error("Volume {volume} is not attached to this instance")]
     NotAttached {

@@ -260,10 +260,10 @@ impl Owner {
                 let _ = done.send(self.start(command).await);
             }
             Order::Attach { mount, done } => {
-                let _ = done.send(self.attach_volume(mount));
+                let _ = done.send(self.attach_volume(mount).await);
             }
             Order::Detach { volume, done } => {
-                let _ = done.send(self.detach_volume(&volume));
+                let _ = done.send(self.detach_volume(&volume).await);
             }
             Order::LookAfter { upkeep, done } => {
                 let _ = done.send(self.look_after(upkeep).await);
@@ -336,6 +336,7 @@ impl Owner {
         self.reckon();
         // If this fails the events file still has it, and the next server reads that.
         self.save();
+        self.end_volume_change();
         let Ending { exit_code, exit_message, error } = &self.ending;
         let how = exit_message.as_ref().or(error.as_ref()).map_or("told to", String::as_str);
         self.diary.note(&format!("ended: {how}"));

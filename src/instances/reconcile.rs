@@ -12,7 +12,8 @@
 //! | `Kept`, `Stopping` | no worker | stopped, as its events say |
 //! | none | any | gone |
 //!
-//! A record that cannot be read keeps its folder: somebody may be able to repair it.
+//! A record that cannot be read keeps its folder: somebody may be able to repair it. A change of
+//! volumes that was under way in a guest is brought to an end by its owner (`owner/volumes.rs`).
 
 use std::collections::BTreeMap;
 use std::fs;

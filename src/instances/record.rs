@@ -14,7 +14,7 @@ use crate::images::digest::Digest;
 use crate::instances::history::Ending;
 use crate::instances::reclaim::Hold;
 use crate::instances::restart::RestartStatus;
-use crate::instances::spec::InstanceSpec;
+use crate::instances::spec::{InstanceSpec, VolumeMount};
 use crate::timeline::Timeline;
 
 /// One instance, as it is kept.
@@ -46,6 +46,28 @@ pub struct Record {
     /// How starting it again by itself has gone.
     #[serde(default)]
     pub restart: RestartStatus,
+    /// A change of its volumes that is under way in its guest: not acknowledged.
+    #[serde(default)]
+    pub volume_change: Option<VolumeChange>,
+}
+
+/// A change of an instance's volumes. Whoever finds one asks the guest how far it came.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VolumeChange {
+    /// Being attached: nobody else gets the volume any more, and the instance does not have it yet.
+    Attaching(VolumeMount),
+    /// Being detached: the instance still has it.
+    Detaching(VolumeMount),
+}
+
+impl VolumeChange {
+    /// What is changed.
+    pub fn mount(&self) -> &VolumeMount {
+        match self {
+            Self::Attaching(mount) | Self::Detaching(mount) => mount,
+        }
+    }
 }
 
 /// Whether an operation on a record is under way.

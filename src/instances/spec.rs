@@ -27,6 +27,10 @@ const NAME_BYTES_MAX: usize = 63;
 /// root, the writable layer and the headers of its kernel.
 pub const VOLUME_DISKS_MAX: usize = DISKS_MAX - 3;
 
+/// Volumes that can be attached while an instance runs, beside those that it was started with; each
+/// slot of a volume that is detached can be used again. A machine with many devices has fewer.
+pub const SPARE_SLOTS: u8 = 4;
+
 /// An instance someone asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InstanceSpec {

@@ -98,6 +98,7 @@ fn build(spec: ForegroundSpec) -> anyhow::Result<Machine> {
         balloon: false,
         cmdline: spec.cmdline,
         disks: root.iter().map(|_| disk.clone()).collect(),
+        spare_slots: 0,
         net: None,
         disk_limit: RateLimitSpec::default(),
         vsock_cid: None,

@@ -19,6 +19,8 @@ cases![
     a_start_is_done_or_undone,
     an_instance_is_deleted_whole_in_the_end,
     a_pull_is_whole_or_is_done_again,
+    a_volume_comes_to_a_running_guest_or_does_not,
+    a_volume_leaves_a_running_guest_or_does_not,
 ];
 
 /// Kills of one operation, unless OVUM_KILLS says another number: a guest boots for each.
@@ -26,6 +28,9 @@ const ROUNDS_MAX: u64 = 6;
 
 /// The instance that all of this is about.
 const NAME: &str = "killed";
+
+/// The volume that comes and goes.
+const VOLUME: &str = "killed-volume";
 
 /// An operation on a server that may be killed meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +40,8 @@ enum Operation {
     Start,
     Delete,
     Pull,
+    Attach,
+    Detach,
 }
 
 impl Operation {
@@ -55,6 +62,13 @@ impl Operation {
                 let body = json!({ "name": BUSYBOX }).to_string();
                 (Method::POST, "/images".to_owned(), body)
             }
+            Self::Attach => {
+                let body = json!({ "mount_path": "/data" }).to_string();
+                (Method::POST, format!("/instances/{NAME}/volumes/{VOLUME}"), body)
+            }
+            Self::Detach => {
+                (Method::DELETE, format!("/instances/{NAME}/volumes/{VOLUME}"), String::new())
+            }
         };
         let answer = server.attempt(method, &path, body).await;
         if self == Self::Pull {
@@ -62,7 +76,9 @@ impl Operation {
         }
         match answer {
             Some((status, _)) if status.is_success() => true,
-            Some((StatusCode::NOT_FOUND, _)) if self == Self::Delete => true,
+            Some((StatusCode::NOT_FOUND, _)) if matches!(self, Self::Delete | Self::Detach) => true,
+            // Attached before the kill, and there.
+            Some((StatusCode::BAD_REQUEST, _)) if self == Self::Attach => true,
             // Created before the kill, and there.
             Some((StatusCode::CONFLICT, _)) if self == Self::Create => true,
             Some((status, answer)) => panic!("{self:?}: {status} {answer}"),
@@ -88,6 +104,17 @@ impl Operation {
                     assert!(Self::Stop.run(server).await);
                 }
             }
+            Self::Attach | Self::Detach => {
+                server.pull(BUSYBOX).await;
+                let body = json!({ "name": VOLUME, "id": VOLUME, "size_gb": 1 });
+                let (status, answer) = server.call(Method::POST, "/volumes", Some(body)).await;
+                assert_eq!(status, StatusCode::CREATED, "{answer}");
+                assert!(Self::Create.run(server).await);
+                server.wait(NAME, "Running").await;
+                if self == Self::Detach {
+                    assert!(Self::Attach.run(server).await);
+                }
+            }
         }
     }
 
@@ -98,6 +125,10 @@ impl Operation {
             Self::Create | Self::Start => state.is_some_and(|state| state != "Stopped"),
             Self::Stop => state == Some("Stopped"),
             Self::Delete | Self::Pull => state.is_none(),
+            Self::Attach | Self::Detach => {
+                let volumes = list[0]["volumes"].as_array().map_or(0, Vec::len);
+                (volumes == 1) == (self == Self::Attach)
+            }
         }
     }
 
@@ -105,6 +136,11 @@ impl Operation {
     async fn clear(self, server: &Server) {
         assert!(Self::Delete.run(server).await);
         assert_eq!(settle(server).await, Vec::<Value>::new());
+        if matches!(self, Self::Attach | Self::Detach) {
+            let path = format!("/volumes/{VOLUME}");
+            let (status, answer) = server.call(Method::DELETE, &path, None).await;
+            assert_eq!(status, StatusCode::NO_CONTENT, "{answer}");
+        }
         assert_eq!(workers(), Vec::<String>::new());
         let rests = fs::read_dir(server.data_dir.join("tmp")).unwrap().count();
         assert_eq!(rests, 0, "files in the making are left");
@@ -163,6 +199,11 @@ async fn survives_a_kill_at_every_change(operation: Operation) {
         assert!(operation.run(&server).await, "{place}: cannot be done again");
         let list = settle(&server).await;
         assert!(operation.is_done(&list), "{place}: {list:?}");
+        if matches!(operation, Operation::Attach | Operation::Detach) {
+            let found = server.sh(NAME, "grep -c ' /data ext4 ' /proc/mounts; ls /sys/block").await;
+            let is_there = found.text().starts_with("1\n");
+            assert_eq!(is_there, operation == Operation::Attach, "{place}: {}", found.text());
+        }
         operation.clear(&server).await;
     }
     server.kill();
@@ -186,4 +227,12 @@ async fn an_instance_is_deleted_whole_in_the_end(_: &TestHost) {
 
 async fn a_pull_is_whole_or_is_done_again(_: &TestHost) {
     survives_a_kill_at_every_change(Operation::Pull).await;
+}
+
+async fn a_volume_comes_to_a_running_guest_or_does_not(_: &TestHost) {
+    survives_a_kill_at_every_change(Operation::Attach).await;
+}
+
+async fn a_volume_leaves_a_running_guest_or_does_not(_: &TestHost) {
+    survives_a_kill_at_every_change(Operation::Detach).await;
 }

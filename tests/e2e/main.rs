@@ -9,6 +9,7 @@
 #![expect(clippy::disallowed_methods, reason = "programs are started as a user would")]
 
 mod api;
+mod attach;
 mod boot;
 mod ceilings;
 mod cli;
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
         disk::CASES,
         sdk::CASES,
         volumes::CASES,
+        attach::CASES,
         resources::CASES,
         images::CASES,
         network::CASES,

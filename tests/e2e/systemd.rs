@@ -7,6 +7,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use crate::cases;
+use crate::volumes::{make, remove};
 
 cases![
     // First, for it does least besides to pull the image.
@@ -53,12 +54,14 @@ async fn systemd_boots_runs_commands_stops_and_starts_again(host: &TestHost) {
 
     is_as_systemd_expects(server).await;
     agent_survives(server).await;
+    a_volume_comes_and_goes(server).await;
     ends_in_order(server).await;
 
     post(server, "/instances/unit/start").await;
     server.wait("unit", "Running").await;
     let again = sh(server, "unit", "cat /var/ended /etc/machine-id").await;
     assert!(again.starts_with("in order\n"), "the disk was not kept: {again}");
+    assert_eq!(sh(server, "unit", "cat /srv/data/file").await, "unit");
     assert_eq!(again.lines().last().map(str::len), Some(32), "{again}");
     is_stopped_though_its_agent_is_silent(server).await;
 
@@ -68,6 +71,30 @@ async fn systemd_boots_runs_commands_stops_and_starts_again(host: &TestHost) {
     let ended = server.wait("unit", "Stopped").await;
     assert_eq!((&ended["exit_code"], &ended["state_error"]), (&json!(0), &Value::Null), "{ended}");
     server.delete("unit").await;
+    remove(server, "unit").await;
+}
+
+/// Units see a volume that comes, and those with mounts of their own keep nobody from taking it
+/// away. It comes back, so that systemd has to unmount it at the end.
+async fn a_volume_comes_and_goes(server: &Server) {
+    make(server, "unit").await;
+    let path = "/instances/unit/volumes/unit";
+    let attach = || server.call(Method::POST, path, Some(json!({ "mount_path": "/srv/data" })));
+
+    let (given, answer) = attach().await;
+    assert_eq!(given, StatusCode::OK, "{answer}");
+    let script = "systemd-run --wait --quiet -p ProtectHome=yes \
+        sh -c 'echo unit > /srv/data/file'; cat /srv/data/file";
+    assert_eq!(sh(server, "unit", script).await, "unit");
+    let script = "systemd-run --quiet --unit holds -p WorkingDirectory=/srv/data sleep 9999";
+    sh(server, "unit", script).await;
+    let (held, _) = server.call(Method::DELETE, path, None).await;
+    assert_eq!(held, StatusCode::CONFLICT);
+    sh(server, "unit", "systemctl stop holds").await;
+    let (taken, answer) = server.call(Method::DELETE, path, None).await;
+    assert_eq!(taken, StatusCode::OK, "{answer}");
+    let (given, answer) = attach().await;
+    assert_eq!(given, StatusCode::OK, "{answer}");
 }
 
 /// PID 1, its target, its mounts and its journal are as on a machine of its own.

@@ -23,21 +23,21 @@ cases![
 ];
 
 /// Makes a volume that must be accepted.
-async fn make(server: &Server, id: &str) {
+pub(crate) async fn make(server: &Server, id: &str) {
     let body = json!({ "name": id, "size_gb": 1, "id": id });
     let (status, answer) = server.call(Method::POST, "/volumes", Some(body)).await;
     assert_eq!(status, StatusCode::CREATED, "{answer}");
 }
 
 /// Removes a volume, and makes sure that nothing of it is left.
-async fn remove(server: &Server, id: &str) {
+pub(crate) async fn remove(server: &Server, id: &str) {
     let path = format!("/volumes/{id}");
     let (status, answer) = server.call(Method::DELETE, &path, None).await;
     assert_eq!(status, StatusCode::NO_CONTENT, "{answer}");
     assert!(!server.data_dir.join("volumes").join(id).exists());
 }
 
-fn body(name: &str, volumes: &Value, script: &str) -> Value {
+pub(crate) fn body(name: &str, volumes: &Value, script: &str) -> Value {
     json!({
         "name": name, "image": BUSYBOX, "size": "128MB", "vcpus": 1, "volumes": volumes,
         "overlay_size": "1GB", "cmd": ["sh", "-c", script],
@@ -45,7 +45,7 @@ fn body(name: &str, volumes: &Value, script: &str) -> Value {
 }
 
 /// What `script` says in a guest that has `volumes`.
-async fn said(server: &Server, name: &str, volumes: Value, script: &str) -> String {
+pub(crate) async fn said(server: &Server, name: &str, volumes: Value, script: &str) -> String {
     let (log, instance) = server.run_body(body(name, &volumes, script)).await;
     assert_eq!(instance["exit_code"], 0, "{log}\n{instance}");
     log
@@ -210,7 +210,6 @@ async fn a_stopped_instance_is_given_a_volume_and_loses_it_again(host: &TestHost
     let path = "/instances/changes/volumes/later";
     let mount = || Some(json!({ "mount_path": "/data" }));
 
-    let (running, refusal) = server.call(Method::POST, path, mount()).await;
     server.call(Method::POST, "/instances/changes/stop", None).await;
     let (given, instance) = server.call(Method::POST, path, mount()).await;
     let (twice, _) = server.call(Method::POST, path, mount()).await;
@@ -220,8 +219,6 @@ async fn a_stopped_instance_is_given_a_volume_and_loses_it_again(host: &TestHost
     let (taken, without) = server.call(Method::DELETE, path, None).await;
     let (gone, _) = server.call(Method::DELETE, path, None).await;
 
-    assert_eq!((running, &refusal["code"]), (StatusCode::CONFLICT, &json!("invalid_state")));
-    assert!(refusal["message"].as_str().unwrap().contains("Stopped"), "{refusal}");
     assert_eq!(given, StatusCode::OK, "{instance}");
     assert_eq!(instance["volumes"][0]["mount_path"], "/data", "{instance}");
     assert!(twice.is_client_error());

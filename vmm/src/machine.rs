@@ -3,29 +3,28 @@
 //! [`Machine::build`] puts everything in place: memory and its KVM slots, interrupts, devices in
 //! their slots, tables, kernel. [`Machine::boot`] starts a thread for each vCPU. From then on the
 //! machine runs by itself, and what happens to it arrives as [`MachineEvent`]s; dropping it ends
-//! all its threads.
+//! all its threads. Disks come and go meanwhile ([`disks`]).
 
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::sync::{Arc, MutexGuard};
+use std::sync::Arc;
 use std::time::Instant;
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
     kvm_irqchip, kvm_userspace_memory_region,
 };
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::arch::{acpi, boot, cpuid, registers};
 use crate::events::Events;
 pub use crate::events::{MachineEvent, MachineEventKind, StopReason};
-use crate::layout::{
-    KVM_TSS_START, MMIO_GSI_FIRST, MMIO_SLOTS, SERIAL_GSI, hotplug_start, mmio_slot,
-};
+use crate::layout::{KVM_TSS_START, MMIO_SLOTS, SERIAL_GSI, hotplug_start};
+use crate::machine::place::place;
 use crate::machine_error::{BuildError, Ended, SaveError};
 use crate::machine_state::{DeviceSlotState, IrqchipState, MachineState};
 use crate::memory::{Mem, Memory, MemoryListener, MemoryRange};
@@ -38,14 +37,14 @@ use crate::vcpu::{Exits, Platform, Vcpu, install_kick};
 use crate::virtio::Device;
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::blk::Blk;
-use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::console::Console;
 use crate::virtio::entropy::Entropy;
 use crate::virtio::mem::{MemDevice, MemError, MemHandle};
-use crate::virtio::mmio::{Identity, QUEUE_NOTIFY, Registers};
 use crate::virtio::net;
-use crate::virtio::task::{Line, Task};
 use crate::virtio::vsock::Vsock;
+
+pub mod disks;
+mod place;
 
 /// Words that every guest of this machine gets.
 ///
@@ -76,8 +75,10 @@ pub struct Machine {
     vm: Arc<VmFd>,
     msrs: Arc<[u32]>,
     handles: Handles,
+    /// The slot and the id of each disk.
+    disks: Vec<(u8, String)>,
     phase: Phase,
-    _mem: Arc<Mem>,
+    mem: Arc<Mem>,
 }
 
 /// What is told to devices while they run.
@@ -119,13 +120,20 @@ impl Machine {
         devices.extend(streams(spec, files.taps, files.vsock, files.console)?);
         let (hotplug, balloon) = add_memory_devices(&mut devices, spec, memory)?;
         let handles = Handles { disk_limiter, hotplug, balloon };
-        let device_count = devices.len() as u64;
+        let most = usize::try_from(MMIO_SLOTS).expect("usize is 64 bits wide");
+        let slot_count = (devices.len() + usize::from(spec.spare_slots)).min(most);
+        let vacant = slot_count.saturating_sub(devices.len());
         let (orders, inbox) = reactor::orders().map_err(BuildError::Thread)?;
-        let (tasks, registers) = place(&vm, &mem, devices, &orders)?;
+        let (mut tasks, mut registers) = (Vec::new(), Vec::new());
+        for (device, slot) in devices.into_iter().zip(0..) {
+            let (task, behind) = place(&vm, &mem, slot, device, &orders)?;
+            tasks.push(task);
+            registers.push(behind);
+        }
         let reactor = Reactor::start(tasks, orders.clone(), inbox, Arc::clone(&events))
             .map_err(BuildError::Thread)?;
 
-        acpi::write_tables(&mem, spec.vcpus, device_count, spec.serial)?;
+        acpi::write_tables(&mem, spec.vcpus, slot_count as u64, spec.serial)?;
         let mut cmdline = String::from(CMDLINE);
         let words = if spec.serial { CMDLINE_SERIAL } else { CMDLINE_NO_SERIAL };
         let hotplug = if spec.hotplug_bytes > 0 { CMDLINE_HOTPLUG } else { "" };
@@ -139,7 +147,7 @@ impl Machine {
         let msrs = kvm.get_msr_index_list().map_err(BuildError::kvm("list registers"))?;
         let platform = Arc::new(Platform {
             ports: Ports::new(Arc::clone(&events), serial),
-            slots: Slots::new(registers),
+            slots: Slots::new(registers, vacant),
             events: Arc::clone(&events),
             exits: Exits::default(),
         });
@@ -153,8 +161,9 @@ impl Machine {
             vm,
             msrs: msrs.as_slice().into(),
             handles,
+            disks: (0..).zip(spec.disks.iter().map(|disk| disk.id.clone())).collect(),
             phase: Phase::Running,
-            _mem: mem,
+            mem,
         })
     }
 
@@ -275,11 +284,16 @@ impl Machine {
             irqchips.push(IrqchipState::new(&chip));
         }
         let tasks = self.orders.save().ok_or(SaveError::Ended(Ended))?;
-        let slot = |(registers, task): (MutexGuard<'_, Registers>, _)| {
-            let (registers, line) = (registers.state().clone(), registers.line().state());
-            DeviceSlotState { registers, line, task }
-        };
-        let devices = self.platform.slots.each().zip(tasks).map(slot).collect();
+        let slots = self
+            .platform
+            .slots
+            .each(|registers| (registers.state().clone(), registers.line().state()));
+        // Disks come and go by orders to this machine, of which this is one: both lists have the
+        // same slots.
+        let devices = slots.into_iter().zip(tasks).map(|((slot, (registers, line)), (_, task))| {
+            DeviceSlotState { slot, registers, line, task }
+        });
+        let devices = devices.collect();
         Ok(MachineState { vcpus, clock, irqchips, devices })
     }
 
@@ -418,35 +432,6 @@ fn add_memory_devices(
         devices.push(Box::new(device));
     }
     Ok((hotplug, balloon))
-}
-
-/// Puts each device into a slot: kicks, interrupt line, registers.
-fn place(
-    vm: &VmFd,
-    mem: &Arc<Mem>,
-    devices: Vec<Box<dyn Device>>,
-    orders: &Orders,
-) -> Result<(Vec<Task>, Vec<Registers>), BuildError> {
-    let (mut tasks, mut all) = (Vec::new(), Vec::new());
-    for (device, slot) in devices.into_iter().zip(0_u8..) {
-        let start = mmio_slot(slot.into()).ok_or(BuildError::TooManyDevices { max: MMIO_SLOTS })?;
-        let gsi = MMIO_GSI_FIRST + u32::from(slot);
-        let irq = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BuildError::Thread)?);
-        vm.register_irqfd(&irq, gsi).map_err(BuildError::kvm("register an interrupt"))?;
-        let line = Line::new(irq);
-        let config = ConfigSpace::new(device.config());
-        let identity = Identity::of(&*device, config.clone());
-        let task =
-            Task::new(device, config, Arc::clone(mem), line.clone()).map_err(BuildError::Thread)?;
-        let notify = IoEventAddress::Mmio(start + QUEUE_NOTIFY);
-        for (kick, queue) in task.kicks().iter().zip(0_u32..) {
-            vm.register_ioevent(kick, &notify, queue)
-                .map_err(BuildError::kvm("register a kick"))?;
-        }
-        all.push(Registers::new(slot, identity, orders.clone(), line));
-        tasks.push(task);
-    }
-    Ok((tasks, all))
 }
 
 /// Creates the vCPUs; the first enters the kernel at `entry`, the others wait for it.

@@ -87,6 +87,26 @@ impl BuildError {
     }
 }
 
+/// Why a machine that is built has no other disk than before.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// Disks are told apart by their ids.
+    #[error("The machine has a disk {id:?} already")]
+    IdTaken {
+        /// The id.
+        id: String,
+    },
+    /// All slots that the guest knows of are taken.
+    #[error("The machine has no slot left for a disk")]
+    NoSlot,
+    /// The disk, or its place in the machine.
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    /// The machine has ended.
+    #[error(transparent)]
+    Ended(#[from] Ended),
+}
+
 /// Why a machine could not be saved.
 #[derive(Debug, thiserror::Error)]
 pub enum SaveError {

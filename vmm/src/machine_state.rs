@@ -32,6 +32,8 @@ pub struct IrqchipState {
 /// One virtio device in its slot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceSlotState {
+    /// Which. Not all need to be taken.
+    pub slot: u8,
     /// What the driver wrote.
     pub registers: RegistersState,
     /// Its interrupt.

@@ -1,14 +1,15 @@
 //! The device thread: one loop that owns all devices and waits for everything they wait for.
 //!
 //! Other threads reach a device only by an [`Order`], through [`Orders`]. A vCPU gives two of them,
-//! when its driver is ready and when it resets; the machine pauses, saves and ends. A kick is no
-//! order but an ioeventfd, an interrupt an irqfd, so a request costs no vCPU an exit to this
-//! process.
+//! when its driver is ready and when it resets; the machine puts devices into slots and takes them
+//! out, pauses, saves and ends. A kick is no order but an ioeventfd, an interrupt an irqfd, so a
+//! request costs no vCPU an exit to this process.
 //!
 //! Lock order: a vCPU holds the lock of its slot's registers while it waits for an order to be
 //! carried out. That cannot deadlock, because this thread waits for no vCPU and takes only locks
 //! that are held for a few instructions: of a configuration space, of a rate limit.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
@@ -32,10 +33,21 @@ const STACK_BYTES: usize = 256 << 10;
 enum Order {
     Activate { slot: u8, activation: Activation, done: Sender<()> },
     Reset { slot: u8, done: Sender<()> },
+    Put { slot: u8, task: Box<Task>, done: Sender<Result<(), PutError>> },
+    Take { slot: u8, done: Sender<Option<Box<Task>>> },
     Pause { done: Sender<()> },
     Resume,
-    Save { states: Sender<Vec<TaskState>> },
+    Save { states: Sender<Vec<(u8, TaskState)>> },
     End,
+}
+
+/// Why a device is not in its slot, with the device.
+#[derive(Debug)]
+pub struct PutError {
+    /// The device.
+    pub task: Box<Task>,
+    /// Why.
+    pub source: io::Error,
 }
 
 /// Gives orders to the device thread. They are carried out one after the other, as given.
@@ -75,6 +87,17 @@ impl Orders {
         let _ = self.wait_for(|done| Order::Reset { slot, done });
     }
 
+    /// Puts a device into `slot`, where none is. None if the thread has ended.
+    pub fn put(&self, slot: u8, task: Box<Task>) -> Option<Result<(), PutError>> {
+        self.wait_for(|done| Order::Put { slot, task, done })
+    }
+
+    /// Takes the device out of `slot`, if there is one, with its requests in flight brought to an
+    /// end; it touches guest memory no more. None if the thread has ended.
+    pub fn take(&self, slot: u8) -> Option<Option<Box<Task>>> {
+        self.wait_for(|done| Order::Take { slot, done })
+    }
+
     /// Brings all requests in flight to an end; from then on until [`Orders::resume`] no device
     /// does anything. None if the thread has ended.
     pub fn pause(&self) -> Option<()> {
@@ -87,7 +110,7 @@ impl Orders {
     }
 
     /// What the devices would need to go on elsewhere, by slot. None if the thread has ended.
-    pub fn save(&self) -> Option<Vec<TaskState>> {
+    pub fn save(&self) -> Option<Vec<(u8, TaskState)>> {
         self.wait_for(|states| Order::Save { states })
     }
 
@@ -126,6 +149,7 @@ impl Reactor {
     ) -> io::Result<Self> {
         let mut manager = EventManager::new().map_err(io::Error::other)?;
         let mem = tasks.first().map(|task| Arc::clone(task.mem()));
+        let tasks = (0..).zip(tasks).collect();
         let board = Board { tasks, mem, inbox, failed: None, ended: false };
         let board = manager.add_subscriber(board);
         let failed = manager.subscriber_mut(board).map_err(io::Error::other)?.failed.take();
@@ -160,7 +184,8 @@ impl Drop for Reactor {
 /// All devices, as the event manager's one subscriber.
 #[derive(Debug)]
 struct Board {
-    tasks: Vec<Task>,
+    /// By slot.
+    tasks: BTreeMap<u8, Task>,
     /// Guest memory as all devices know it.
     mem: Option<Arc<Mem>>,
     inbox: Inbox,
@@ -170,10 +195,7 @@ struct Board {
 
 impl MutEventSubscriber for Board {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let kicks = self.tasks.iter().zip(0_u8..).flat_map(|(task, slot)| {
-            task.kicks().iter().zip(0_u16..).map(move |(kick, queue)| (kick, slot, queue))
-        });
-        let kicks = kicks.map(|(kick, slot, queue)| (kick, Token::Kick { slot, queue }));
+        let kicks = self.tasks.iter().flat_map(|(&slot, task)| kicks(slot, task));
         for (file, token) in kicks.chain([(&*self.inbox.signal, Token::Orders)]) {
             if let Err(error) = ops.add(Events::with_data(file, token.pack(), EventSet::IN)) {
                 self.failed = Some(error);
@@ -191,7 +213,8 @@ impl MutEventSubscriber for Board {
             }
         }
         let (Token::Kick { slot, .. } | Token::Device { slot, .. }) = token else { return };
-        let Some(task) = self.tasks.get_mut(usize::from(slot)) else { return };
+        // One that was taken out may have been kicked before.
+        let Some(task) = self.tasks.get_mut(&slot) else { return };
         let watch = &mut SlotWatch { ops, slot };
         match token {
             Token::Kick { queue, .. } => task.serve(queue, watch),
@@ -207,40 +230,80 @@ impl Board {
         // Whoever gave the order may be gone; the order is carried out all the same.
         match order {
             Order::Activate { slot, activation, done } => {
-                if let Some(task) = self.tasks.get_mut(usize::from(slot)) {
+                if let Some(task) = self.tasks.get_mut(&slot) {
                     task.activate(&activation, &mut SlotWatch { ops, slot });
                 }
                 let _ = done.send(());
             }
             Order::Reset { slot, done } => {
-                if let Some(task) = self.tasks.get_mut(usize::from(slot)) {
+                if let Some(task) = self.tasks.get_mut(&slot) {
                     task.reset(&mut SlotWatch { ops, slot });
                 }
                 let _ = done.send(());
             }
+            Order::Put { slot, task, done } => {
+                let _ = done.send(self.put(slot, task, ops));
+            }
+            Order::Take { slot, done } => {
+                let _ = done.send(self.take(slot, ops));
+            }
             Order::Pause { done } => {
-                for (task, slot) in self.tasks.iter_mut().zip(0_u8..) {
+                for (&slot, task) in &mut self.tasks {
                     task.drain(&mut SlotWatch { ops, slot });
                 }
                 let _ = done.send(());
                 self.stand_still(ops);
             }
             Order::Save { states } => {
-                let _ = states.send(self.tasks.iter().map(Task::save).collect());
+                let _ = states
+                    .send(self.tasks.iter().map(|(&slot, task)| (slot, task.save())).collect());
             }
             Order::Resume => {}
             Order::End => self.ended = true,
         }
     }
 
+    fn put(
+        &mut self,
+        slot: u8,
+        mut task: Box<Task>,
+        ops: &mut EventOps<'_>,
+    ) -> Result<(), PutError> {
+        if self.tasks.contains_key(&slot) {
+            return Err(PutError { task, source: io::ErrorKind::AlreadyExists.into() });
+        }
+        let add = |(kick, token): (&EventFd, Token)| {
+            ops.add(Events::with_data(kick, token.pack(), EventSet::IN))
+        };
+        let added = kicks(slot, &task).try_for_each(add);
+        if let Err(error) = added {
+            forget(slot, &task, ops);
+            return Err(PutError { task, source: io::Error::other(error) });
+        }
+        if let Some(mem) = &self.mem {
+            task.set_mem(Arc::clone(mem));
+        }
+        self.tasks.insert(slot, *task);
+        Ok(())
+    }
+
+    fn take(&mut self, slot: u8, ops: &mut EventOps<'_>) -> Option<Box<Task>> {
+        let mut task = self.tasks.remove(&slot)?;
+        let watch = &mut SlotWatch { ops, slot };
+        task.drain(watch);
+        task.reset(watch);
+        forget(slot, &task, ops);
+        Some(Box::new(task))
+    }
+
     /// If the device in `slot` changed guest memory, the others learn of it before they run again.
     fn share_memory(&mut self, slot: u8) {
-        let Some(mem) = self.tasks.get(usize::from(slot)).map(Task::mem) else { return };
+        let Some(mem) = self.tasks.get(&slot).map(Task::mem) else { return };
         if self.mem.as_ref().is_some_and(|known| Arc::ptr_eq(known, mem)) {
             return;
         }
         let mem = Arc::clone(mem);
-        for task in &mut self.tasks {
+        for task in self.tasks.values_mut() {
             task.set_mem(Arc::clone(&mem));
         }
         self.mem = Some(mem);
@@ -261,6 +324,19 @@ impl Board {
                 Ok(order) => self.obey(order, ops),
             }
         }
+    }
+}
+
+/// The kick of each queue of the device in `slot`, and what it is known by.
+fn kicks(slot: u8, task: &Task) -> impl Iterator<Item = (&EventFd, Token)> {
+    task.kicks().iter().zip(0..).map(move |(kick, queue)| (kick, Token::Kick { slot, queue }))
+}
+
+/// Waits for no kick of the device in `slot` any more.
+fn forget(slot: u8, task: &Task, ops: &mut EventOps<'_>) {
+    for (kick, _) in kicks(slot, task) {
+        // It fails if the kick is not waited for, which is what is wanted.
+        let _ = ops.remove(Events::empty(kick));
     }
 }
 

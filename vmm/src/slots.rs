@@ -1,41 +1,74 @@
 //! The virtio-mmio slots: from a guest address to the registers behind it.
+//!
+//! A guest learns of all slots when it boots and of no other ever. So some may be vacant, for what
+//! comes while it runs, and one whose device is gone is vacant again.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::layout::{MMIO_SLOT_BYTES, MMIO_START};
-use crate::virtio::mmio::Registers;
+use crate::virtio::mmio::{self, Registers};
 
-/// All slots in use, in order. Each has a lock of its own; no two are ever held together.
+/// All slots that the guest knows of, in order. Each has a lock of its own; no two are ever held
+/// together.
 #[derive(Debug)]
-pub struct Slots(Vec<Mutex<Registers>>);
+pub struct Slots(Vec<Mutex<Option<Registers>>>);
 
 impl Slots {
-    /// Slots 0 and on.
-    pub fn new(registers: Vec<Registers>) -> Self {
-        Self(registers.into_iter().map(Mutex::new).collect())
+    /// Slots 0 and on with `registers` in them, and behind them so many that are vacant.
+    pub fn new(registers: Vec<Registers>, vacant: usize) -> Self {
+        let taken = registers.into_iter().map(Some);
+        Self(taken.chain((0..vacant).map(|_| None)).map(Mutex::new).collect())
     }
 
     /// A vCPU reads guest address `address`. What is not there reads as ones.
     pub fn read(&self, address: u64, data: &mut [u8]) {
-        match self.find(address) {
-            Some((registers, offset)) => registers.read(offset, data),
-            None => data.fill(0xff),
+        let Some((slot, offset)) = self.find(address) else { return data.fill(0xff) };
+        match &*slot {
+            Some(registers) => registers.read(offset, data),
+            None => mmio::read_vacant(offset, data),
         }
     }
 
     /// A vCPU writes. What is not there is ignored.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if let Some((mut registers, offset)) = self.find(address) {
+        if let Some((mut slot, offset)) = self.find(address)
+            && let Some(registers) = &mut *slot
+        {
             registers.write(offset, data);
         }
     }
 
-    /// Each slot's registers, one after the other.
-    pub fn each(&self) -> impl Iterator<Item = MutexGuard<'_, Registers>> {
-        self.0.iter().map(lock)
+    /// What `look` makes of each slot's registers, by slot; vacant ones are left out.
+    pub fn each<T>(&self, mut look: impl FnMut(&Registers) -> T) -> Vec<(u8, T)> {
+        let looked =
+            (0..).zip(&self.0).map(|(slot, found)| (slot, lock(found).as_ref().map(&mut look)));
+        looked.filter_map(|(slot, found)| Some((slot, found?))).collect()
     }
 
-    fn find(&self, address: u64) -> Option<(MutexGuard<'_, Registers>, u64)> {
+    /// How many are vacant.
+    pub fn vacant(&self) -> usize {
+        self.0.iter().filter(|slot| lock(slot).is_none()).count()
+    }
+
+    /// The first that is vacant.
+    pub fn first_vacant(&self) -> Option<u8> {
+        let found = (0..).zip(&self.0).find(|(_, slot)| lock(slot).is_none());
+        found.map(|(slot, _)| slot)
+    }
+
+    /// Puts `registers` into a slot, which the guest finds there the next time it looks.
+    pub fn fill(&self, slot: u8, registers: Registers) {
+        if let Some(found) = self.0.get(usize::from(slot)) {
+            *lock(found) = Some(registers);
+        }
+    }
+
+    /// Takes the registers out of a slot. A vCPU that is at them finishes first.
+    pub fn vacate(&self, slot: u8) -> Option<Registers> {
+        lock(self.0.get(usize::from(slot))?).take()
+    }
+
+    fn find(&self, address: u64) -> Option<(MutexGuard<'_, Option<Registers>>, u64)> {
         let offset = address.checked_sub(MMIO_START)?;
         let slot = usize::try_from(offset / MMIO_SLOT_BYTES).ok()?;
         Some((lock(self.0.get(slot)?), offset % MMIO_SLOT_BYTES))
@@ -44,7 +77,7 @@ impl Slots {
 
 /// A vCPU that panicked while it held a lock took the machine with it; the registers themselves
 /// are never half written.
-fn lock(registers: &Mutex<Registers>) -> MutexGuard<'_, Registers> {
+fn lock(registers: &Mutex<Option<Registers>>) -> MutexGuard<'_, Option<Registers>> {
     registers.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -75,7 +108,7 @@ mod tests {
             let config = ConfigSpace::new(device.config());
             Registers::new(slot, Identity::of(&*device, config), orders.clone(), line)
         });
-        Slots::new(registers.collect())
+        Slots::new(registers.collect(), 1)
     }
 
     fn read(slots: &Slots, address: u64) -> u32 {
@@ -94,7 +127,7 @@ mod tests {
         let nowhere = [
             0,
             MMIO_START - 4,
-            MMIO_START + 2 * MMIO_SLOT_BYTES + DEVICE_ID,
+            MMIO_START + 3 * MMIO_SLOT_BYTES + DEVICE_ID,
             MMIO_START + MMIO_SLOTS * MMIO_SLOT_BYTES,
             u64::MAX,
         ];
@@ -110,8 +143,37 @@ mod tests {
 
         slots.write(MMIO_START + MMIO_SLOT_BYTES + QUEUE_SEL, &7_u32.to_le_bytes());
 
-        let selected: Vec<u32> = slots.each().map(|slot| slot.state().queue_select).collect();
-        assert_eq!(selected, [0, 7]);
+        let selected = slots.each(|registers| registers.state().queue_select);
+        assert_eq!(selected, [(0, 0), (1, 7)]);
+    }
+
+    /// Virtio 1.3, 4.2.2: a driver finds a device that is none, and looks no further.
+    #[test]
+    fn a_vacant_slot_is_a_placeholder_whatever_is_written_there() {
+        let slots = slots(vec![Box::new(Entropy::new())]);
+        let start = MMIO_START + MMIO_SLOT_BYTES;
+
+        for offset in (0..0x100).step_by(4) {
+            slots.write(start + offset, &u32::MAX.to_le_bytes());
+        }
+
+        let found = [0, 4, 8, 0x70, 0x100].map(|offset| read(&slots, start + offset));
+        assert_eq!(found, [0x7472_6976, 2, 0, u32::MAX, u32::MAX]);
+        let mut byte = [0];
+        slots.read(start + DEVICE_ID, &mut byte);
+        assert_eq!(byte, [0xff], "registers are 32 bits wide");
+    }
+
+    #[test]
+    fn a_slot_is_filled_and_vacated_and_the_first_vacant_one_comes_next() {
+        let slots = slots(vec![Box::new(Entropy::new())]);
+        let registers = slots.vacate(0).unwrap();
+
+        assert_eq!((slots.first_vacant(), slots.vacant()), (Some(0), 2));
+        assert!(slots.vacate(0).is_none() && slots.vacate(99).is_none());
+        slots.fill(0, registers);
+        assert_eq!((slots.first_vacant(), slots.vacant()), (Some(1), 1));
+        assert_eq!(read(&slots, MMIO_START + DEVICE_ID), 4);
     }
 
     /// A device thread that died leaves nobody waiting.

@@ -56,6 +56,9 @@ pub struct MachineSpec {
     pub cmdline: String,
     /// Block devices, in the order in which the guest names them (vda, vdb, ...).
     pub disks: Vec<DiskSpec>,
+    /// Slots for disks that come while the machine runs: so many, or as many as are left. Each
+    /// costs the guest three exits at boot.
+    pub spare_slots: u8,
     /// What all of them may do together.
     pub disk_limit: RateLimitSpec,
     /// The network interface, if there is one.
@@ -182,6 +185,7 @@ impl MachineSpec {
             balloon: _,
             cmdline: _,
             disks,
+            spare_slots: _,
             disk_limit: _,
             net,
             vsock_cid,
@@ -228,6 +232,7 @@ mod tests {
             balloon: false,
             cmdline: String::new(),
             disks: Vec::new(),
+            spare_slots: 0,
             disk_limit: RateLimitSpec::default(),
             net: None,
             vsock_cid: None,

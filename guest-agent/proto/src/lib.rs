@@ -12,6 +12,7 @@ pub mod files;
 pub mod frame;
 pub mod message;
 pub mod report;
+pub mod volumes;
 
 /// Version of everything in this crate. Both sides come from one build; a guest that was started
 /// by an older server says so in its hello.

@@ -4,9 +4,12 @@ use crate::exec::{ExecSpec, WindowSize};
 use crate::files::{Entry, GetSpec, PathInfo, PutSpec, StatSpec};
 use crate::frame::{FRAME_COST_BYTES, Frame, FrameError, fits};
 use crate::report::Exit;
+use crate::volumes::{AttachSpec, DetachSpec};
 
 const SHUTDOWN: u8 = 0x01;
 const STAT: u8 = 0x02;
+const ATTACH: u8 = 0x03;
+const DETACH: u8 = 0x04;
 const EXEC: u8 = 0x10;
 const PUT: u8 = 0x11;
 const GET: u8 = 0x12;
@@ -41,6 +44,11 @@ pub enum ToAgent {
     },
     /// Say what lies at a path. Answered with [`ToServer::PathInfo`].
     Stat(StatSpec),
+    /// Mount a volume. Acknowledged when it is mounted; an error leaves nothing mounted.
+    Attach(AttachSpec),
+    /// Unmount a volume and let go of its disk, if it is there. Acknowledged when its disk can go;
+    /// an error leaves it mounted.
+    Detach(DetachSpec),
     /// Run a command. Opens a stream: input to the command, its output back.
     Exec(ExecSpec),
     /// Make a file. Opens a stream: its bytes.
@@ -119,6 +127,8 @@ pub enum ErrorCode {
     NotExecutable = 5,
     /// As much as this agent does at once is being done.
     Busy = 6,
+    /// What was to go is being used.
+    InUse = 7,
 }
 
 impl ToAgent {
@@ -142,6 +152,8 @@ impl ToAgent {
                 (SHUTDOWN, vec![*signal, g0, g1, g2, g3])
             }
             Self::Stat(spec) => (STAT, spec.write()),
+            Self::Attach(spec) => (ATTACH, spec.write()),
+            Self::Detach(spec) => (DETACH, spec.write()),
             Self::Exec(spec) => (EXEC, spec.write()),
             Self::Put(spec) => (PUT, spec.write()),
             Self::Get(spec) => (GET, spec.write()),
@@ -167,6 +179,8 @@ impl ToAgent {
                 Some(Self::Shutdown { signal, grace_ms: u32::from_le_bytes([g0, g1, g2, g3]) })
             }
             (STAT, body) => StatSpec::read(body).map(Self::Stat),
+            (ATTACH, body) => AttachSpec::read(body).map(Self::Attach),
+            (DETACH, body) => DetachSpec::read(body).map(Self::Detach),
             (EXEC, body) => ExecSpec::read(body).map(Self::Exec),
             (PUT, body) => PutSpec::read(body).map(Self::Put),
             (GET, body) => GetSpec::read(body).map(Self::Get),
@@ -266,13 +280,14 @@ impl ToServer {
 
 impl ErrorCode {
     /// All codes.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Unsupported,
         Self::Malformed,
         Self::System,
         Self::NotFound,
         Self::NotExecutable,
         Self::Busy,
+        Self::InUse,
     ];
 }
 

@@ -86,14 +86,25 @@ impl From<VolumeError> for ApiError {
     fn from(error: VolumeError) -> Self {
         match error {
             VolumeError::Order(error) => error.into(),
-            VolumeError::Refused { .. } => Self::conflict("invalid_state", &error),
+            VolumeError::Refused { .. }
+            | VolumeError::NoAgent
+            | VolumeError::OldAgent
+            | VolumeError::Hides { .. }
+            | VolumeError::HasLayer { .. } => Self::conflict("invalid_state", &error),
+            VolumeError::NoSlot
+            | VolumeError::InUse { .. }
+            | VolumeError::Guest { .. }
+            | VolumeError::Disk(DiskError::InUse { .. }) => Self::conflict("conflict", &error),
             VolumeError::PathTaken { .. } | VolumeError::TooMany => {
                 Self::bad("invalid_request", &error)
             }
             VolumeError::NotAttached { .. } => Self::missing("not_found", &error),
             VolumeError::Find(error) => error.into(),
             VolumeError::Attach(error) => error.into(),
-            VolumeError::Records(_) => Self::internal(&error),
+            VolumeError::Silent(_)
+            | VolumeError::Worker(_)
+            | VolumeError::Disk(_)
+            | VolumeError::Records(_) => Self::internal(&error),
         }
     }
 }

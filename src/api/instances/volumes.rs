@@ -1,5 +1,5 @@
-//! Volumes of an instance: in the body that creates it, and given to and taken from one that has
-//! stopped.
+//! Volumes of an instance: in the body that creates it, and given to and taken from one that runs
+//! or has stopped.
 
 use std::collections::BTreeSet;
 
@@ -148,7 +148,8 @@ fn check_path(field: &'static str, path: &str) -> Result<(), SpecError> {
     Err(SpecError::invalid(field, format!("{path:?} is no folder to mount at")))
 }
 
-/// Gives a stopped instance a volume, which its guest has from the next start on.
+/// Gives an instance a volume. The guest of one that runs has it when this is answered, that of one
+/// that has stopped from the next start on.
 #[utoipa::path(
     post, path = "/instances/{id}/volumes/{volumeId}", tag = "instances",
     params(
@@ -170,7 +171,7 @@ pub(in crate::api) async fn attach(
     Ok(Json((&*app.instances.attach_volume(&key, mount).await?).into()))
 }
 
-/// Takes a volume from a stopped instance.
+/// Takes a volume from an instance that has stopped, or that runs and does not use it.
 #[utoipa::path(
     delete, path = "/instances/{id}/volumes/{volumeId}", tag = "instances",
     params(

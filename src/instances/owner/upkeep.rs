@@ -1,5 +1,6 @@
 //! What the owner does by itself when the time has come: deletes what has expired, starts again
-//! what shall run, asks whether it is well, forgets attempts once a run was stable.
+//! what shall run, asks whether it is well, forgets attempts once a run was stable, finishes what a
+//! guest did not answer to.
 //!
 //! There is one alarm, the earliest of all; after it, and after anything else that happens, the
 //! next is found anew. Times are of the calendar, for they outlive the server.
@@ -41,6 +42,8 @@ pub(super) enum Due {
     Stability,
     /// Its guest may have its memory again.
     Release,
+    /// A change of its volumes is to be brought to an end.
+    VolumeChange,
 }
 
 /// Waits until `alarm`, and says for what; for ever, if there is none.
@@ -63,6 +66,7 @@ impl Owner {
             (self.check_at(), Due::Check),
             (self.stable_at(), Due::Stability),
             (self.record.hold.map(|hold| hold.until), Due::Release),
+            (self.unsettled_at(), Due::VolumeChange),
         ];
         let times = alarms.into_iter().filter_map(|(at, due)| Some((at?, due)));
         let (at, due) = times.min_by_key(|(at, _)| *at)?;
@@ -78,6 +82,13 @@ impl Owner {
             Decision::At(at) => Some(at),
             Decision::Leave | Decision::GiveUp => None,
         }
+    }
+
+    /// Now, if a change of its volumes is under way that nobody is at. One whose machine could not
+    /// be told is left as it is.
+    fn unsettled_at(&self) -> Option<DateTime<Utc>> {
+        let is_known = self.state != State::Unknown;
+        self.record.volume_change.as_ref().filter(|_| is_known).map(|_| Utc::now())
     }
 
     fn stable_at(&self) -> Option<DateTime<Utc>> {
@@ -106,6 +117,7 @@ impl Owner {
             }
             Due::Check => self.ask(),
             Due::Release => self.release().await,
+            Due::VolumeChange => self.finish_volume_change().await,
             Due::Stability => {
                 self.record.restart.attempts = 0;
                 self.save();

@@ -276,6 +276,22 @@ impl Registers {
     }
 }
 
+/// A vCPU reads at `offset` of a slot without a device: a placeholder (virtio 1.3, 4.2.2 "MMIO
+/// Device Register Layout", DeviceID).
+pub fn read_vacant(offset: u64, data: &mut [u8]) {
+    data.fill(0xff);
+    if let Ok(data) = <&mut [u8; 4]>::try_from(data) {
+        let value = match offset {
+            MAGIC_VALUE => MAGIC,
+            VERSION_NUMBER => VERSION,
+            DEVICE_ID => 0,
+            VENDOR_ID => VENDOR,
+            _ => u32::MAX,
+        };
+        *data = value.to_le_bytes();
+    }
+}
+
 /// Half `select` of a 64-bit register; there are only two.
 fn half(value: u64, select: u32) -> u32 {
     let [a, b, c, d, e, f, g, h] = value.to_le_bytes();

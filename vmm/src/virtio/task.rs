@@ -79,6 +79,11 @@ impl Line {
         Self { pending: Arc::default(), broken: Arc::default(), irq }
     }
 
+    /// What it raises.
+    pub fn irq(&self) -> &EventFd {
+        &self.irq
+    }
+
     /// InterruptStatus.
     pub fn pending(&self) -> u32 {
         self.pending.load(Ordering::SeqCst)

@@ -44,6 +44,7 @@ pub(crate) fn guest(script: &str) -> GuestSpec {
         balloon: false,
         cmdline: String::new(),
         disks: Vec::new(),
+        spare_slots: 0,
         disk_limit: RateLimitSpec::default(),
         net: None,
         vsock_cid: None,
@@ -71,6 +72,12 @@ impl GuestSpec {
 
     pub(crate) fn balloon(mut self) -> Self {
         self.spec.balloon = true;
+        self
+    }
+
+    /// Room for disks that come while it runs.
+    pub(crate) fn spare_slots(mut self, slots: u8) -> Self {
+        self.spec.spare_slots = slots;
         self
     }
 

@@ -8,13 +8,14 @@ mod program;
 use std::fs::File;
 use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
 
 use kvm_bindings::kvm_msr_entry;
 use kvm_ioctls::Kvm;
 use ovum_vmm::arch::boot::BootError;
 use ovum_vmm::layout::REPORT_PORT;
 use ovum_vmm::machine::{Machine, StopReason};
-use ovum_vmm::machine_error::{BuildError, Ended, SaveError};
+use ovum_vmm::machine_error::{AttachError, BuildError, Ended, SaveError};
 use ovum_vmm::machine_state::MachineState;
 use ovum_vmm::rate_limiter::{RateLimitSpec, RateSpec};
 use ovum_vmm::spec::{DiskSpec, MachineFiles, MachineSpec, SpecError};
@@ -378,6 +379,110 @@ fn two_machines_run_at_once() {
     assert_eq!(one.end().0, StopReason::Ordered);
     two.machine.stop();
     assert_eq!(two.end().0, StopReason::Ordered);
+}
+
+/// How a guest looks for disks that have come.
+const LOOKS: &str = "look() {
+        for slot in /sys/bus/platform/devices/LNRO0005:*; do
+            [ -e $slot/driver ] || echo ${slot##*/} > /sys/bus/platform/drivers/virtio-mmio/bind
+        done 2> /dev/null
+        true
+    }";
+
+#[test]
+fn disks_come_and_go_while_a_guest_runs() {
+    let script = format!(
+        "{LOOKS}
+        echo 'slots '$(ls -d /sys/bus/platform/devices/LNRO0005:* | wc -l)
+        until look; [ -b /dev/vda ]; do sleep 0.1; done
+        echo \"first $(cat /sys/block/vda/serial) $(head -c 3 /dev/vda)\"
+        printf 'from the guest' | dd of=/dev/vda bs=512 seek=1 conv=fsync 2> /dev/null
+        slot=$(readlink -f /sys/block/vda/device)
+        basename ${{slot%/*}} > /sys/bus/platform/drivers/virtio-mmio/unbind
+        echo let go
+        until look; [ -b /dev/vda ]; do sleep 0.1; done
+        echo \"second $(cat /sys/block/vda/serial) $(head -c 3 /dev/vda)\""
+    );
+    let disks = [b"one", b"two"].map(|content| {
+        let disk = file(content);
+        disk.set_len(4 << 20).unwrap();
+        disk
+    });
+    let spec = |id: &str| DiskSpec { id: id.into(), read_only: false };
+    let mut guest = guest(&script).spare_slots(1).boot();
+    // Console and entropy, and the spare one.
+    guest.says("slots 3");
+    assert_eq!(guest.machine.vacant_slots(), 1);
+
+    guest.machine.attach_disk(&spec("a"), disks[0].try_clone().unwrap()).unwrap();
+    let twice = guest.machine.attach_disk(&spec("a"), disks[1].try_clone().unwrap());
+    let full = guest.machine.attach_disk(&spec("b"), disks[1].try_clone().unwrap());
+    guest.says("first a one");
+    guest.says("let go");
+    assert!(guest.machine.detach_disk("a").unwrap());
+    assert!(!guest.machine.detach_disk("a").unwrap(), "it is not there any more");
+    guest.machine.pause().unwrap();
+    guest.machine.attach_disk(&spec("b"), disks[1].try_clone().unwrap()).unwrap();
+    let slots: Vec<_> = guest.machine.save().unwrap().devices.iter().map(|d| d.slot).collect();
+    guest.machine.resume().unwrap();
+    guest.says("second b two");
+    let (reason, said) = guest.end();
+
+    assert_eq!(reason, StopReason::PowerOff, "{said}");
+    assert!(matches!(twice, Err(AttachError::IdTaken { .. })), "{twice:?}");
+    assert!(matches!(full, Err(AttachError::NoSlot)), "{full:?}");
+    assert_eq!(slots, [0, 1, 2]);
+    let mut written = [0; 14];
+    disks[0].read_exact_at(&mut written, 512).unwrap();
+    assert_eq!(&written, b"from the guest");
+}
+
+/// An interrupt costs a read and a write, and how many there are differs; so the difference of both
+/// counts.
+#[test]
+fn a_vacant_slot_costs_a_boot_three_exits() {
+    let counted = |slots| {
+        let mut guest = guest("").spare_slots(slots).boot();
+        assert_eq!(guest.end().0, StopReason::PowerOff);
+        let exits = guest.machine.exits();
+        let [reads, writes] = [&exits.mmio_reads, &exits.mmio_writes]
+            .map(|count| count.load(Ordering::Relaxed).cast_signed());
+        reads - writes
+    };
+
+    let without = counted(0);
+
+    assert_eq!(counted(4) - without, 4 * 3);
+    assert_eq!(counted(u8::MAX) - without, 17 * 3, "19 slots, of which console and entropy have 2");
+}
+
+/// A guest that was not asked to let go has harmed itself, and nobody else.
+#[test]
+fn a_disk_that_is_torn_away_takes_no_machine_with_it() {
+    let disk = file(&[7; 1 << 20]);
+    let script = format!(
+        "{LOOKS}
+        cat /dev/vda > /dev/null; echo reads
+        (while :; do dd if=/dev/vda of=/dev/null bs=4k iflag=direct; done) 2> /dev/null &
+        until look; [ -b /dev/vdb ]; do sleep 0.1; done
+        echo \"other $(head -c 3 /dev/vdb)\"
+        until look; false; do sleep 1; done"
+    );
+    let mut guest = guest(&script).disk(&disk, false).spare_slots(1).boot();
+    guest.says("reads");
+
+    assert!(guest.machine.detach_disk("disk0").unwrap());
+
+    let other = file(b"two");
+    other.set_len(1 << 20).unwrap();
+    let spec = DiskSpec { id: "other".into(), read_only: true };
+    // The slot that is vacant now is one whose driver waits for its last request.
+    assert_eq!(guest.machine.vacant_slots(), 2);
+    guest.machine.attach_disk(&spec, other.try_clone().unwrap()).unwrap();
+    guest.machine.attach_disk(&DiskSpec { id: "x".into(), ..spec }, other).unwrap();
+    guest.says("other two");
+    guest.machine.stop();
+    assert_eq!(guest.end().0, StopReason::Ordered);
 }
 
 #[test]

@@ -77,6 +77,10 @@ fn to_agent() -> impl Strategy<Value = ToAgent> {
             .prop_map(|(signal, grace_ms)| ToAgent::Shutdown { signal, grace_ms }),
         (TEXT, any::<bool>())
             .prop_map(|(path, follow_links)| ToAgent::Stat(StatSpec { path, follow_links })),
+        ("\\PC{1,5}", "/\\PC{0,40}", any::<bool>()).prop_map(|(serial, path, read_only)| {
+            ToAgent::Attach(AttachSpec { serial, path, read_only })
+        }),
+        "\\PC{1,5}".prop_map(|serial| ToAgent::Detach(DetachSpec { serial })),
         exec().prop_map(ToAgent::Exec),
         put().prop_map(ToAgent::Put),
         (TEXT, any::<bool>())

@@ -1,5 +1,6 @@
 //! The transport as a driver has it: registers through [`Slots`], a device on a real thread.
 
+use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::slice;
 use std::sync::Arc;
@@ -25,6 +26,19 @@ const READY: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK;
 const RUNNING: u32 = READY | DRIVER_OK;
 const QUEUE_SIZE_MAX_OF_ENTROPY: u16 = 64;
 
+fn parts(
+    device: Box<dyn Device>,
+    guest: &Guest,
+    irq: &Arc<EventFd>,
+    orders: &Orders,
+) -> (Task, Registers) {
+    let line = Line::new(Arc::clone(irq));
+    let config = ConfigSpace::new(device.config());
+    let identity = Identity::of(&*device, config.clone());
+    let task = Task::new(device, config, Arc::new(guest.mem.clone()), line.clone()).unwrap();
+    (task, Registers::new(0, identity, orders.clone(), line))
+}
+
 /// A driver, and everything below it but KVM.
 struct Driver {
     slots: Slots,
@@ -37,18 +51,32 @@ struct Driver {
 
 impl Driver {
     fn of(device: Box<dyn Device>, guest: &Guest) -> Self {
-        let irq = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap());
-        let line = Line::new(Arc::clone(&irq));
-        let config = ConfigSpace::new(device.config());
-        let identity = Identity::of(&*device, config.clone());
-        let mem = Arc::new(guest.mem.clone());
-        let task = Task::new(device, config, mem, line.clone()).unwrap();
-        let kick = task.kicks()[0].try_clone().unwrap();
         let (orders, inbox) = reactor::orders().unwrap();
+        let irq = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap());
+        let (task, registers) = parts(device, guest, &irq, &orders);
+        let kick = task.kicks()[0].try_clone().unwrap();
         let events = Arc::new(Events::new().unwrap());
         let reactor = Reactor::start(vec![task], orders.clone(), inbox, events).unwrap();
-        let slots = Slots::new(vec![Registers::new(0, identity, orders.clone(), line)]);
-        Self { slots, kick, irq, orders, _reactor: reactor }
+        Self { slots: Slots::new(vec![registers], 0), kick, irq, orders, _reactor: reactor }
+    }
+
+    /// Another device for its slot, and what its driver finds there.
+    fn parts(&self, device: Box<dyn Device>, guest: &Guest) -> (Task, Registers) {
+        parts(device, guest, &self.irq, &self.orders)
+    }
+
+    /// The device goes, as one that the machine takes away.
+    fn vacate(&self) {
+        assert!(self.slots.vacate(0).is_some());
+        assert!(self.orders.take(0).unwrap().is_some());
+    }
+
+    /// Another device comes.
+    fn fill(&mut self, device: Box<dyn Device>, guest: &Guest) {
+        let (task, registers) = self.parts(device, guest);
+        self.kick = task.kicks()[0].try_clone().unwrap();
+        assert!(self.orders.put(0, Box::new(task)).unwrap().is_ok());
+        self.slots.fill(0, registers);
     }
 
     fn of_entropy(guest: &Guest) -> Self {
@@ -197,7 +225,7 @@ fn features_are_what_was_offered_and_then_frozen() {
 
     driver.write(DRIVER_FEATURES_SEL, 0);
     driver.write(DRIVER_FEATURES, u32::MAX);
-    let accepted = driver.slots.each().next().unwrap().state().driver_features;
+    let accepted = driver.slots.each(|registers| registers.state().driver_features)[0].1;
     assert_eq!(accepted, 1 << 32);
 }
 
@@ -207,7 +235,7 @@ fn queues_are_set_up_between_features_and_the_start_only() {
     let driver = Driver::of_entropy(&guest);
     let queue = QueueFixture::new(&guest, 0, 64).setup();
     let other = QueueSetup { size: 2, ready: false, descriptors: 1, driver: 2, device: 3 };
-    let state = || driver.slots.each().next().unwrap().state().queues.clone();
+    let state = || driver.slots.each(|registers| registers.state().queues.clone()).remove(0).1;
     let unset = QueueSetup { size: 64, ..QueueSetup::default() };
 
     driver.set_up(&queue);
@@ -284,7 +312,7 @@ fn a_ring_that_breaks_while_it_runs_breaks_the_device_until_reset() {
     driver.kick();
     assert_eq!(driver.interrupt(), 2, "a change of configuration");
     assert_eq!(driver.read(STATUS), RUNNING | NEEDS_RESET);
-    assert!(driver.slots.each().next().unwrap().line().state().broken);
+    assert!(driver.slots.each(|registers| registers.line().state().broken)[0].1);
 
     // It is left alone from here on.
     driver.kick();
@@ -322,7 +350,7 @@ fn a_kick_during_a_pause_is_served_after_it() {
     driver.kick();
     let saved = driver.orders.save().unwrap();
 
-    assert_eq!((saved[0].queues[0].next_avail, queue.used()), (0, vec![]));
+    assert_eq!((saved[0].1.queues[0].next_avail, queue.used()), (0, vec![]));
     driver.orders.resume().unwrap();
     assert_eq!(driver.interrupt(), 1);
     assert_eq!(queue.used(), [(0, 64)]);
@@ -351,6 +379,83 @@ fn the_configuration_is_read_in_any_width() {
         [0xff; 8],
         "over the end of the slot"
     );
+}
+
+/// A disk whose every byte is `content`.
+fn disk(content: u8) -> Box<dyn Device> {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&[content; 4096]).unwrap();
+    let spec = DiskSpec { id: "disk".into(), read_only: false };
+    let limiter = RateLimiter::new(RateLimitSpec::default(), Instant::now());
+    Box::new(Blk::new(file, &spec, &limiter).unwrap())
+}
+
+/// One reader after the other finds its own disk behind the same slot, whatever the one before left
+/// in its registers; between them there is a placeholder.
+#[test]
+fn devices_come_and_go_in_a_slot() {
+    let guest = Guest::new();
+    let mut driver = Driver::of_entropy(&guest);
+    for content in [0x11, 0x22] {
+        driver.vacate();
+        assert_eq!((driver.read(MAGIC_VALUE), driver.read(DEVICE_ID)), (MAGIC, 0));
+
+        driver.fill(disk(content), &guest);
+
+        assert_eq!(driver.read(DEVICE_ID), 2);
+        let mut queue = QueueFixture::new(&guest, 0, 256);
+        assert_eq!(driver.start(&queue.setup()), RUNNING);
+        let header = guest.buffer_of(&[0; 16]);
+        let (data, status) = (guest.buffer(512), guest.buffer_of(&[0xff]));
+        queue.offer(&[header], &[data, status]);
+        driver.kick();
+        assert_eq!(driver.interrupt(), 1);
+        assert_eq!((guest.read(data), guest.read(status)), (vec![content; 512], vec![0]));
+    }
+}
+
+/// What was asked of a disk before it went is done, and after it nothing is.
+#[test]
+fn a_driver_that_does_not_let_go_of_its_device_is_left_with_a_placeholder() {
+    let guest = Guest::new();
+    let mut driver = Driver::of_entropy(&guest);
+    driver.vacate();
+    driver.fill(disk(0x33), &guest);
+    let mut queue = QueueFixture::new(&guest, 0, 256);
+    assert_eq!(driver.start(&queue.setup()), RUNNING);
+    let request = |queue: &mut QueueFixture<'_>| {
+        let header = guest.buffer_of(&[0; 16]);
+        queue.offer(&[header], &[guest.buffer(512), guest.buffer(1)])
+    };
+
+    driver.orders.pause().unwrap();
+    driver.vacate();
+    request(&mut queue);
+    driver.kick();
+    driver.orders.resume().unwrap();
+    driver.settle();
+
+    assert_eq!(queue.used(), []);
+    for value in [0, 1, 3, 0xb, 0xf, u32::MAX] {
+        assert_eq!(driver.write_status(value), u32::MAX);
+        driver.set_up(&queue.setup());
+    }
+    assert_eq!(driver.read(DEVICE_ID), 0);
+    assert!(driver.orders.take(0).unwrap().is_none() && driver.orders.take(200).unwrap().is_none());
+    driver.fill(Box::new(Entropy::new()), &guest);
+    driver.gives_random_bytes(&guest);
+}
+
+#[test]
+fn a_slot_has_one_device() {
+    let guest = Guest::new();
+    let driver = Driver::of_entropy(&guest);
+    let (task, _registers) = driver.parts(disk(0), &guest);
+
+    let refused = driver.orders.put(0, Box::new(task)).unwrap().unwrap_err();
+
+    assert_eq!(refused.source.kind(), io::ErrorKind::AlreadyExists);
+    driver.gives_random_bytes(&guest);
 }
 
 #[test]
