@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use ovum_test_host::{DEBIAN_SYSTEMD, Server, TestHost};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use tokio::time;
 
 use crate::cases;
 use crate::volumes::{make, remove};
@@ -14,6 +15,7 @@ cases![
     a_guest_without_an_agent_may_run_systemd_too,
     systemd_boots_runs_commands_stops_and_starts_again,
     a_systemd_that_does_not_end_is_ended,
+    a_volume_leaves_though_the_agent_pauses,
 ];
 
 /// An instance of the image's own command, which is /sbin/init.
@@ -95,6 +97,40 @@ async fn a_volume_comes_and_goes(server: &Server) {
     assert_eq!(taken, StatusCode::OK, "{answer}");
     let (given, answer) = attach().await;
     assert_eq!(given, StatusCode::OK, "{answer}");
+}
+
+/// An agent that does not answer in time leaves open what it will do. What it has done in the end
+/// is found out, without anybody asking.
+async fn a_volume_leaves_though_the_agent_pauses(host: &TestHost) {
+    let server = &host.server;
+    server.pull(DEBIAN_SYSTEMD).await;
+    make(server, "unit").await;
+    boot(server, "unit").await;
+    let path = "/instances/unit/volumes/unit";
+    let how = json!({ "mount_path": "/srv/data" });
+    let (given, answer) = server.call(Method::POST, path, Some(how)).await;
+    assert_eq!(given, StatusCode::OK, "{answer}");
+    let agent = "$(systemctl show -P MainPID ovum-agent)";
+    let script = format!(
+        "(agent={agent}; sleep 1; kill -STOP $agent; echo paused > /dev/hvc0; sleep 40; \
+         kill -CONT $agent) > /dev/null 2>&1 &"
+    );
+    sh(server, "unit", &script).await;
+    server.follow_until("unit", "paused").await;
+    let attached = async || server.get("/volumes/unit").await["attachments"].is_array();
+
+    let (unknown, answer) = server.call(Method::DELETE, path, None).await;
+    assert_eq!(unknown, StatusCode::INTERNAL_SERVER_ERROR, "{answer}");
+    assert!(answer["message"].as_str().unwrap().contains("asked in vain"), "{answer}");
+    assert!(attached().await, "nobody knows better yet");
+    let began = Instant::now();
+    while attached().await {
+        assert!(began.elapsed() < Duration::from_secs(60), "it is never found out");
+        time::sleep(Duration::from_millis(200)).await;
+    }
+    assert_eq!(sh(server, "unit", "grep -c /srv/data /proc/mounts || true").await, "0");
+    server.delete("unit").await;
+    remove(server, "unit").await;
 }
 
 /// PID 1, its target, its mounts and its journal are as on a machine of its own.
