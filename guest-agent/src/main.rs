@@ -12,6 +12,7 @@
 #![cfg_attr(not(test), no_main)]
 #![cfg_attr(test, expect(dead_code, reason = "tests run without a guest around them"))]
 
+mod brake;
 mod command;
 mod config;
 mod console;
@@ -22,6 +23,7 @@ mod init;
 mod jobs;
 #[expect(unsafe_code, reason = "vsock addresses, which rustix does not have")]
 mod listener;
+mod memory;
 mod network;
 mod outbox;
 mod output;
@@ -51,8 +53,10 @@ use rustix::io::Errno;
 use rustix::system::RebootCommand;
 use rustix::{fs, process, system};
 
+use crate::brake::Brake;
 use crate::config::ConfigError;
 use crate::listener::Listener;
+use crate::memory::MemoryWatch;
 use crate::output::Output;
 use crate::port::Port;
 use crate::program::{Program, ProgramError, Refusal};
@@ -135,7 +139,8 @@ fn serve_as_unit() -> Result<(), AgentError> {
     let listener = Listener::open().map_err(system("the listener"))?;
     port.report(Report::Phase(Phase::AgentReady));
     let (listener, charge) = (Some(listener), Charge::Systemd);
-    match (Agent { signals, listener, charge, env: config.env }).serve() {
+    let memory = watch_memory(&config, &charge, port);
+    match (Agent { signals, listener, charge, env: config.env, memory }).serve() {
         Ending::Over(exit) => {
             port.report(Report::Exit(exit));
             power_off();
@@ -174,7 +179,10 @@ fn live(port: Port) -> Result<Ending, AgentError> {
     let signals = Signals::open().map_err(system("signals"))?;
     let listener = if config.listen { listen(port) } else { None };
     let ending = match start(&program, &config, port) {
-        Ok(charge) => Agent { signals, listener, charge, env: config.env }.serve(),
+        Ok(charge) => {
+            let memory = watch_memory(&config, &charge, port);
+            Agent { signals, listener, charge, env: config.env, memory }.serve()
+        }
         Err(StartError::Refused(refusal)) => Ending::Over(refused(&refusal)),
         Err(StartError::System(errno)) => return Err(system("the workload's process")(errno)),
     };
@@ -228,6 +236,21 @@ fn listen(port: Port) -> Option<Listener> {
             None
         }
     }
+}
+
+/// Watches memory for the machine, if it wants to know. A guest that cannot tell goes on with what
+/// it has.
+fn watch_memory(config: &GuestConfig, charge: &Charge, port: Port) -> Option<MemoryWatch> {
+    let spec = config.memory_watch?;
+    let complain = |error: &io::Error| {
+        console::say(format_args!("memory is not looked after as it should be: {error}"));
+    };
+    // Init systems arrange control groups as they like.
+    let brake = match charge {
+        Charge::Workload { .. } => Brake::open().inspect_err(complain).ok(),
+        Charge::Init | Charge::Systemd => None,
+    };
+    MemoryWatch::open(spec, brake, port).inspect_err(complain).ok()
 }
 
 fn power_off() {

@@ -14,6 +14,7 @@ use rustix::{event, process};
 use crate::command::End;
 use crate::jobs::Jobs;
 use crate::listener::Listener;
+use crate::memory::MemoryWatch;
 use crate::output::Output;
 use crate::session::{Closed, Session};
 use crate::signals::{self, Signal, Signals};
@@ -43,6 +44,8 @@ pub(crate) struct Agent {
     pub(crate) charge: Charge,
     /// The workload's environment, which commands get too.
     pub(crate) env: Vec<(String, String)>,
+    /// Who tells the machine how the guest is off for memory, if it wants to know.
+    pub(crate) memory: Option<MemoryWatch>,
 }
 
 /// For whom the guest exists.
@@ -96,6 +99,7 @@ enum Ready {
     Signals,
     Output,
     Listener,
+    Memory { is_lost: bool },
     Session { client: usize, hears: bool },
     Job { client: usize, stream: u32, end: End },
 }
@@ -130,6 +134,12 @@ impl Loop {
                     let accepted = self.agent.listener.as_ref().and_then(Listener::accept);
                     self.clients.extend(accepted.map(Client::new));
                 }
+                Ready::Memory { is_lost: true } => self.agent.memory = None,
+                Ready::Memory { is_lost: false } => {
+                    if let Some(memory) = &mut self.agent.memory {
+                        memory.note_pressure();
+                    }
+                }
                 Ready::Session { hears: false, .. } => {}
                 Ready::Session { client, hears: true } => {
                     let shutdowns = self.clients[client].receive(&self.agent.env);
@@ -146,6 +156,9 @@ impl Loop {
             self.clients[client].session.say(stream, &answer);
         }
         self.clients.retain_mut(Client::work);
+        if let Some(memory) = &mut self.agent.memory {
+            memory.check_time(Instant::now());
+        }
         if self.kill_at.is_some_and(|kill_at| Instant::now() >= kill_at) {
             self.kill();
         }
@@ -163,6 +176,8 @@ impl Loop {
         watched.extend(output.map(|output| (output, Ready::Output)));
         let listener = listener.map(|listener| PollFd::new(listener, PollFlags::IN));
         watched.extend(listener.map(|listener| (listener, Ready::Listener)));
+        let memory = self.agent.memory.as_ref().map(|memory| PollFd::new(memory, PollFlags::PRI));
+        watched.extend(memory.map(|memory| (memory, Ready::Memory { is_lost: false })));
         for (client, Client { session, jobs, .. }) in self.clients.iter().enumerate() {
             let fd = PollFd::new(session, session.interest());
             watched.push((fd, Ready::Session { client, hears: false }));
@@ -185,6 +200,7 @@ impl Loop {
                     let heard = PollFlags::IN | PollFlags::HUP | PollFlags::ERR;
                     Ready::Session { client, hears: events.intersects(heard) }
                 }
+                Ready::Memory { .. } => Ready::Memory { is_lost: events.contains(PollFlags::ERR) },
                 other => other,
             });
         found.collect()
@@ -196,7 +212,8 @@ impl Loop {
             return Some(Timespec::default());
         }
         let deadlines = self.clients.iter().filter_map(|client| client.jobs.deadline());
-        let first = deadlines.chain(self.kill_at).min()?;
+        let memory = self.agent.memory.as_ref().and_then(MemoryWatch::deadline);
+        let first = deadlines.chain(self.kill_at).chain(memory).min()?;
         let left = first.saturating_duration_since(Instant::now());
         Some(Timespec::try_from(left).unwrap_or_default())
     }
