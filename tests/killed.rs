@@ -31,6 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 const IMAGE: &str = "docker.io/library/tiny:latest";
 const OTHER: &str = "docker.io/library/tiny:other";
+const VOLUME: &str = "kept";
 
 /// An operation on a server that may be killed meanwhile.
 #[derive(Debug, Clone, Copy)]
@@ -38,6 +39,9 @@ enum Operation {
     Load,
     Tag,
     Delete,
+    MakeVolume,
+    FillVolume,
+    DeleteVolume,
 }
 
 impl Operation {
@@ -57,10 +61,24 @@ impl Operation {
                 server.attempt(Method::POST, &format!("{image}/tag"), body).await
             }
             Self::Delete => server.attempt(Method::DELETE, &image, "").await,
+            Self::MakeVolume => {
+                let body = json!({ "name": VOLUME, "id": VOLUME, "size_gb": 1 }).to_string();
+                server.attempt(Method::POST, "/volumes", body).await
+            }
+            Self::FillVolume => {
+                let path = format!("/volumes/from-archive?name={VOLUME}&id={VOLUME}&size_gb=1");
+                server.attempt(Method::POST, &path, tiny_archive()).await
+            }
+            Self::DeleteVolume => {
+                server.attempt(Method::DELETE, &format!("/volumes/{VOLUME}"), "").await
+            }
         };
+        let makes_volume = matches!(self, Self::MakeVolume | Self::FillVolume);
         match answer {
             Some((status, _)) if status.is_success() => true,
-            Some((StatusCode::NOT_FOUND, _)) if matches!(self, Self::Delete) => true,
+            Some((StatusCode::NOT_FOUND, _)) => matches!(self, Self::Delete | Self::DeleteVolume),
+            // Made before the kill, and there.
+            Some((StatusCode::CONFLICT, _)) if makes_volume => true,
             Some((status, answer)) => panic!("{self:?}: {status} {answer}"),
             None => false,
         }
@@ -69,18 +87,21 @@ impl Operation {
     /// What it needs to have been done before.
     fn preparation(self) -> &'static [Self] {
         match self {
-            Self::Load => &[],
+            Self::Load | Self::MakeVolume | Self::FillVolume => &[],
+            Self::DeleteVolume => &[Self::FillVolume],
             Self::Tag => &[Self::Load],
             Self::Delete => &[Self::Load, Self::Tag],
         }
     }
 
-    /// Whether what the server lists is what it leads to.
+    /// Whether what the server lists, images and volumes, is what it leads to.
     fn is_done(self, names: &[&str]) -> bool {
         match self {
             Self::Load => names.contains(&IMAGE),
             Self::Tag => names.contains(&OTHER),
             Self::Delete => !names.contains(&IMAGE),
+            Self::MakeVolume | Self::FillVolume => names.contains(&VOLUME),
+            Self::DeleteVolume => !names.contains(&VOLUME),
         }
     }
 }
@@ -179,9 +200,11 @@ async fn survives_a_kill_at_every_change(operation: Operation) {
         let mut server = start(dir.path()).await;
         until_settled(&server).await;
         let images = server.get("/images").await;
+        let volumes = server.get("/volumes").await;
         let list = images.as_array().unwrap();
-        let names: Vec<_> = list.iter().map(|image| image["name"].as_str().unwrap()).collect();
-        assert!(!acknowledged || operation.is_done(&names), "{place}, lost: {images}");
+        let both = list.iter().chain(volumes.as_array().unwrap());
+        let names: Vec<_> = both.map(|one| one["name"].as_str().unwrap()).collect();
+        assert!(!acknowledged || operation.is_done(&names), "{place}, lost: {names:?}");
         assert!(list.iter().all(|image| image["status"] == "ready"), "{place}: {images}");
 
         assert!(operation.run(&server).await, "{place}: cannot be done again");
@@ -206,4 +229,19 @@ async fn a_name_is_given_or_not() {
 #[tokio::test]
 async fn an_image_is_deleted_whole_or_not_at_all() {
     survives_a_kill_at_every_change(Operation::Delete).await;
+}
+
+#[tokio::test]
+async fn a_volume_is_made_whole_or_not_at_all() {
+    survives_a_kill_at_every_change(Operation::MakeVolume).await;
+}
+
+#[tokio::test]
+async fn a_volume_is_filled_whole_or_not_at_all() {
+    survives_a_kill_at_every_change(Operation::FillVolume).await;
+}
+
+#[tokio::test]
+async fn a_volume_is_deleted_whole_or_not_at_all() {
+    survives_a_kill_at_every_change(Operation::DeleteVolume).await;
 }

@@ -47,6 +47,7 @@ pub struct Worker {
     queue: VecDeque<Event>,
     next_seq: u64,
     is_gone: bool,
+    ran_out_of_memory: bool,
 }
 
 /// What comes from a worker.
@@ -88,6 +89,7 @@ impl Worker {
             queue: VecDeque::new(),
             next_seq: 0,
             is_gone: false,
+            ran_out_of_memory: false,
         })
     }
 
@@ -107,6 +109,11 @@ impl Worker {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.identity.pid
+    }
+
+    /// Whether it has ended because it took more memory than its share.
+    pub fn ran_out_of_memory(&self) -> bool {
+        self.ran_out_of_memory
     }
 
     pub(super) fn identity(&self) -> &Identity {
@@ -251,6 +258,7 @@ impl Worker {
         self.is_gone = true;
         self.connection = None;
         self.catch_up();
+        self.ran_out_of_memory = self.group.as_ref().is_some_and(Cgroup::ran_out_of_memory);
         // Reaps it, there being nothing left to wait for.
         self.child = None;
         self.leave_group();

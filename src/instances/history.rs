@@ -20,6 +20,7 @@ pub struct History {
     failure: Option<Failure>,
     stopped: Option<(StopCause, String)>,
     stopped_ns: Option<u64>,
+    ran_out_of_memory: bool,
 }
 
 /// How an instance ended.
@@ -62,6 +63,11 @@ impl History {
         }
     }
 
+    /// The host's kernel killed the worker for want of memory.
+    pub fn ran_out_of_memory(&mut self) {
+        self.ran_out_of_memory = true;
+    }
+
     /// Whether the agent listens.
     pub fn agent_ready(&self) -> bool {
         self.agent_ready
@@ -91,6 +97,11 @@ impl History {
             (Some((StopCause::Fault, detail)), None) => {
                 Some(with_detail("The machine failed", detail))
             }
+            (None, None) if self.ran_out_of_memory => Some(
+                "The worker process was killed: it took more of the host's memory than its guest's \
+                 and what a worker needs beside"
+                    .to_owned(),
+            ),
             (None, None) => Some(
                 "The worker process ended without a word: it was killed, or the host went down"
                     .to_owned(),
@@ -212,6 +223,9 @@ mod tests {
             |happenings: &[Happening]| history(happenings).ending().error.unwrap_or_default();
 
         assert!(error(&[]).contains("without a word"));
+        let mut hungry = history(&[]);
+        hungry.ran_out_of_memory();
+        assert!(hungry.ending().error.is_some_and(|error| error.contains("more of the host's")));
         assert!(error(&[stopped(StopCause::Panic)]).contains("panic"));
         assert!(error(&[stopped(StopCause::Reboot)]).contains("reboot"));
         assert_eq!(error(&[stopped(StopCause::Ordered)]), "");

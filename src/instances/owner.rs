@@ -316,7 +316,9 @@ impl Owner {
 
     /// The worker is gone: writes down how it ended.
     fn ended(&mut self) {
-        self.worker = None;
+        if self.worker.take().is_some_and(|worker| worker.ran_out_of_memory()) {
+            self.history.ran_out_of_memory();
+        }
         self.claim = None;
         self.lease = None;
         self.record.hold = None;

@@ -8,13 +8,20 @@
 //! systemd for instance, would end the workers too. A host whose groups cannot be written to works
 //! without: then guests share the host as its processes do.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::io::pread;
 use sha2::{Digest, Sha256};
+use tokio::io::Interest;
+use tokio::runtime::Handle;
+
+use crate::os::readable::notified;
 
 /// Where the kernel has them, on any host of this decade.
 pub const ROOT: &str = "/sys/fs/cgroup";
@@ -43,8 +50,10 @@ pub struct Cgroups {
     left: Left,
 }
 
-/// Groups that could not go because a process was still on its way out.
-type Left = Arc<Mutex<Vec<PathBuf>>>;
+/// Groups that could not go because a process was still on its way out. Each goes with its last
+/// process, unless a new worker was given it before.
+#[derive(Debug, Clone, Default)]
+struct Left(Arc<Mutex<BTreeSet<PathBuf>>>);
 
 /// The group of one worker. It stays when this is dropped, as the worker does.
 #[derive(Debug)]
@@ -63,8 +72,8 @@ pub struct Share {
 }
 
 impl Cgroups {
-    /// For workers of the server of `data_dir`, under the `root` of all groups. Groups without a
-    /// process, which an earlier server left, go.
+    /// For workers of the server of `data_dir`, under the `root` of all groups. Those of an earlier
+    /// server go as soon as they have no process.
     ///
     /// # Errors
     ///
@@ -82,8 +91,7 @@ impl Cgroups {
         for entry in fs::read_dir(&groups.folder)? {
             let entry = entry?;
             if entry.file_type()?.is_dir() {
-                // Refused while a process is in it.
-                let _ = fs::remove_dir(entry.path());
+                groups.left.remove(entry.path());
             }
         }
         Ok(groups)
@@ -95,10 +103,8 @@ impl Cgroups {
     ///
     /// What the kernel says; no group is left.
     pub fn create(&self, id: &str, share: Share) -> io::Result<Cgroup> {
-        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        left.retain(|folder| matches!(fs::remove_dir(folder), Err(error) if is_busy(&error)));
-        drop(left);
         let group = self.group(id);
+        self.left.lock().remove(&group.folder);
         match fs::create_dir(&group.folder) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             Ok(()) | Err(_) => {}
@@ -119,7 +125,7 @@ impl Cgroups {
     }
 
     fn group(&self, id: &str) -> Cgroup {
-        Cgroup { folder: self.folder.join(id), left: Arc::clone(&self.left) }
+        Cgroup { folder: self.folder.join(id), left: self.left.clone() }
     }
 }
 
@@ -133,18 +139,16 @@ impl Cgroup {
         File::options().write(true).open(self.folder.join("cgroup.procs"))
     }
 
-    /// Removes the group, now or, if a process of it has not quite ended, before the next is made.
+    /// Whether the kernel killed a process of it for want of memory (cgroup-v2, "memory.events").
+    pub fn ran_out_of_memory(&self) -> bool {
+        let events = fs::read_to_string(self.folder.join("memory.events")).unwrap_or_default();
+        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        kills.is_some_and(|kills| kills != "0")
+    }
+
+    /// Removes the group, now or, if a process of it has not quite ended, when it has.
     pub fn remove(self) {
-        match fs::remove_dir(&self.folder) {
-            Err(error) if is_busy(&error) => {
-                self.left.lock().unwrap_or_else(PoisonError::into_inner).push(self.folder);
-            }
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                // The next server removes it.
-                tracing::warn!(folder = %self.folder.display(), %error, "A group is left");
-            }
-            Ok(()) | Err(_) => {}
-        }
+        self.left.remove(self.folder);
     }
 
     fn set(&self, name: &str, value: u64) -> io::Result<()> {
@@ -155,8 +159,58 @@ impl Cgroup {
     }
 }
 
-fn is_busy(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::ResourceBusy
+impl Left {
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<PathBuf>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Removes the group in `folder`, or has it removed when it is empty.
+    fn remove(&self, folder: PathBuf) {
+        match fs::remove_dir(&folder) {
+            Ok(()) => drop(self.lock().remove(&folder)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => self.watch(folder),
+            // The next server removes it.
+            Err(error) => tracing::warn!(folder = %folder.display(), %error, "A group is left"),
+        }
+    }
+
+    fn watch(&self, folder: PathBuf) {
+        // Without a runtime the server is at its end, and the next one finds the group.
+        let Ok(runtime) = Handle::try_current() else { return };
+        self.lock().insert(folder.clone());
+        let left = self.clone();
+        runtime.spawn(async move {
+            match emptied(&folder).await {
+                Ok(()) => left.remove_empty(&folder),
+                // Gone already, or not to be watched: then the next server removes it.
+                Err(error) => {
+                    tracing::debug!(folder = %folder.display(), %error, "Group unwatched")
+                }
+            }
+        });
+    }
+
+    fn remove_empty(&self, folder: &Path) {
+        // Held meanwhile, so that nobody is given the group between the look and the removal.
+        let mut left = self.lock();
+        if left.remove(folder) {
+            let _gone_or_found_by_the_next_server = fs::remove_dir(folder);
+        }
+    }
+}
+
+/// Waits until the group in `folder` has no process (cgroup-v2, "cgroup.events").
+async fn emptied(folder: &Path) -> io::Result<()> {
+    let events = notified(OwnedFd::from(File::open(folder.join("cgroup.events"))?))?;
+    let mut text = [0; 256];
+    loop {
+        let read = pread(events.get_ref().as_fd(), &mut text, 0)?;
+        if text[..read].split(|&byte| byte == b'\n').any(|line| line == b"populated 0") {
+            return Ok(());
+        }
+        events.ready(Interest::PRIORITY).await?.clear_ready();
+    }
 }
 
 /// Lets the groups in `folder` have controllers of their own.
@@ -205,5 +259,18 @@ mod tests {
         let memory: u64 = read("memory.max").parse().unwrap();
         assert!(memory > 1 << 30 && memory < (1 << 30) + (256 << 20), "{memory}");
         group.remove();
+    }
+
+    #[test]
+    fn a_group_says_whether_a_process_was_killed_for_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let group = Cgroup { folder: dir.path().to_owned(), left: Left::default() };
+        assert!(!group.ran_out_of_memory());
+
+        for (kills, is_so) in [("0", false), ("1", true), ("27", true)] {
+            let events = format!("low 0\nmax 12\noom 3\noom_kill {kills}\noom_group_kill 0\n");
+            fs::write(dir.path().join("memory.events"), events).unwrap();
+            assert_eq!(group.ran_out_of_memory(), is_so, "{kills}");
+        }
     }
 }

@@ -12,12 +12,13 @@ use serde_json::{Value, json};
 use tokio::time;
 
 use crate::cases;
-use ovum_test_host::{BUSYBOX, DEBIAN, Server, TestHost, worker_pids, workers};
+use ovum_test_host::{BUSYBOX, DEBIAN, Server, TestHost, groups, worker_pids, workers};
 
 cases![
     guests_outlive_the_server_and_are_found_again,
     an_exit_without_a_server_is_told_by_the_next_one,
     a_killed_worker_is_seen_at_once,
+    a_control_group_goes_with_its_last_process,
     a_server_killed_during_a_pull_leaves_an_image_that_can_be_pulled,
     a_server_killed_during_creations_keeps_all_or_nothing,
     kills_at_any_time_lose_nothing_acknowledged_and_leave_nothing,
@@ -90,6 +91,36 @@ async fn a_killed_worker_is_seen_at_once(host: &TestHost) {
     let instance = host.server.get("/instances/victim").await;
     assert!(instance["state_error"].is_string(), "{instance}");
     host.server.delete("victim").await;
+}
+
+/// Of an instance whose worker died with the server, while another process was in its group.
+async fn a_control_group_goes_with_its_last_process(_: &TestHost) {
+    let mut server = Server::start("grouped").await;
+    server.pull(BUSYBOX).await;
+    let body =
+        json!({ "name": "grouped", "image": BUSYBOX, "size": "128MB", "cmd": ["sleep", "999"] });
+    server.create(body).await;
+    server.wait("grouped", "Running").await;
+    let group = groups().pop().unwrap();
+    server.kill();
+    let mut last = Command::new("sleep").arg("1000").spawn().unwrap();
+    fs::write(group.join("cgroup.procs"), last.id().to_string()).unwrap();
+    let worker = worker_pids().pop().unwrap();
+    assert!(Command::new("kill").args(["-9", &worker.to_string()]).status().unwrap().success());
+
+    let mut server = Server::start_at(&data_dir("grouped")).await;
+    server.wait("grouped", "Stopped").await;
+    assert!(group.exists(), "a group that has a process is gone");
+    last.kill().unwrap();
+    last.wait().unwrap();
+
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while group.exists() {
+        assert!(Instant::now() < deadline, "{} is left", group.display());
+        time::sleep(Duration::from_millis(20)).await;
+    }
+    server.delete("grouped").await;
+    server.kill();
 }
 
 async fn a_server_killed_during_a_pull_leaves_an_image_that_can_be_pulled(_: &TestHost) {
@@ -168,18 +199,19 @@ async fn order(server: &Server, order: u64, name: &str, patience: Duration) -> O
     }
 }
 
-/// Waits until there is a worker for each instance that is not stopped, and a folder for each.
+/// Waits until there is a worker, in a control group, for each instance that is not stopped, and a
+/// folder for each instance.
 pub(crate) async fn settle(server: &Server) -> Vec<Value> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let list = server.get("/instances").await.as_array().unwrap().clone();
         let alive = list.iter().filter(|instance| instance["state"] != "Stopped").count();
         let folders = fs::read_dir(server.data_dir.join("instances")).unwrap().count();
-        if (worker_pids().len(), folders) == (alive, list.len()) {
+        if (worker_pids().len(), groups().len(), folders) == (alive, alive, list.len()) {
             return list;
         }
-        let seen = (worker_pids(), folders);
-        assert!(Instant::now() < deadline, "workers and folders {seen:?} of {list:?}");
+        let seen = (worker_pids(), groups(), folders);
+        assert!(Instant::now() < deadline, "workers, groups and folders {seen:?} of {list:?}");
         time::sleep(Duration::from_millis(50)).await;
     }
 }

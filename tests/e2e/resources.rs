@@ -15,6 +15,7 @@ use crate::cases;
 
 cases![
     a_worker_has_its_share_of_the_host_and_gives_it_back,
+    a_worker_that_takes_more_memory_than_its_share_ends_and_says_so,
     twenty_creates_at_once_promise_no_more_than_there_is,
     a_start_is_refused_while_others_have_what_it_needs,
     each_vcpu_is_a_core_of_one_socket,
@@ -125,6 +126,20 @@ async fn a_worker_has_its_share_of_the_host_and_gives_it_back(host: &TestHost) {
         }
     };
     assert!(time::timeout(Duration::from_secs(5), gone).await.is_ok(), "the group is left");
+}
+
+/// A share that is made smaller than what is taken already is one that is exceeded.
+async fn a_worker_that_takes_more_memory_than_its_share_ends_and_says_so(host: &TestHost) {
+    let server = &host.server;
+    server.create(body("hungry", 1)).await;
+    server.wait("hungry", "Running").await;
+
+    fs::write(group().join("memory.max"), "8M").unwrap();
+    let ended = server.wait("hungry", "Stopped").await;
+    server.delete("hungry").await;
+
+    let error = ended["state_error"].as_str().unwrap_or_default();
+    assert!(error.contains("more of the host's memory"), "{ended}");
 }
 
 async fn each_vcpu_is_a_core_of_one_socket(host: &TestHost) {

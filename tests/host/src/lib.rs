@@ -96,6 +96,12 @@ impl TestHost {
             // One that ends meanwhile is as good as killed.
             let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
         }
+        for group in groups() {
+            // The server of the case is gone, and nobody else removes it.
+            while group.exists() && fs::remove_dir(&group).is_err() {
+                time::sleep(Duration::from_millis(20)).await;
+            }
+        }
     }
 
     /// Ends both.
@@ -476,8 +482,14 @@ pub fn taps() -> Vec<String> {
     names.filter(|name| name.starts_with("ov") && !name.starts_with("ovum-")).collect()
 }
 
+/// The one in the middle, of an odd number of values.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
 /// The control groups of all servers' workers.
-fn groups() -> Vec<PathBuf> {
+pub fn groups() -> Vec<PathBuf> {
     let servers = fs::read_dir("/sys/fs/cgroup/ovum").into_iter().flatten().flatten();
     let groups = servers.flat_map(|server| fs::read_dir(server.path()).into_iter().flatten());
     groups.flatten().map(|group| group.path()).filter(|path| path.is_dir()).collect()
