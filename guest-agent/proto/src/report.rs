@@ -2,7 +2,8 @@
 //!
 //! A report is a single write to an I/O port. It costs one exit, needs no connection, and cannot
 //! be lost: the worker has it, with the time, before the guest executes its next instruction. That
-//! is why phases of the boot and the end of the workload travel this way and not over vsock.
+//! is why phases of the boot and the end of the workload travel this way and not over vsock; and a
+//! shortage of memory, which the machine has to mend at once, whether or not there is a server.
 //!
 //! The word is `kind << 24 | value`. A guest can write anything here; all it can spoil is what is
 //! said about itself.
