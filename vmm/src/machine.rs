@@ -3,7 +3,7 @@
 //! [`Machine::build`] puts everything in place: memory and its KVM slots, interrupts, devices in
 //! their slots, tables, kernel. [`Machine::boot`] starts a thread for each vCPU. From then on the
 //! machine runs by itself, and what happens to it arrives as [`MachineEvent`]s; dropping it ends
-//! all its threads. Disks come and go meanwhile ([`disks`]).
+//! all its threads. Disks come and go meanwhile ([`mod@disks`]).
 
 use std::fmt::Write as _;
 use std::fs::File;
