@@ -186,6 +186,13 @@ async fn a_guest_that_is_short_gets_memory_and_gives_it_up_when_it_is_idle(_: &T
     assert_eq!(promised, json!(512 * MIB));
     let booted = total_mib(&server, "elastic").await;
     assert!(booted < 128, "{booted} MiB");
+    // Nobody is asked for what they do not have.
+    let body = json!({ "reclaim_bytes": 1_u64 << 30, "dry_run": true });
+    let path = "/resources/memory/reclaim";
+    let (_, planned) = server.call(Method::POST, path, Some(body)).await;
+    let action = &planned["actions"][0];
+    assert_eq!(action["assigned_memory_bytes"], 128 * MIB, "{planned}");
+    assert_eq!(planned["planned_reclaim_bytes"], 0, "{planned}");
 
     output(&server, "elastic", "touch /go").await;
     until_it_is_fed(&server, "elastic").await;
