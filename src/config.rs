@@ -19,8 +19,12 @@ use crate::ratio::Ratio;
 use crate::size::{ByteRate, ByteSize};
 use crate::subnet::Subnet;
 use file::FileError;
+use hotplug::{Policy, Quiet};
+
+pub use hotplug::HotplugConfig;
 
 mod file;
+mod hotplug;
 
 /// Where a server keeps its data unless told otherwise.
 const DATA_DIR: &str = "/var/lib/ovum";
@@ -140,6 +144,14 @@ struct Settings {
     #[arg(long, env = "OVUM_DISK_IO_CAPACITY", value_name = "RATE")]
     #[arg(value_parser = ByteRate::from_disk)]
     disk_io_capacity: Option<ByteRate>,
+    /// When instances get the memory of their hotplug_size: all of it at boot, or on demand and
+    /// only while they need it [default: boot]
+    #[arg(long, env = "OVUM_HOTPLUG_POLICY", value_name = "boot|demand")]
+    hotplug_policy: Option<Policy>,
+    /// How long nobody in a guest waits for memory before it gives up what it got on demand
+    /// [default: 60s]
+    #[arg(long, env = "OVUM_HOTPLUG_QUIET", value_name = "DURATION")]
+    hotplug_quiet: Option<Quiet>,
     /// What tokens are signed with: in the environment or the file, where no list of processes
     /// shows it.
     #[arg(skip)]
@@ -178,6 +190,8 @@ impl Settings {
             subnet: self.subnet.or(below.subnet),
             dns: self.dns.or(below.dns),
             disk_io_capacity: self.disk_io_capacity.or(below.disk_io_capacity),
+            hotplug_policy: self.hotplug_policy.or(below.hotplug_policy),
+            hotplug_quiet: self.hotplug_quiet.or(below.hotplug_quiet),
             jwt_secret: self.jwt_secret.or(below.jwt_secret),
         }
     }
@@ -273,6 +287,8 @@ pub struct Config {
     pub capacity: CapacityConfig,
     /// How instances have networks, if they may.
     pub network: Option<NetworkConfig>,
+    /// When instances get the memory beyond what they boot with.
+    pub hotplug: HotplugConfig,
 }
 
 /// How instances have networks.
@@ -453,6 +469,8 @@ impl Config {
             network,
             subnet,
             dns,
+            hotplug_policy,
+            hotplug_quiet,
             jwt_secret,
             ..
         } = settings;
@@ -488,6 +506,7 @@ impl Config {
                 subnet: subnet.unwrap_or(Subnet::DEFAULT),
                 dns: dns.unwrap_or_default(),
             }),
+            hotplug: HotplugConfig::new(hotplug_policy, hotplug_quiet),
         })
     }
 }

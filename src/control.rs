@@ -28,8 +28,23 @@ pub const LAUNCH_FD: i32 = 3;
 pub struct Launch {
     /// The machine.
     pub machine: MachineSpec,
+    /// When the guest gets the memory beyond what it boots with.
+    pub hotplug: HotplugPolicy,
     /// What each of the files beside this message is.
     pub files: Vec<FileRole>,
+}
+
+/// When a guest gets the memory beyond what it boots with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HotplugPolicy {
+    /// All of it, once its workload runs.
+    Boot,
+    /// When it is short of memory. It goes again when the guest does not need it.
+    Demand {
+        /// How long nobody has to wait for memory before some goes, in milliseconds.
+        quiet_ms: u32,
+    },
 }
 
 /// What a file beside a [`Launch`] is.
@@ -73,12 +88,6 @@ pub enum Order {
         /// To what.
         limit: RateLimitSpec,
     },
-    /// Have so much memory beyond what the guest booted with, as far as it is set aside. The guest
-    /// follows when it can.
-    ResizeHotplug {
-        /// In bytes: a multiple of [`MEMORY_BYTES_STEP`].
-        bytes: u64,
-    },
     /// Have the guest give up so much of its memory, in all. It follows when it can.
     Inflate {
         /// In bytes.
@@ -107,7 +116,6 @@ impl Order {
             | Self::Pause
             | Self::Resume
             | Self::LimitDisks { .. }
-            | Self::ResizeHotplug { .. }
             | Self::Inflate { .. }
             | Self::DetachDisk { .. }
             | Self::Stop => 0,

@@ -28,8 +28,8 @@ use rustix::fs::{major, minor};
 use tokio::time;
 
 use crate::control::{
-    DiskSpec, FileRole, LAUNCH_FD, Launch, MEMORY_BYTES_STEP, MachineSpec, NetSpec, RateLimitSpec,
-    RateSpec, Reply, WORKER_COMMAND,
+    DiskSpec, FileRole, HotplugPolicy, LAUNCH_FD, Launch, MEMORY_BYTES_STEP, MachineSpec, NetSpec,
+    RateLimitSpec, RateSpec, Reply, WORKER_COMMAND,
 };
 use crate::fleet::worker::Worker;
 use crate::os::cgroup::{Cgroup, Share};
@@ -82,6 +82,8 @@ pub struct WorkerSpec<'a> {
     pub memory_bytes: u64,
     /// Memory added after the boot, in bytes; rounded up likewise.
     pub hotplug_bytes: u64,
+    /// When that is.
+    pub hotplug: HotplugPolicy,
     /// Initramfs archives, in order.
     pub initramfs: Vec<File>,
     /// Disks, in the order in which the guest names them.
@@ -210,21 +212,23 @@ impl Fleet {
         let lifeline = spec.ends_with_us.then(|| Process::open(process::id())).transpose();
         let lifeline = lifeline.map_err(SpawnError::Start)?;
         lifeline.iter().for_each(|process| cargo.add(FileRole::Lifeline, process.as_fd()));
-        self.start(machine(&spec), cargo, dir, log).await
+        let Cargo { roles, files } = cargo;
+        let launch = Launch { machine: machine(&spec), hotplug: spec.hotplug, files: roles };
+        self.start(&launch, &files, dir, log).await
     }
 
     /// Starts the process, writes down which it is, and only then tells it what to be: a server
     /// that dies in between leaves a process that hears of its death and ends.
     async fn start(
         &self,
-        machine: MachineSpec,
-        cargo: Cargo<'_>,
+        launch: &Launch,
+        files: &[BorrowedFd<'_>],
         dir: &Path,
         log: File,
     ) -> Result<NewWorker, SpawnError> {
         let (ours, theirs) = packets::pair().map_err(SpawnError::Start)?;
         let theirs = OwnedFd::from(theirs);
-        let group = self.group(dir, &machine);
+        let group = self.group(dir, &launch.machine);
         let door = group.as_ref().map(Cgroup::door).transpose().map_err(SpawnError::Start)?;
         let spawned = spawn::start(&self.program, WORKER_COMMAND, (&theirs, LAUNCH_FD), log, door);
         let child = spawned.map_err(SpawnError::Start)?;
@@ -239,9 +243,8 @@ impl Fleet {
         fs::write(&path, serde_json::to_vec(started.identity()).unwrap_or_default())
             .map_err(|source| SpawnError::File { path, source })?;
 
-        let launch = Launch { machine, files: cargo.roles };
-        let launch = serde_json::to_vec(&launch).map_err(|e| SpawnError::Start(e.into()))?;
-        ours.send(&launch, &cargo.files).map_err(SpawnError::Start)?;
+        let launch = serde_json::to_vec(launch).map_err(|e| SpawnError::Start(e.into()))?;
+        ours.send(&launch, files).map_err(SpawnError::Start)?;
         started.connect_with(ours).map_err(SpawnError::Start)?;
         match time::timeout(LAUNCH_TIMEOUT, started.reply()).await {
             Ok(Ok(Reply::Done(_))) => Ok(worker),

@@ -221,6 +221,7 @@ mod tests {
             realtime_ns: 0,
             volumes: Vec::new(),
             kernel_headers: false,
+            memory_watch: None,
         }
     }
 

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::agent::Agents;
+use crate::control::HotplugPolicy;
 use crate::disks::Disks;
 use crate::fleet::Fleet;
 use crate::images::digest::Digest;
@@ -100,6 +101,8 @@ pub struct InstancesSpec {
     pub fleet: Fleet,
     /// The agent's program.
     pub agent: PathBuf,
+    /// When guests get the memory beyond what they boot with.
+    pub hotplug: HotplugPolicy,
 }
 
 /// The instances of this host. Clones are the same instances.
@@ -121,6 +124,7 @@ struct Shared {
     fleet: Fleet,
     agents: Agents,
     agent: PathBuf,
+    hotplug: HotplugPolicy,
     /// The initramfs with the agent, once it was needed.
     base: OnceLock<File>,
     /// By id. Held for moments, never across an await.
@@ -195,8 +199,8 @@ impl Instances {
     ///
     /// [`OpenError`].
     pub async fn open(spec: InstancesSpec) -> Result<Self, OpenError> {
-        let InstancesSpec { dir, store, images, disks, volumes, resources, network, fleet, agent } =
-            spec;
+        let InstancesSpec { dir, store, images, disks, volumes, resources, network, .. } = spec;
+        let InstancesSpec { fleet, agent, hotplug, .. } = spec;
         let failed = |source| OpenError::Dir { path: dir.clone(), source };
         fs::create_dir_all(&dir).map_err(failed)?;
         let log_watch = FileWatch::new().map_err(failed)?;
@@ -211,6 +215,7 @@ impl Instances {
             fleet,
             agents: Agents::default(),
             agent,
+            hotplug,
             base: OnceLock::new(),
             entries: RwLock::default(),
             log_watch,

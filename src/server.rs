@@ -37,7 +37,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::instances::texts::Texts;
 use crate::api::{self, App};
-use crate::config::{Config, NetworkConfig};
+use crate::config::{Config, HotplugConfig, NetworkConfig};
+use crate::control::HotplugPolicy;
 use crate::disks::Disks;
 use crate::fleet::{CGROUP_ROOT, Cgroups, Fleet};
 use crate::images::records::Records;
@@ -117,6 +118,7 @@ impl Opened {
                 groups: open_groups(dir),
             },
             agent: config.agent.clone(),
+            hotplug: hotplug(config.hotplug),
         })
         .await?;
         let removed = images.collect(|digest| instances.uses(digest)).await?;
@@ -259,6 +261,15 @@ fn open_groups(dir: &Path) -> Option<Cgroups> {
     Cgroups::open(Path::new(CGROUP_ROOT), dir)
         .inspect_err(|error| tracing::info!(%error, "Workers have no control groups"))
         .ok()
+}
+
+fn hotplug(config: HotplugConfig) -> HotplugPolicy {
+    match config {
+        HotplugConfig::Boot => HotplugPolicy::Boot,
+        HotplugConfig::Demand { quiet } => {
+            HotplugPolicy::Demand { quiet_ms: u32::try_from(quiet.as_millis()).unwrap_or(u32::MAX) }
+        }
+    }
 }
 
 fn resources_spec(config: &Config) -> ResourcesSpec {

@@ -96,7 +96,7 @@ impl Timeline {
                     Phase::WorkloadStarted => Moment::WorkloadStarted,
                     Phase::FirstOutput => Moment::FirstOutput,
                 }),
-                Some(Report::Exit(_) | Report::Failed(_)) | None => None,
+                Some(Report::Exit(_) | Report::Failed(_) | Report::Memory(_)) | None => None,
             },
             Happening::Built | Happening::Stopped { .. } => None,
         };

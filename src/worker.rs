@@ -7,6 +7,7 @@
 //! The server may come and go, unless it has told otherwise. A connection that does not keep up is
 //! dropped: the events file has everything, and the server can connect again.
 
+mod demand;
 mod files;
 pub mod foreground;
 mod journal;
@@ -14,12 +15,12 @@ mod log;
 
 use std::fs::File;
 use std::io;
-use std::mem;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::process;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use ovum_agent_proto::report::{Phase, REPORT_PORT as AGENT_REPORT_PORT, Report};
+use ovum_agent_proto::report::{MemoryReport, Phase, REPORT_PORT as AGENT_REPORT_PORT, Report};
 use ovum_vmm::layout::REPORT_PORT;
 use ovum_vmm::machine::{Machine, MachineEvent, MachineEventKind, StopReason};
 use ovum_vmm::virtio::balloon::BalloonHandle;
@@ -27,9 +28,10 @@ use rustix::event::{self, PollFd, PollFlags};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 
 use crate::control::{
-    Event, Happening, LAUNCH_FD, Launch, Order, Reply, Status, StopCause, now_ns,
+    Event, Happening, HotplugPolicy, LAUNCH_FD, Launch, Order, Reply, Status, StopCause, now_ns,
 };
 use crate::os::packets::{Packet, PacketListener, PacketSocket};
+use demand::{Demand, DemandSpec};
 use files::Files;
 use journal::Journal;
 
@@ -55,8 +57,19 @@ struct Worker {
     lifeline: Option<OwnedFd>,
     running: bool,
     reports: usize,
-    /// Memory to be added when the workload has started.
-    hotplug_bytes: u64,
+    growth: Growth,
+    /// What the guest is asked to give up. Meanwhile it neither gets more nor has to give up
+    /// anything else.
+    held_bytes: u64,
+}
+
+/// How a guest gets more memory than it booted with.
+#[derive(Debug)]
+enum Growth {
+    /// So much, when its workload has started.
+    Boot(u64),
+    /// When it needs it.
+    Demand(Demand),
 }
 
 /// Runs the machine that the launch socket describes, until it ends.
@@ -111,9 +124,24 @@ fn start(packet: Packet, launched_ns: u64) -> anyhow::Result<(Worker, [Event; 2]
         lifeline,
         running: true,
         reports: 0,
-        hotplug_bytes: launch.machine.hotplug_bytes,
+        growth: Growth::new(&launch),
+        held_bytes: 0,
     };
     Ok((worker, [launched, built]))
+}
+
+impl Growth {
+    fn new(launch: &Launch) -> Self {
+        let hotplug_bytes = launch.machine.hotplug_bytes;
+        match launch.hotplug {
+            HotplugPolicy::Boot => Self::Boot(hotplug_bytes),
+            HotplugPolicy::Demand { quiet_ms } => Self::Demand(Demand::new(DemandSpec {
+                boot_bytes: launch.machine.memory_bytes,
+                hotplug_bytes,
+                quiet: Duration::from_millis(quiet_ms.into()),
+            })),
+        }
+    }
 }
 
 impl Worker {
@@ -157,11 +185,19 @@ impl Worker {
         let MachineEvent { at_ns, kind } = event;
         let what = happening(kind);
         if let Happening::Reported { word } = what {
+            let report = Report::decode(word);
+            if let Some(Report::Memory(report)) = report {
+                // Nobody else's business, and there is no end to them.
+                self.adapt_memory(report, at_ns);
+                return false;
+            }
             self.reports += 1;
             if self.reports > REPORTS_MAX {
                 return false;
             }
-            self.extend_memory(word);
+            if report == Some(Report::Phase(Phase::WorkloadStarted)) {
+                self.extend_memory();
+            }
         }
         let last = matches!(what, Happening::Stopped { .. });
         let event = self.journal.append(at_ns, what);
@@ -171,12 +207,28 @@ impl Worker {
 
     /// Once the workload runs the guest may have all its memory: earlier it would be busy with that
     /// while the workload waits.
-    fn extend_memory(&mut self, word: u32) {
-        if self.hotplug_bytes > 0
-            && Report::decode(word) == Some(Report::Phase(Phase::WorkloadStarted))
-            && let Err(error) = self.machine.resize_hotplug(mem::take(&mut self.hotplug_bytes))
-        {
-            tracing::error!(%error, "Failed to add memory after the boot");
+    fn extend_memory(&self) {
+        if let Growth::Boot(bytes @ 1..) = self.growth {
+            self.resize(bytes);
+        }
+    }
+
+    /// The guest says how it is off for memory, and may get some, or has to give up some.
+    fn adapt_memory(&mut self, report: MemoryReport, at_ns: u64) {
+        let plugged_bytes = self.machine.plugged_bytes();
+        let Growth::Demand(demand) = &mut self.growth else { return };
+        if self.held_bytes > 0 {
+            return;
+        }
+        if let Some(bytes) = demand.answer(report, plugged_bytes, at_ns) {
+            tracing::debug!(?report, plugged_bytes, bytes, "Memory is resized");
+            self.resize(bytes);
+        }
+    }
+
+    fn resize(&self, bytes: u64) {
+        if let Err(error) = self.machine.resize_hotplug(bytes) {
+            tracing::error!(%error, bytes, "Failed to ask the guest for another size of memory");
         }
     }
 
@@ -230,13 +282,10 @@ impl Worker {
                 self.running = true;
             }
             Order::LimitDisks { limit } => self.machine.limit_disks(*limit),
-            Order::ResizeHotplug { bytes } => self
-                .machine
-                .resize_hotplug(*bytes)
-                .context("Failed to ask the guest for another size of memory")?,
             Order::Inflate { bytes } => {
                 let balloon = self.machine.balloon().context("The machine has no balloon")?;
                 balloon.inflate(*bytes);
+                self.held_bytes = *bytes;
             }
             Order::AttachDisk { disk } => {
                 let file = files.into_iter().next().context("The order has no file")?;

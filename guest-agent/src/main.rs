@@ -12,6 +12,7 @@
 #![cfg_attr(not(test), no_main)]
 #![cfg_attr(test, expect(dead_code, reason = "tests run without a guest around them"))]
 
+mod brake;
 mod command;
 mod config;
 mod console;
@@ -23,6 +24,7 @@ mod init;
 mod jobs;
 #[expect(unsafe_code, reason = "vsock addresses, which rustix does not have")]
 mod listener;
+mod memory;
 mod network;
 mod outbox;
 mod output;
@@ -52,8 +54,10 @@ use rustix::io::Errno;
 use rustix::system::RebootCommand;
 use rustix::{fs, process, system};
 
+use crate::brake::Brake;
 use crate::config::ConfigError;
 use crate::listener::Listener;
+use crate::memory::MemoryWatch;
 use crate::output::Output;
 use crate::port::Port;
 use crate::program::{Program, ProgramError, Refusal};
@@ -138,7 +142,8 @@ fn serve_as_unit() -> Result<(), AgentError> {
     port.report(Report::Phase(Phase::AgentReady));
     let (listener, charge) = (Some(listener), Charge::Systemd);
     let volumes = &mut Volumes::default();
-    match (Agent { signals, listener, charge, env: config.env, volumes }).serve() {
+    let memory = watch_memory(&config, &charge, port);
+    match (Agent { signals, listener, charge, env: config.env, volumes, memory }).serve() {
         Ending::Over(exit) => {
             port.report(Report::Exit(exit));
             power_off();
@@ -179,7 +184,8 @@ fn live(port: Port) -> Result<Ending, AgentError> {
     let ending = match start(&program, &config, port) {
         Ok(charge) => {
             let volumes = root.volumes();
-            Agent { signals, listener, charge, env: config.env, volumes }.serve()
+            let memory = watch_memory(&config, &charge, port);
+            Agent { signals, listener, charge, env: config.env, volumes, memory }.serve()
         }
         Err(StartError::Refused(refusal)) => Ending::Over(refused(&refusal)),
         Err(StartError::System(errno)) => return Err(system("the workload's process")(errno)),
@@ -234,6 +240,21 @@ fn listen(port: Port) -> Option<Listener> {
             None
         }
     }
+}
+
+/// Watches memory for the machine, if it wants to know. A guest that cannot tell goes on with what
+/// it has.
+fn watch_memory(config: &GuestConfig, charge: &Charge, port: Port) -> Option<MemoryWatch> {
+    let spec = config.memory_watch?;
+    let complain = |error: &io::Error| {
+        console::say(format_args!("memory is not looked after as it should be: {error}"));
+    };
+    // Init systems arrange control groups as they like.
+    let brake = match charge {
+        Charge::Workload { .. } => Brake::open().inspect_err(complain).ok(),
+        Charge::Init | Charge::Systemd => None,
+    };
+    MemoryWatch::open(spec, brake, port).inspect_err(complain).ok()
 }
 
 fn power_off() {

@@ -15,6 +15,7 @@ use rustix::{event, process};
 use crate::command::End;
 use crate::jobs::Jobs;
 use crate::listener::Listener;
+use crate::memory::MemoryWatch;
 use crate::output::Output;
 use crate::session::{Closed, Session};
 use crate::signals::{self, Signal, Signals};
@@ -47,6 +48,8 @@ pub(crate) struct Agent<'v> {
     pub(crate) env: Vec<(String, String)>,
     /// What the guest has of them.
     pub(crate) volumes: &'v mut Volumes,
+    /// Who tells the machine how the guest is off for memory, if it wants to know.
+    pub(crate) memory: Option<MemoryWatch>,
 }
 
 /// For whom the guest exists.
@@ -100,6 +103,7 @@ enum Ready {
     Signals,
     Output,
     Listener,
+    Memory { is_lost: bool },
     Session { client: usize, hears: bool },
     Job { client: usize, stream: u32, end: End },
 }
@@ -134,6 +138,12 @@ impl Loop<'_> {
                     let accepted = self.agent.listener.as_ref().and_then(Listener::accept);
                     self.clients.extend(accepted.map(Client::new));
                 }
+                Ready::Memory { is_lost: true } => self.agent.memory = None,
+                Ready::Memory { is_lost: false } => {
+                    if let Some(memory) = &mut self.agent.memory {
+                        memory.note_pressure();
+                    }
+                }
                 Ready::Session { hears: false, .. } => {}
                 Ready::Session { client, hears: true } => {
                     let received = self.clients[client].receive(&self.agent.env);
@@ -150,6 +160,9 @@ impl Loop<'_> {
             self.clients[client].session.say(stream, &answer);
         }
         self.clients.retain_mut(Client::work);
+        if let Some(memory) = &mut self.agent.memory {
+            memory.check_time(Instant::now());
+        }
         if self.kill_at.is_some_and(|kill_at| Instant::now() >= kill_at) {
             self.kill();
         }
@@ -167,6 +180,8 @@ impl Loop<'_> {
         watched.extend(output.map(|output| (output, Ready::Output)));
         let listener = listener.map(|listener| PollFd::new(listener, PollFlags::IN));
         watched.extend(listener.map(|listener| (listener, Ready::Listener)));
+        let memory = self.agent.memory.as_ref().map(|memory| PollFd::new(memory, PollFlags::PRI));
+        watched.extend(memory.map(|memory| (memory, Ready::Memory { is_lost: false })));
         for (client, Client { session, jobs, .. }) in self.clients.iter().enumerate() {
             let fd = PollFd::new(session, session.interest());
             watched.push((fd, Ready::Session { client, hears: false }));
@@ -189,6 +204,7 @@ impl Loop<'_> {
                     let heard = PollFlags::IN | PollFlags::HUP | PollFlags::ERR;
                     Ready::Session { client, hears: events.intersects(heard) }
                 }
+                Ready::Memory { .. } => Ready::Memory { is_lost: events.contains(PollFlags::ERR) },
                 other => other,
             });
         found.collect()
@@ -200,7 +216,8 @@ impl Loop<'_> {
             return Some(Timespec::default());
         }
         let deadlines = self.clients.iter().filter_map(|client| client.jobs.deadline());
-        let first = deadlines.chain(self.kill_at).min()?;
+        let memory = self.agent.memory.as_ref().and_then(MemoryWatch::deadline);
+        let first = deadlines.chain(self.kill_at).chain(memory).min()?;
         let left = first.saturating_duration_since(Instant::now());
         Some(Timespec::try_from(left).unwrap_or_default())
     }

@@ -17,7 +17,7 @@ use crate::root;
 use crate::spawn::{self, Place, SpawnError};
 
 /// The workload's own cgroup, apart from what else runs in the guest.
-const CGROUP: &str = "/sys/fs/cgroup/workload";
+pub(crate) const CGROUP: &str = "/sys/fs/cgroup/workload";
 
 /// Open files that a workload may have at once before it asks for more, and after it asked. The
 /// kernel's own 1024 and 4096 are from the time of `select`.

@@ -111,8 +111,8 @@ fn hold(text: &str) -> Result<Duration, SpecError> {
 
 impl From<&Part> for MemoryReclaimAction {
     fn from(part: &Part) -> Self {
-        let Part { instance, floor_bytes, planned_bytes, given } = part;
-        let assigned = instance.spec.all_memory();
+        let Part { instance, assigned_bytes, floor_bytes, planned_bytes, given } = part;
+        let assigned = *assigned_bytes;
         let held = instance.held_bytes;
         let (now, status, error) = match given {
             None => (held, "planned", None),

@@ -122,6 +122,7 @@ fn config_archive(command: &[String]) -> anyhow::Result<File> {
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
         volumes: Vec::new(),
         kernel_headers: false,
+        memory_watch: None,
     };
     Ok(Archive::config(&config)?.to_file()?)
 }

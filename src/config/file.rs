@@ -27,12 +27,14 @@ use crate::size::{ByteRate, ByteSize, SizeError};
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// All keys there are.
-pub(super) const KEYS: [&str; 25] = [
+pub(super) const KEYS: [&str; 27] = [
     "agent",
     "data_dir",
     "disk_capacity",
     "disk_io_capacity",
     "dns",
+    "hotplug_policy",
+    "hotplug_quiet",
     "image_jobs",
     "insecure_registries",
     "jwt_secret",
@@ -155,6 +157,8 @@ fn set(settings: &mut Settings, key: &str, value: &Value) -> Result<(), String> 
         "disk_capacity" => settings.disk_capacity = Some(size(value)?),
         "disk_io_capacity" => settings.disk_io_capacity = Some(rate(value, ByteRate::from_disk)?),
         "dns" => settings.dns = Some(words(value)?),
+        "hotplug_policy" => settings.hotplug_policy = Some(word(value)?),
+        "hotplug_quiet" => settings.hotplug_quiet = Some(word(value)?),
         "image_jobs" => settings.image_jobs = Some(number(value, IMAGE_JOBS)?),
         "insecure_registries" => settings.insecure_registries = Some(words(value)?),
         "jwt_secret" => settings.jwt_secret = Some(word(value)?),
@@ -270,6 +274,8 @@ mod tests {
             ("network", "\"no\"", "true or false"),
             ("subnet", "\"10.0.0.0/31\"", "/8 to /30"),
             ("dns", "\"localhost\"", "IPv4"),
+            ("hotplug_policy", "\"later\"", "boot or demand"),
+            ("hotplug_quiet", "\"1ms\"", "1s to 1h"),
             ("disk_io_capacity", "1", "a rate like"),
             ("disk_io_capacity", "\"fast\"", "fast"),
         ] {

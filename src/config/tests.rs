@@ -1,6 +1,7 @@
 //! Configuration, from what is typed and written down to what is meant.
 
 use std::fs;
+use std::time::Duration;
 
 use clap::Parser;
 
@@ -102,6 +103,7 @@ fn everything_can_be_in_the_file() {
         images,
         capacity,
         network,
+        hotplug: _,
     } = config;
     assert_eq!([data_dir, kernel, agent], ["/srv/ovum", "/k", "/a"].map(PathBuf::from));
     assert_eq!(listen.len(), 2);
@@ -144,6 +146,17 @@ fn networks_are_on_unless_they_are_turned_off() {
     assert!(on.limits.has_network);
     assert!(off.network.is_none() && !off.limits.has_network);
     assert_eq!(on_again.network.unwrap().dns, [Ipv4Addr::new(10, 100, 0, 1)]);
+}
+
+#[test]
+fn memory_comes_at_boot_unless_it_is_to_come_on_demand() {
+    let boot = load("hotplug_quiet = \"5s\"", &[]).unwrap();
+    let demand = load("", &["--hotplug-policy=demand"]).unwrap();
+    let file = load("hotplug_policy = \"demand\"\nhotplug_quiet = \"5s\"", &[]).unwrap();
+
+    assert_eq!(boot.hotplug, HotplugConfig::Boot);
+    assert_eq!(demand.hotplug, HotplugConfig::Demand { quiet: Duration::from_secs(60) });
+    assert_eq!(file.hotplug, HotplugConfig::Demand { quiet: Duration::from_secs(5) });
 }
 
 /// A setting that can be typed and not be written down would be a trap.

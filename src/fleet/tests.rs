@@ -217,8 +217,8 @@ fn status(pid: u32) -> Status {
     Status { pid, running: true, plugged_bytes: 0, given_bytes: 0, vacant_slots: 0 }
 }
 
-fn any_machine() -> MachineSpec {
-    MachineSpec {
+fn any_launch() -> Launch {
+    let machine = MachineSpec {
         vcpus: 1,
         memory_bytes: 64 << 20,
         hotplug_bytes: 0,
@@ -230,7 +230,8 @@ fn any_machine() -> MachineSpec {
         disk_limit: RateLimitSpec::default(),
         vsock_cid: None,
         serial: false,
-    }
+    };
+    Launch { machine, hotplug: HotplugPolicy::Boot, files: Vec::new() }
 }
 
 fn identity_in(dir: &Path) -> Identity {
@@ -243,7 +244,7 @@ async fn a_program_that_ends_at_once_is_an_error_at_once() {
     let log = tempfile::tempfile().unwrap();
 
     let begin = Instant::now();
-    let started = fleet("/bin/false").start(any_machine(), Cargo::default(), dir.path(), log).await;
+    let started = fleet("/bin/false").start(&any_launch(), &[], dir.path(), log).await;
 
     assert!(matches!(started, Err(SpawnError::Died | SpawnError::Start(_))), "{started:?}");
     assert!(begin.elapsed() < LAUNCH_TIMEOUT / 2);
@@ -256,7 +257,8 @@ async fn a_start_that_is_given_up_leaves_no_process() {
     let log = tempfile::tempfile().unwrap();
     let fleet = fleet(ENDLESS);
 
-    let start = fleet.start(any_machine(), Cargo::default(), dir.path(), log);
+    let launch = any_launch();
+    let start = fleet.start(&launch, &[], dir.path(), log);
     let given_up = time::timeout(Duration::from_millis(100), start).await;
 
     assert!(given_up.is_err(), "{given_up:?}");
@@ -297,6 +299,7 @@ async fn what_is_not_the_kvm_device_is_not_handed_on() {
     let spec = || WorkerSpec {
         ends_with_us: false,
         hotplug_bytes: 0,
+        hotplug: HotplugPolicy::Boot,
         disk_io_bps: None,
         dir: dir.path(),
         vcpus: 1,

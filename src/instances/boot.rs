@@ -63,6 +63,7 @@ impl Boot {
         let wiring = lease.as_ref().map(|lease| network.wiring(lease));
         let headers = headers(&shared.fleet.kernel, spec.kernel_headers)?;
         let config = guest::config(spec, &image.config, wiring, headers.is_some())
+            .map(|config| guest::watched(config, spec, shared.hotplug))
             .ok_or(BootError::NothingToRun)?;
         let config = rewound(&Archive::config(&config)?.to_file()?)?;
         let base = base_archive(shared)?;
@@ -126,6 +127,7 @@ impl Boot {
             vcpus: spec.vcpus,
             memory_bytes: spec.memory_bytes,
             hotplug_bytes: spec.hotplug_bytes,
+            hotplug: shared.hotplug,
             initramfs,
             disks,
             net,

@@ -3,8 +3,9 @@
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use ovum_agent_proto::VERSION;
-use ovum_agent_proto::config::{GuestConfig, GuestNetwork, INIT_SYSTEMS};
+use ovum_agent_proto::config::{GuestConfig, GuestNetwork, INIT_SYSTEMS, MemoryWatchSpec};
 
+use crate::control::HotplugPolicy;
 use crate::images::config::ImageConfig;
 use crate::instances::disks::{OVERLAY_DEVICE, ROOT_DEVICE, guest_mounts};
 use crate::instances::spec::InstanceSpec;
@@ -44,7 +45,23 @@ pub(super) fn config(
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
         volumes: guest_mounts(spec),
         kernel_headers,
+        memory_watch: None,
     })
+}
+
+/// The same for a guest that says how it is off for memory, if it gets some on demand.
+pub(super) fn watched(
+    config: GuestConfig,
+    spec: &InstanceSpec,
+    hotplug: HotplugPolicy,
+) -> GuestConfig {
+    let memory_watch = match hotplug {
+        HotplugPolicy::Demand { quiet_ms } if spec.hotplug_bytes > 0 => {
+            Some(MemoryWatchSpec { boot_bytes: spec.memory_bytes, quiet_ms })
+        }
+        HotplugPolicy::Demand { .. } | HotplugPolicy::Boot => None,
+    };
+    GuestConfig { memory_watch, ..config }
 }
 
 /// Whether `spec`'s guest is ended by a program of the image's, which has others to end before.
@@ -103,6 +120,21 @@ mod tests {
 
         assert!(has("", "") && has("/lib/systemd/systemd", "--user"));
         assert!(!has("", "sh") && !has("sh", ""));
+    }
+
+    #[test]
+    fn memory_is_watched_if_there_is_more_and_it_comes_on_demand() {
+        let watch = |hotplug_bytes, hotplug| {
+            let (cmd, memory_bytes) = (words("run"), 128 << 20);
+            let spec = InstanceSpec { cmd, memory_bytes, hotplug_bytes, ..InstanceSpec::sample() };
+            let config = config(&spec, &ImageConfig::default(), None, false).unwrap();
+            watched(config, &spec, hotplug).memory_watch
+        };
+        let demand = HotplugPolicy::Demand { quiet_ms: 5 };
+
+        let expected = MemoryWatchSpec { boot_bytes: 128 << 20, quiet_ms: 5 };
+        assert_eq!(watch(1 << 30, demand), Some(expected));
+        assert_eq!((watch(0, demand), watch(1 << 30, HotplugPolicy::Boot)), (None, None));
     }
 
     #[test]

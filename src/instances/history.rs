@@ -50,9 +50,10 @@ impl History {
                 Some(Report::Phase(Phase::WorkloadStarted)) => self.workload_started = true,
                 Some(Report::Exit(exit)) => self.exit = self.exit.or(Some(exit)),
                 Some(Report::Failed(failure)) => self.failure = self.failure.or(Some(failure)),
-                Some(Report::Phase(
-                    Phase::AgentStarted | Phase::RootMounted | Phase::FirstOutput,
-                ))
+                Some(
+                    Report::Phase(Phase::AgentStarted | Phase::RootMounted | Phase::FirstOutput)
+                    | Report::Memory(_),
+                )
                 | None => {}
             },
             Happening::Stopped { cause, detail } => {

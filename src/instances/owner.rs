@@ -18,7 +18,7 @@ use crate::instances::health::Health;
 use crate::instances::history::{Ending, History};
 use crate::instances::owner::checking::Checks;
 use crate::instances::owner::upkeep::ring;
-use crate::instances::reclaim::{Hold, ReclaimError};
+use crate::instances::reclaim::{Hold, Moved, ReclaimError};
 use crate::instances::record::{End, Phase, Record};
 use crate::instances::restart::RestartStatus;
 use crate::instances::spec::{Command, Upkeep, VolumeMount};
@@ -79,13 +79,13 @@ pub(super) enum Order {
     Reclaim {
         /// How much and until when; nothing gives all of it back.
         hold: Option<Hold>,
-        /// What it has given up so far, in bytes.
-        done: Done<u64, ReclaimError>,
+        /// How it stands so far.
+        done: Done<Moved, ReclaimError>,
     },
-    /// Say how much memory its guest has given up.
-    CountGiven {
-        /// In bytes.
-        done: Done<u64, ReclaimError>,
+    /// Say how much memory its guest got, and how much it has given up.
+    CountMoved {
+        /// How it stands.
+        done: Done<Moved, ReclaimError>,
     },
     /// End it and remove all of it.
     Delete {
@@ -271,8 +271,8 @@ impl Owner {
             Order::Reclaim { hold, done } => {
                 let _ = done.send(self.reclaim(hold).await);
             }
-            Order::CountGiven { done } => {
-                let _ = done.send(self.count_given().await);
+            Order::CountMoved { done } => {
+                let _ = done.send(self.count_moved().await);
             }
             Order::Delete { graceful, done } => {
                 let outcome = self.delete(graceful).await;

@@ -52,6 +52,15 @@ pub struct Hold {
     pub until: DateTime<Utc>,
 }
 
+/// How a guest's memory differs from what it booted with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moved {
+    /// What was added, in bytes.
+    pub plugged_bytes: u64,
+    /// What it has given up, in bytes.
+    pub given_bytes: u64,
+}
+
 /// What came of it.
 #[derive(Debug)]
 pub struct Reclaimed {
@@ -68,6 +77,8 @@ pub struct Reclaimed {
 pub struct Part {
     /// The guest.
     pub instance: Arc<Instance>,
+    /// What it has: what it booted with, and what was added. In bytes.
+    pub assigned_bytes: u64,
     /// Below this it is not brought, in bytes.
     pub floor_bytes: u64,
     /// What it is to give up, in bytes.
@@ -114,15 +125,16 @@ impl Instances {
     pub async fn reclaim(&self, spec: &ReclaimSpec) -> Result<Reclaimed, HostMemoryError> {
         let running: Vec<_> =
             self.list().into_iter().filter(|instance| instance.state == State::Running).collect();
-        let assigned: Vec<u64> =
-            running.iter().map(|instance| instance.spec.all_memory()).collect();
-        let part = |(instance, (floor_bytes, planned_bytes))| Part {
+        let assigned = join_all(running.iter().map(|instance| self.assigned(instance))).await;
+        let part = |((instance, assigned_bytes), (floor_bytes, planned_bytes))| Part {
             instance,
+            assigned_bytes,
             floor_bytes,
             planned_bytes,
             given: None,
         };
-        let parts = running.into_iter().zip(plan(spec.bytes, &assigned));
+        let plan = plan(spec.bytes, &assigned);
+        let parts = running.into_iter().zip(assigned).zip(plan);
         let mut parts: Vec<Part> = parts.map(part).collect();
         let until = (spec.bytes > 0).then(|| Utc::now() + spec.hold);
         if !spec.dry_run {
@@ -132,18 +144,29 @@ impl Instances {
         Ok(Reclaimed { host, until, parts })
     }
 
+    /// What a guest has. Of one that cannot be asked only what it booted with is certain.
+    async fn assigned(&self, instance: &Instance) -> u64 {
+        let moved = self.order(&instance.id, |done| Order::CountMoved { done }).await;
+        let moved: Result<Moved, ReclaimError> = moved;
+        let plugged_bytes = moved.map_or(0, |moved| moved.plugged_bytes);
+        instance.spec.memory_bytes.saturating_add(plugged_bytes)
+    }
+
     /// Asks one guest, and waits a moment for it.
     async fn ask(&self, part: &mut Part, until: Option<DateTime<Utc>>) {
         let deadline = Instant::now() + PATIENCE;
         let bytes = part.planned_bytes;
         let hold = until.filter(|_| bytes > 0).map(|until| Hold { bytes, until });
         let id = part.instance.id.clone();
-        let mut given = self.order(&id, |done| Order::Reclaim { hold, done }).await;
-        while given.as_ref().is_ok_and(|given| *given != bytes) && Instant::now() < deadline {
+        let mut given: Result<Moved, ReclaimError> =
+            self.order(&id, |done| Order::Reclaim { hold, done }).await;
+        while given.as_ref().is_ok_and(|moved| moved.given_bytes != bytes)
+            && Instant::now() < deadline
+        {
             time::sleep(INTERVAL).await;
-            given = self.order(&id, |done| Order::CountGiven { done }).await;
+            given = self.order(&id, |done| Order::CountMoved { done }).await;
         }
-        part.given = Some(given);
+        part.given = Some(given.map(|moved| moved.given_bytes));
     }
 }
 

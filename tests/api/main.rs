@@ -15,7 +15,7 @@ use axum::body::{Body, to_bytes};
 use axum::http::{HeaderMap, Method, Request, StatusCode};
 use futures_util::future::join_all;
 use ovum::api;
-use ovum::config::{CapacityConfig, Config, ImagesConfig, Limits};
+use ovum::config::{CapacityConfig, Config, HotplugConfig, ImagesConfig, Limits};
 use ovum::images::digest::Digest;
 use ovum::server::Opened;
 use ovum::token::Secret;
@@ -157,6 +157,7 @@ fn config(dir: &Path) -> Config {
         capacity: CapacityConfig::default(),
         // A test changes nothing of the machine it runs on.
         network: None,
+        hotplug: HotplugConfig::default(),
     }
 }
 

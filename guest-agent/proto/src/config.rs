@@ -1,6 +1,7 @@
 //! What a guest shall become: written by the server, read once by the agent at boot.
 
 use std::net::Ipv4Addr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -48,6 +49,25 @@ pub struct GuestConfig {
     /// Whether it has a disk with the headers of its kernel.
     #[serde(default)]
     pub kernel_headers: bool,
+    /// Whether the machine wants to know how the guest is off for memory.
+    #[serde(default)]
+    pub memory_watch: Option<MemoryWatchSpec>,
+}
+
+/// How the guest's memory is watched, for a machine that adds some and takes it away again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryWatchSpec {
+    /// What the guest boots with, in bytes.
+    pub boot_bytes: u64,
+    /// How long nobody has to wait for memory before that is worth a report, in milliseconds.
+    pub quiet_ms: u32,
+}
+
+impl MemoryWatchSpec {
+    /// The same as a duration.
+    pub fn quiet(self) -> Duration {
+        Duration::from_millis(self.quiet_ms.into())
+    }
 }
 
 /// A volume in the guest.

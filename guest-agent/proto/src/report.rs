@@ -2,7 +2,8 @@
 //!
 //! A report is a single write to an I/O port. It costs one exit, needs no connection, and cannot
 //! be lost: the worker has it, with the time, before the guest executes its next instruction. That
-//! is why phases of the boot and the end of the workload travel this way and not over vsock.
+//! is why phases of the boot and the end of the workload travel this way and not over vsock; and a
+//! shortage of memory, which the machine has to mend at once, whether or not there is a server.
 //!
 //! The word is `kind << 24 | value`. A guest can write anything here; all it can spoil is what is
 //! said about itself.
@@ -14,7 +15,12 @@ pub const REPORT_PORT: u16 = 0x0b00;
 const KIND_PHASE: u32 = 1;
 const KIND_EXIT: u32 = 2;
 const KIND_FAILED: u32 = 3;
+const KIND_PRESSED: u32 = 4;
+const KIND_QUIET: u32 = 5;
 const OOM_BIT: u32 = 1 << 8;
+
+/// Most MiB that a word can tell of: 16 TiB.
+const MIB_MAX: u32 = (1 << 24) - 1;
 
 /// One report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +31,8 @@ pub enum Report {
     Exit(Exit),
     /// The agent could not start the workload; the console says more. The guest powers off next.
     Failed(Failure),
+    /// How the guest is off for memory, if its agent was told to watch that.
+    Memory(MemoryReport),
 }
 
 /// Steps of a boot, in the order in which they are reported.
@@ -62,6 +70,15 @@ pub enum Failure {
     System = 3,
 }
 
+/// How a guest is off for memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryReport {
+    /// Somebody had to wait for memory just now; else, nobody had to for some time.
+    pub pressed: bool,
+    /// What programs could still get, in MiB; more than a word can tell is told as the most.
+    pub available_mib: u32,
+}
+
 impl Report {
     /// The word that says this.
     pub fn encode(self) -> u32 {
@@ -71,6 +88,10 @@ impl Report {
                 KIND_EXIT << 24 | if oom { OOM_BIT } else { 0 } | u32::from(code)
             }
             Self::Failed(failure) => KIND_FAILED << 24 | failure as u32,
+            Self::Memory(MemoryReport { pressed, available_mib }) => {
+                let kind = if pressed { KIND_PRESSED } else { KIND_QUIET };
+                kind << 24 | available_mib.min(MIB_MAX)
+            }
         }
     }
 
@@ -87,6 +108,10 @@ impl Report {
                 .into_iter()
                 .find(|&failure| failure as u32 == u32::from(low))
                 .map(Self::Failed),
+            (kind @ (KIND_PRESSED | KIND_QUIET), ..) => Some(Self::Memory(MemoryReport {
+                pressed: kind == KIND_PRESSED,
+                available_mib: word & MIB_MAX,
+            })),
             _ => None,
         }
     }
@@ -118,7 +143,10 @@ mod tests {
         let failures = Failure::ALL.map(Report::Failed);
         let exits =
             (0..=255).flat_map(|code| [false, true].map(|oom| Report::Exit(Exit { code, oom })));
-        let all: Vec<_> = phases.into_iter().chain(failures).chain(exits).collect();
+        let memory = (0..1 << 10).flat_map(|available_mib| {
+            [false, true].map(|pressed| Report::Memory(MemoryReport { pressed, available_mib }))
+        });
+        let all: Vec<_> = phases.into_iter().chain(failures).chain(exits).chain(memory).collect();
 
         for &report in &all {
             assert_eq!(Report::decode(report.encode()), Some(report));
@@ -127,5 +155,16 @@ mod tests {
             .map(|bits| (bits & 0x3ff) | (bits >> 10) << 24)
             .filter_map(Report::decode);
         assert_eq!(decodable.count(), all.len());
+    }
+
+    #[test]
+    fn more_memory_than_a_word_can_tell_is_told_as_the_most() {
+        let told = |available_mib| {
+            Report::decode(Report::Memory(MemoryReport { pressed: true, available_mib }).encode())
+        };
+
+        assert_eq!(told(u32::MAX), told(MIB_MAX));
+        let most = MemoryReport { pressed: true, available_mib: MIB_MAX };
+        assert_eq!(told(u32::MAX), Some(Report::Memory(most)));
     }
 }

@@ -1,15 +1,15 @@
 //! Memory that the guest is asked to give up, and gets back when the time is over.
 
-use crate::control::{Order, Reply};
+use crate::control::{Order, Reply, Status};
 use crate::instances::owner::Owner;
-use crate::instances::reclaim::{Hold, ReclaimError};
+use crate::instances::reclaim::{Hold, Moved, ReclaimError};
 
 impl Owner {
-    /// Has the guest give up so much of its memory, or nothing any more; returns what it has given
-    /// up so far.
+    /// Has the guest give up so much of its memory, or nothing any more; returns how it stands so
+    /// far.
     ///
     /// Written down first: whoever dies in between leaves a guest that is released in time.
-    pub(super) async fn reclaim(&mut self, hold: Option<Hold>) -> Result<u64, ReclaimError> {
+    pub(super) async fn reclaim(&mut self, hold: Option<Hold>) -> Result<Moved, ReclaimError> {
         if self.worker.is_none() {
             return Err(ReclaimError::NotRunning);
         }
@@ -18,8 +18,8 @@ impl Owner {
         self.memory_order(&Order::Inflate { bytes: hold.map_or(0, |hold| hold.bytes) }).await
     }
 
-    /// What the guest has given up so far.
-    pub(super) async fn count_given(&mut self) -> Result<u64, ReclaimError> {
+    /// What the guest got, and what it has given up so far.
+    pub(super) async fn count_moved(&mut self) -> Result<Moved, ReclaimError> {
         self.memory_order(&Order::Status).await
     }
 
@@ -39,10 +39,12 @@ impl Owner {
         }
     }
 
-    async fn memory_order(&mut self, order: &Order) -> Result<u64, ReclaimError> {
+    async fn memory_order(&mut self, order: &Order) -> Result<Moved, ReclaimError> {
         let Some(worker) = &mut self.worker else { return Err(ReclaimError::NotRunning) };
         match worker.order(order).await? {
-            Reply::Done(status) => Ok(status.given_bytes),
+            Reply::Done(Status { plugged_bytes, given_bytes, .. }) => {
+                Ok(Moved { plugged_bytes, given_bytes })
+            }
             Reply::Failed { .. } | Reply::Event(_) => Err(ReclaimError::NotRunning),
         }
     }

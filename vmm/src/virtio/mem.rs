@@ -60,7 +60,8 @@ struct Shared {
 
 impl MemHandle {
     /// Asks the guest to have `bytes` plugged, a multiple of [`BLOCK_BYTES`] and within the region.
-    /// It does so when it can, as far as it can.
+    /// It does so when it can, as far as it can. Asked once more for what it has not done yet, it
+    /// tries at once: by itself a driver waits for a minute.
     ///
     /// # Errors
     ///
@@ -156,16 +157,17 @@ impl MemDevice {
         MemHandle(Arc::clone(&self.shared))
     }
 
-    /// Takes note of what the host would like; true if it is something else than before.
+    /// Takes note of what the host would like; true if it is something else than before, or not
+    /// done yet.
     ///
     /// The driver may use the chunks that it needs for it. That never becomes less while something
     /// may lie there.
     fn follow_host(&mut self) -> bool {
         let wanted = self.shared.wanted_bytes.load(Ordering::SeqCst);
-        let changes = wanted != self.config.requested_bytes();
+        let is_new = wanted != self.config.requested_bytes();
         self.config.request(wanted);
         self.config.grow_usable(self.whole_chunks(wanted));
-        changes
+        is_new || wanted != self.config.plugged_bytes()
     }
 
     fn whole_chunks(&self, bytes: u64) -> u64 {

@@ -248,6 +248,22 @@ fn no_more_is_plugged_than_the_host_asks_for() {
 }
 
 /// Until the host asks for more, chunks behind what it asked for cannot be had.
+/// A driver that found no room for what it would have to note of new memory waits for a minute.
+#[test]
+fn what_the_driver_has_not_done_is_asked_for_again() {
+    let (memory, _, guest) = memory(9);
+    let mut rig = Rig::new(&guest, memory, 64);
+    let told = |rig: &mut Rig<'_>| {
+        rig.handle.resize(64 * MIB).unwrap();
+        rig.bench.round(0).unwrap().config
+    };
+    assert!(told(&mut rig), "it is new");
+
+    assert!(told(&mut rig), "nothing is plugged");
+    assert_eq!(rig.ask(PLUG, at(0), 32), ACK);
+    assert!(!told(&mut rig), "it has it all");
+}
+
 #[test]
 fn the_usable_part_grows_by_chunks_and_shrinks_when_all_is_unplugged() {
     let (memory, _, guest) = memory(9);
