@@ -25,7 +25,7 @@ check: deps tools ## format, lints, house rules, licences, documentation
 	$(host) fmt --check
 	$(host) clippy --all-targets -- -D warnings
 	$(cargo) clippy --workspace --all-targets -- -D warnings
-	$(cargo) clippy --test e2e --bench boot --bench api --bench records -- -D warnings
+	$(cargo) clippy --test e2e --bench boot --bench api --bench devices --bench records -- -D warnings
 	$(cargo) test --quiet --test tidy
 	dev/cargo-deny check --hide-inclusion-graph bans licenses sources
 	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" $(cargo) doc --workspace --no-deps --document-private-items --quiet

@@ -15,7 +15,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use ovum_agent_proto::report::{Phase, REPORT_PORT, Report};
-use ovum_test_host::{BUSYBOX, TestHost, root, workers};
+use ovum_test_host::{BUSYBOX, TestHost, median, root, workers};
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 use tokio::runtime::Builder;
@@ -193,9 +193,4 @@ fn monotonic_ns() -> u64 {
 #[expect(clippy::cast_precision_loss, reason = "nanoseconds of one boot fit 53 bits")]
 fn milliseconds(from_ns: u64, to_ns: u64) -> f64 {
     (to_ns - from_ns) as f64 / 1e6
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
