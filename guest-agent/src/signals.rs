@@ -13,6 +13,10 @@ use rustix::process::Pid;
 /// daemon, SIGINT the kernel for Ctrl-Alt-Del.
 const STOPS: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGPWR, libc::SIGUSR2];
 
+/// What we may have been started with as ignored, and programs take over: the last by systemd, and
+/// by the standard library of Rust, the others by a shell that started us in the background.
+const IGNORED: [i32; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGPIPE];
+
 /// Size of what one read gives, `struct signalfd_siginfo`: 32-bit words of which the first is the
 /// signal's number and the fourth the sender's process (signalfd(2)).
 const RECORD_BYTES: usize = 128;
@@ -37,7 +41,7 @@ pub(crate) enum Signal {
 }
 
 impl Signals {
-    /// Blocks our signals for this process, and for children until they call [`unblock`].
+    /// Blocks our signals for this process, and for children until they call [`restore`].
     pub(crate) fn open() -> Result<Self, Errno> {
         let ours = STOPS.iter().copied().chain([libc::SIGCHLD]);
         // Beside a PID 1 that is another, a command that closed its input would end us.
@@ -72,8 +76,14 @@ impl AsFd for Signals {
     }
 }
 
-/// Lets every signal through again, in a process that is about to become another program.
-pub(crate) fn unblock() {
+/// Lets every signal through again and do what it does by default, in a process that is about to
+/// become another program.
+pub(crate) fn restore() {
+    for number in IGNORED {
+        // SAFETY: the default is no function of ours. Whoever shares our memory, but for a moment,
+        // has dispositions of its own.
+        unsafe { libc::signal(number, libc::SIG_DFL) };
+    }
     let none = set([]);
     // SAFETY: `none` is initialised, and the old mask is not asked for.
     unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut()) };
