@@ -18,8 +18,8 @@ const EXITS_MAX: [(&str, u64, &str); 2] = [
     (
         "mmio_exits",
         520,
-        "registers of virtio devices: found once, then one for each interrupt; three of each vacant \
-         slot",
+        "registers of virtio devices: found once, then one for each interrupt; three of each \
+         vacant slot",
     ),
 ];
 
