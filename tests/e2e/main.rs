@@ -53,6 +53,31 @@ struct Case {
     run: for<'h> fn(&'h TestHost) -> LocalBoxFuture<'h, ()>,
 }
 
+/// A share of the cases, where another host runs the rest: `OVUM_PART=1/2`. The monitor's suite
+/// belongs to the first.
+#[derive(Clone, Copy)]
+struct Part {
+    number: usize,
+    of: usize,
+}
+
+impl Part {
+    fn from_environment() -> Self {
+        let Ok(text) = env::var("OVUM_PART") else { return Self { number: 1, of: 1 } };
+        let numbers = text.split_once('/').map(|(number, of)| (number.parse(), of.parse()));
+        match numbers {
+            Some((Ok(number), Ok(of))) if (1..=of).contains(&number) => Self { number, of },
+            _ => panic!("OVUM_PART is {text:?}: it has to be like 1/2"),
+        }
+    }
+
+    /// Whether the case at this place is among them: long ones lie together, so each goes to
+    /// another part than its neighbour.
+    fn has(self, place: usize) -> bool {
+        place % self.of == self.number - 1
+    }
+}
+
 /// Lists async functions as cases.
 macro_rules! cases {
     ($($name:ident),* $(,)?) => {
@@ -65,6 +90,7 @@ macro_rules! cases {
 pub(crate) use cases;
 
 fn main() -> ExitCode {
+    let part = Part::from_environment();
     let filters: Vec<String> = env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let suites = [
         boot::CASES,
@@ -94,8 +120,11 @@ fn main() -> ExitCode {
         .into_iter()
         .flatten()
         .filter(|case| filters.is_empty() || filters.iter().any(|f| case.name.contains(f)))
+        .enumerate()
+        .filter_map(|(place, case)| part.has(place).then_some(case))
         .collect();
-    let monitor = if filters.is_empty() { kvm::run() } else { Tally { passed: 0, failed: 0 } };
+    let has_monitor = filters.is_empty() && part.number == 1;
+    let monitor = if has_monitor { kvm::run() } else { Tally { passed: 0, failed: 0 } };
     let runtime = Builder::new_current_thread().enable_all().build();
     let failed = runtime.expect("a runtime needs only memory").block_on(run(&chosen));
     println!();
