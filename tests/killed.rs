@@ -76,7 +76,11 @@ impl Operation {
         let makes_volume = matches!(self, Self::MakeVolume | Self::FillVolume);
         match answer {
             Some((status, _)) if status.is_success() => true,
-            Some((StatusCode::NOT_FOUND, _)) => matches!(self, Self::Delete | Self::DeleteVolume),
+            Some((StatusCode::NOT_FOUND, _))
+                if matches!(self, Self::Delete | Self::DeleteVolume) =>
+            {
+                true
+            }
             // Made before the kill, and there.
             Some((StatusCode::CONFLICT, _)) if makes_volume => true,
             Some((status, answer)) => panic!("{self:?}: {status} {answer}"),

@@ -24,7 +24,7 @@ cases![
 ];
 
 /// Kills of one operation, unless OVUM_KILLS says another number: a guest boots for each.
-const ROUNDS_MAX: u64 = 4;
+const ROUNDS_MAX: u64 = 6;
 
 /// The instance that all of this is about.
 const NAME: &str = "killed";
