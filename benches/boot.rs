@@ -11,11 +11,12 @@
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use ovum_agent_proto::report::{Phase, REPORT_PORT, Report};
-use ovum_test_host::{BUSYBOX, TestHost, median, root, workers};
+use ovum_test_host::qemu::microvm;
+use ovum_test_host::{BUSYBOX, TestHost, median, workers};
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
 use tokio::runtime::Builder;
@@ -95,16 +96,8 @@ async fn boot_ours(host: &TestHost, round: usize) -> Boot {
 /// From process start to the agent's first report, in milliseconds.
 fn boot_qemu(initramfs: &Path) -> f64 {
     let started = Instant::now();
-    let status = Command::new("qemu-system-x86_64")
-        .args(["-M", "microvm,pit=off,pic=off,rtc=off,isa-serial=off", "-accel", "kvm"])
-        .args(["-cpu", "host", "-smp", "1", "-m", &MEMORY_MIB.to_string()])
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
+    let status = microvm(MEMORY_MIB, initramfs, "quiet panic=-1 8250.nr_uarts=0")
         .args(["-device", &format!("isa-debug-exit,iobase={REPORT_PORT:#x},iosize=4")])
-        .args(["-append", "quiet panic=-1 8250.nr_uarts=0", "-kernel"])
-        .arg(root().join("target/kernel/vmlinux"))
-        .arg("-initrd")
-        .arg(initramfs)
-        .stdin(Stdio::null())
         .status()
         .expect("qemu-system-x86_64 runs");
     let took_ms = started.elapsed().as_secs_f64() * 1e3;

@@ -12,7 +12,7 @@ use ovum_agent_proto::config::{GuestConfig, GuestNetwork};
 use ovum_test_host::root;
 
 /// Memory at the start.
-pub(crate) const MEMORY_BYTES: u64 = 256 << 20;
+pub(crate) const MEMORY_MIB: u32 = 256;
 
 /// Memory to be plugged.
 pub(crate) const PLUG_BYTES: u64 = 1 << 30;

@@ -15,7 +15,7 @@ use ovum_vmm::spec::{DiskSpec, MachineFiles, MachineSpec, NetSpec};
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::guest::{
-    self, DATA, Figures, Guest, Link, MEMORY_BYTES, PLUG_BYTES, figures, initramfs, kernel,
+    self, DATA, Figures, Guest, Link, MEMORY_MIB, PLUG_BYTES, figures, initramfs, kernel,
 };
 
 const LINK: Link = Link { tap: "bench-ours", subnet: 1 };
@@ -57,7 +57,7 @@ fn build(guest: &Guest, net: Option<(NetSpec, Vec<OwnedFd>)>, console: File) -> 
     let disk = |id: &str, read_only| DiskSpec { id: id.to_owned(), read_only };
     let spec = MachineSpec {
         vcpus: 1,
-        memory_bytes: MEMORY_BYTES,
+        memory_bytes: u64::from(MEMORY_MIB) << 20,
         hotplug_bytes: if net.is_some() { 0 } else { PLUG_BYTES },
         balloon: false,
         cmdline: String::new(),

@@ -2,9 +2,10 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
 
-use crate::guest::{self, DATA, Figures, Guest, Link, figures, initramfs, ip, kernel};
+use ovum_test_host::qemu::microvm;
+
+use crate::guest::{self, DATA, Figures, Guest, Link, MEMORY_MIB, figures, initramfs, ip};
 
 const LINK: Link = Link { tap: "bench-qemu", subnet: 2 };
 
@@ -21,14 +22,7 @@ pub(crate) fn work(guest: &Guest) -> Figures {
     let drive = |id: &str, path: &Path, how: &str| {
         format!("id={id},file={},format=raw,if=none,{how}", path.display())
     };
-    let status = Command::new("qemu-system-x86_64")
-        .args(["-M", "microvm,pit=off,pic=off,rtc=off,isa-serial=off", "-accel", "kvm"])
-        .args(["-cpu", "host", "-smp", "1", "-m", "256M", "-no-reboot"])
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-append", CMDLINE])
-        .arg("-kernel")
-        .arg(kernel())
-        .arg("-initrd")
-        .arg(archive)
+    let status = microvm(MEMORY_MIB, &archive, CMDLINE)
         .args(["-drive", &drive("root", &guest.root, "readonly=on")])
         .args(["-device", "virtio-blk-device,drive=root,serial=root"])
         .args(["-drive", &drive(DATA, &guest.disk, "aio=io_uring")])
@@ -37,7 +31,6 @@ pub(crate) fn work(guest: &Guest) -> Figures {
         .args(["-device", "virtio-net-device,netdev=net,mac=02:00:00:00:00:02"])
         .args(["-chardev", &format!("file,id=console,path={}", console.display())])
         .args(["-device", "virtio-serial-device", "-device", "virtconsole,chardev=console"])
-        .stdin(Stdio::null())
         .status()
         .expect("qemu-system-x86_64 runs");
     assert!(status.success(), "{status}: {:?}", fs::read_to_string(&console));
