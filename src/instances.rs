@@ -199,23 +199,21 @@ impl Instances {
     ///
     /// [`OpenError`].
     pub async fn open(spec: InstancesSpec) -> Result<Self, OpenError> {
-        let InstancesSpec { dir, store, images, disks, volumes, resources, network, .. } = spec;
-        let InstancesSpec { fleet, agent, hotplug, .. } = spec;
-        let failed = |source| OpenError::Dir { path: dir.clone(), source };
-        fs::create_dir_all(&dir).map_err(failed)?;
+        let failed = |source| OpenError::Dir { path: spec.dir.clone(), source };
+        fs::create_dir_all(&spec.dir).map_err(failed)?;
         let log_watch = FileWatch::new().map_err(failed)?;
         let shared = Arc::new(Shared {
-            dir,
-            store,
-            images,
-            disks,
-            volumes,
-            resources,
-            network,
-            fleet,
+            dir: spec.dir,
+            store: spec.store,
+            images: spec.images,
+            disks: spec.disks,
+            volumes: spec.volumes,
+            resources: spec.resources,
+            network: spec.network,
+            fleet: spec.fleet,
             agents: Agents::default(),
-            agent,
-            hotplug,
+            agent: spec.agent,
+            hotplug: spec.hotplug,
             base: OnceLock::new(),
             entries: RwLock::default(),
             log_watch,

@@ -62,8 +62,7 @@ impl Boot {
         let lease = spec.network.map(|_| network.lease(last)).transpose()?;
         let wiring = lease.as_ref().map(|lease| network.wiring(lease));
         let headers = headers(&shared.fleet.kernel, spec.kernel_headers)?;
-        let config = guest::config(spec, &image.config, wiring, headers.is_some())
-            .map(|config| guest::watched(config, spec, shared.hotplug))
+        let config = guest::config(spec, &image.config, wiring, headers.is_some(), shared.hotplug)
             .ok_or(BootError::NothingToRun)?;
         let config = rewound(&Archive::config(&config)?.to_file()?)?;
         let base = base_archive(shared)?;

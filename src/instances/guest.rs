@@ -20,6 +20,7 @@ pub(super) fn config(
     image: &ImageConfig,
     wiring: Option<Wiring>,
     kernel_headers: bool,
+    hotplug: HotplugPolicy,
 ) -> Option<GuestConfig> {
     let argv: Vec<String> = argv(spec, image).cloned().collect();
     let mut env = image.env.clone();
@@ -45,23 +46,18 @@ pub(super) fn config(
         realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
         volumes: guest_mounts(spec),
         kernel_headers,
-        memory_watch: None,
+        memory_watch: memory_watch(spec, hotplug),
     })
 }
 
-/// The same for a guest that says how it is off for memory, if it gets some on demand.
-pub(super) fn watched(
-    config: GuestConfig,
-    spec: &InstanceSpec,
-    hotplug: HotplugPolicy,
-) -> GuestConfig {
-    let memory_watch = match hotplug {
+/// Whether the guest says how it is off for memory: if it gets some on demand.
+fn memory_watch(spec: &InstanceSpec, hotplug: HotplugPolicy) -> Option<MemoryWatchSpec> {
+    match hotplug {
         HotplugPolicy::Demand { quiet_ms } if spec.hotplug_bytes > 0 => {
             Some(MemoryWatchSpec { boot_bytes: spec.memory_bytes, quiet_ms })
         }
         HotplugPolicy::Demand { .. } | HotplugPolicy::Boot => None,
-    };
-    GuestConfig { memory_watch, ..config }
+    }
 }
 
 /// Whether `spec`'s guest is ended by a program of the image's, which has others to end before.
@@ -96,7 +92,7 @@ mod tests {
             cmd: words(ours.1),
             ..InstanceSpec::sample()
         };
-        config(&spec, &image, None, false).map(|config| config.argv)
+        config(&spec, &image, None, false, HotplugPolicy::Boot).map(|config| config.argv)
     }
 
     #[test]
@@ -127,8 +123,8 @@ mod tests {
         let watch = |hotplug_bytes, hotplug| {
             let (cmd, memory_bytes) = (words("run"), 128 << 20);
             let spec = InstanceSpec { cmd, memory_bytes, hotplug_bytes, ..InstanceSpec::sample() };
-            let config = config(&spec, &ImageConfig::default(), None, false).unwrap();
-            watched(config, &spec, hotplug).memory_watch
+            let config = config(&spec, &ImageConfig::default(), None, false, hotplug);
+            config.unwrap().memory_watch
         };
         let demand = HotplugPolicy::Demand { quiet_ms: 5 };
 
@@ -149,7 +145,7 @@ mod tests {
         };
         let spec = InstanceSpec { env: env(&[("PATH", "/own")]), ..InstanceSpec::sample() };
 
-        let config = config(&spec, &image, None, false).unwrap();
+        let config = config(&spec, &image, None, false, HotplugPolicy::Boot).unwrap();
 
         assert_eq!(config.env, [("LANG".into(), "C".into()), ("PATH".into(), "/own".into())]);
         assert_eq!(config.working_dir, "/");
