@@ -58,9 +58,6 @@ struct Worker {
     running: bool,
     reports: usize,
     growth: Growth,
-    /// What the guest is asked to give up. Meanwhile it neither gets more nor has to give up
-    /// anything else.
-    held_bytes: u64,
 }
 
 /// How a guest gets more memory than it booted with.
@@ -125,7 +122,6 @@ fn start(packet: Packet, launched_ns: u64) -> anyhow::Result<(Worker, [Event; 2]
         running: true,
         reports: 0,
         growth: Growth::new(&launch),
-        held_bytes: 0,
     };
     Ok((worker, [launched, built]))
 }
@@ -213,11 +209,12 @@ impl Worker {
         }
     }
 
-    /// The guest says how it is off for memory, and may get some, or has to give up some.
+    /// The guest says how it is off for memory, and may get some, or has to give up some. While its
+    /// balloon is asked for some it neither gets more nor has to give up anything else.
     fn adapt_memory(&mut self, report: MemoryReport, at_ns: u64) {
         let plugged_bytes = self.machine.plugged_bytes();
         let Growth::Demand(demand) = &mut self.growth else { return };
-        if self.held_bytes > 0 {
+        if self.machine.balloon().is_some_and(|balloon| balloon.wanted_bytes() > 0) {
             return;
         }
         if let Some(bytes) = demand.answer(report, plugged_bytes, at_ns) {
@@ -285,7 +282,6 @@ impl Worker {
             Order::Inflate { bytes } => {
                 let balloon = self.machine.balloon().context("The machine has no balloon")?;
                 balloon.inflate(*bytes);
-                self.held_bytes = *bytes;
             }
             Order::AttachDisk { disk } => {
                 let file = files.into_iter().next().context("The order has no file")?;
