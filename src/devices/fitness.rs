@@ -1,0 +1,109 @@
+//! Which devices of the host can be given away, and why the others cannot.
+
+use crate::devices::address::PciAddress;
+use crate::devices::errors::{HostError, UnfitError};
+use crate::devices::sysfs::{Function, Sysfs, VFIO_PCI};
+
+/// Drivers beside which a device of the same group can be given away: the kernel trusts them not to
+/// let their device reach memory (Documentation/driver-api/vfio.rst, "Groups, Devices, and
+/// IOMMUs").
+const HARMLESS_DRIVERS: [&str; 3] = [VFIO_PCI, "pci-stub", "pcieport"];
+
+impl Sysfs {
+    /// The function at `address`, if it could be given away.
+    ///
+    /// # Errors
+    ///
+    /// [`UnfitError`].
+    pub(super) fn fit(&self, address: &PciAddress) -> Result<Function, UnfitError> {
+        let function = self.function(address).map_err(HostError)?;
+        let function = function.ok_or_else(|| UnfitError::Missing { address: address.clone() })?;
+        if function.is_bridge() {
+            return Err(UnfitError::Bridge { address: address.clone() });
+        }
+        if function.group.is_none() {
+            return Err(UnfitError::NoIommu { address: address.clone() });
+        }
+        match self.use_of(address).map_err(HostError)? {
+            Some(used) => Err(UnfitError::HostUse { address: address.clone(), used }),
+            None => Ok(function),
+        }
+    }
+
+    /// The rest of a function's group, if nothing in there keeps it from being given away now.
+    ///
+    /// # Errors
+    ///
+    /// [`UnfitError`].
+    pub(super) fn free_group(&self, function: &Function) -> Result<Vec<PciAddress>, UnfitError> {
+        if !self.driver(VFIO_PCI).is_dir() {
+            return Err(UnfitError::NoDriver);
+        }
+        let peers = self.peers(function).map_err(HostError)?;
+        let busy = peers.iter().filter(|peer| !peer.is_bridge()).find_map(|peer| {
+            let driver = peer.driver.as_deref()?;
+            (!HARMLESS_DRIVERS.contains(&driver)).then_some((peer, driver))
+        });
+        if let Some((peer, driver)) = busy {
+            return Err(UnfitError::Group {
+                address: function.address.clone(),
+                group: function.group.unwrap_or_default(),
+                peer: peer.address.clone(),
+                driver: driver.to_owned(),
+            });
+        }
+        Ok(peers.into_iter().map(|peer| peer.address).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devices::testing::Tree;
+
+    const FIRST: &str = "0000:01:00.0";
+    const SECOND: &str = "0000:01:00.1";
+
+    fn two_of_a_group() -> Tree {
+        let tree = Tree::new();
+        for address in [FIRST, SECOND] {
+            tree.function(address, "8086", "10d3", "0x020000").group(address, 7);
+        }
+        tree.file("sys/bus/pci/drivers/vfio-pci/bind", "");
+        tree
+    }
+
+    fn refusal(tree: &Tree) -> Option<String> {
+        let function = tree.sysfs().fit(&FIRST.parse().unwrap());
+        let free = function.and_then(|function| tree.sysfs().free_group(&function));
+        free.err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_whole_group_is_looked_at() {
+        let tree = two_of_a_group();
+        assert_eq!(refusal(&tree), None, "nobody drives the other");
+
+        tree.driver(SECOND, "e1000e");
+        let why = refusal(&tree).unwrap();
+        assert!(why.contains("group 7 with 0000:01:00.1, which driver e1000e has"), "{why}");
+        tree.driver(SECOND, "vfio-pci");
+        assert_eq!(refusal(&tree), None);
+        tree.driver(SECOND, "shpchp").function(SECOND, "8086", "1", "0x060400");
+        assert_eq!(refusal(&tree), None, "a bridge comes with what is behind it");
+    }
+
+    #[test]
+    fn what_cannot_be_given_away_is_told_with_the_mend() {
+        let tree = two_of_a_group();
+        std::fs::remove_dir_all(tree.root().join("sys/bus/pci/drivers/vfio-pci")).unwrap();
+        assert!(refusal(&tree).unwrap().ends_with("modprobe vfio-pci"));
+
+        tree.function(FIRST, "8086", "1", "0x060400");
+        assert!(refusal(&tree).unwrap().contains("is a bridge"));
+        let tree = Tree::new();
+        assert!(refusal(&tree).unwrap().starts_with("No PCI device is at 0000:01:00.0"));
+        tree.function(FIRST, "8086", "10d3", "0x020000");
+        assert!(refusal(&tree).unwrap().contains("intel_iommu=on"));
+    }
+}
