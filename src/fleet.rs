@@ -28,8 +28,8 @@ use rustix::fs::{major, minor};
 use tokio::time;
 
 use crate::control::{
-    DiskSpec, FileRole, HotplugPolicy, LAUNCH_FD, Launch, MEMORY_BYTES_STEP, MachineSpec, NetSpec,
-    RateLimitSpec, RateSpec, Reply, WORKER_COMMAND,
+    DiskSpec, FileRole, HostDeviceSpec, HotplugPolicy, LAUNCH_FD, Launch, MEMORY_BYTES_STEP,
+    MachineSpec, NetSpec, RateLimitSpec, RateSpec, Reply, WORKER_COMMAND,
 };
 use crate::fleet::worker::Worker;
 use crate::os::cgroup::{Cgroup, Share};
@@ -92,6 +92,10 @@ pub struct WorkerSpec<'a> {
     pub net: Option<WorkerNet>,
     /// Bytes per second to and from all disks together, if there is a limit.
     pub disk_io_bps: Option<NonZeroU64>,
+    /// Devices of the host that are lent to the guest, each by its directory in sysfs. The worker
+    /// opens them, and their IOMMU groups have to be free by then. With any it has no balloon, and
+    /// all its memory is taken at once and stays.
+    pub devices: &'a [PathBuf],
     /// Slots for disks that are attached while it runs, as far as there are any left.
     pub spare_slots: u8,
     /// Whether the guest gets a vsock device.
@@ -360,7 +364,7 @@ fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
         vcpus: spec.vcpus,
         memory_bytes: spec.memory_bytes.next_multiple_of(MEMORY_BYTES_STEP),
         hotplug_bytes: spec.hotplug_bytes.next_multiple_of(MEMORY_BYTES_STEP),
-        balloon: true,
+        balloon: spec.devices.is_empty(),
         cmdline: String::new(),
         disks: disks
             .map(|disk| DiskSpec { id: disk.id.to_owned(), read_only: disk.read_only })
@@ -373,6 +377,7 @@ fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
         }),
         disk_limit: byte_limit(spec.disk_io_bps),
         vsock_cid: spec.vsock.then_some(VSOCK_CID),
+        devices: spec.devices.iter().map(|path| HostDeviceSpec { path: path.clone() }).collect(),
         serial: false,
     }
 }

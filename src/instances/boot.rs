@@ -131,6 +131,7 @@ impl Boot {
             disks,
             net,
             disk_io_bps: spec.disk_io_bps,
+            devices: &[],
             // Without an agent nobody in the guest would look for a disk.
             spare_slots: if spec.agent { SPARE_SLOTS } else { 0 },
             vsock: spec.agent,
