@@ -188,6 +188,11 @@ impl Devices {
         Ok(Self { shared: Arc::new(Shared { sysfs, store, boot_id, changing, tasks }) })
     }
 
+    /// Whether anything of this host can be given away, as far as can be told without doing so.
+    pub fn can_lend(&self) -> bool {
+        self.shared.sysfs.can_lend()
+    }
+
     /// Devices that can be registered, or are. Reads many small files: not for an async task.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use crate::devices::address::PciAddress;
 use crate::devices::errors::{HostError, UnfitError};
-use crate::devices::sysfs::{Function, Sysfs, VFIO_PCI};
+use crate::devices::sysfs::{Function, Sysfs, VFIO_PCI, names_in};
 
 /// Drivers beside which a device of the same group can be given away: the kernel trusts them not to
 /// let their device reach memory (Documentation/driver-api/vfio.rst, "Groups, Devices, and
@@ -10,6 +10,14 @@ use crate::devices::sysfs::{Function, Sysfs, VFIO_PCI};
 const HARMLESS_DRIVERS: [&str; 3] = [VFIO_PCI, "pci-stub", "pcieport"];
 
 impl Sysfs {
+    /// Whether there are an IOMMU and the drivers that give devices away.
+    pub(super) fn can_lend(&self) -> bool {
+        let has_groups = names_in(&self.root.join("sys/kernel/iommu_groups"));
+        has_groups.is_ok_and(|groups| !groups.is_empty())
+            && self.driver(VFIO_PCI).is_dir()
+            && self.root.join("dev/vfio/vfio").exists()
+    }
+
     /// The function at `address`, if it could be given away.
     ///
     /// # Errors
@@ -58,7 +66,8 @@ impl Sysfs {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::fs;
+
     use crate::devices::testing::Tree;
 
     const FIRST: &str = "0000:01:00.0";
@@ -96,7 +105,7 @@ mod tests {
     #[test]
     fn what_cannot_be_given_away_is_told_with_the_mend() {
         let tree = two_of_a_group();
-        std::fs::remove_dir_all(tree.root().join("sys/bus/pci/drivers/vfio-pci")).unwrap();
+        fs::remove_dir_all(tree.root().join("sys/bus/pci/drivers/vfio-pci")).unwrap();
         assert!(refusal(&tree).unwrap().ends_with("modprobe vfio-pci"));
 
         tree.function(FIRST, "8086", "1", "0x060400");

@@ -153,14 +153,12 @@ impl Sysfs {
         if self.table("proc/swaps")?.iter().any(|row| row.first() == Some(&device)) {
             return Ok(Some(HostUse::Swap { disk }));
         }
-        for holder in names_in(&folder.join("holders"))? {
-            let found = match depth.checked_sub(1) {
-                Some(depth) => self.use_of_block(&disk, &holder, depth)?,
-                None => None,
-            };
-            return Ok(Some(found.unwrap_or(HostUse::Part { disk, of: holder })));
-        }
-        Ok(None)
+        let Some(holder) = names_in(&folder.join("holders"))?.pop() else { return Ok(None) };
+        let found = match depth.checked_sub(1) {
+            Some(depth) => self.use_of_block(&disk, &holder, depth)?,
+            None => None,
+        };
+        Ok(Some(found.unwrap_or(HostUse::Part { disk, of: holder })))
     }
 
     /// Where the block device `number` is mounted (proc_pid_mountinfo(5)). Some file systems have

@@ -103,7 +103,10 @@ impl Sysfs {
     /// What the kernel says.
     pub(super) fn function(&self, address: &PciAddress) -> io::Result<Option<Function>> {
         let folder = self.folder(address);
-        let number = |name| Ok::<_, io::Error>(attribute(&folder.join(name))?.and_then(hex));
+        let number = |name| {
+            let text = attribute(&folder.join(name))?;
+            Ok::<_, io::Error>(text.as_deref().and_then(hex))
+        };
         let (Some(vendor), Some(device), Some(class)) =
             (number("vendor")?, number("device")?, number("class")?)
         else {
@@ -230,13 +233,12 @@ pub(super) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
-fn hex(text: String) -> Option<u32> {
-    u32::from_str_radix(text.strip_prefix("0x").unwrap_or(&text), 16).ok()
+fn hex(text: &str) -> Option<u32> {
+    u32::from_str_radix(text.strip_prefix("0x").unwrap_or(text), 16).ok()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::devices::testing::Tree;
 
     #[test]
