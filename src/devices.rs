@@ -13,7 +13,7 @@
 //! go of its device keeps whoever asks waiting.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,6 +37,7 @@ pub use errors::{
     ClaimError, DeleteError, FindError, GiveBackError, HostError, LendError, OpenError,
     RegisterError, UnfitError, WantError,
 };
+pub use fitness::Lack;
 pub use gpus::Gpus;
 pub use mediated::Profile;
 pub use record::{Wanted, claim};
@@ -190,7 +191,7 @@ impl Devices {
 
     /// Whether anything of this host can be given away, as far as can be told without doing so.
     pub fn can_lend(&self) -> bool {
-        self.shared.sysfs.can_lend()
+        self.shared.sysfs.lack().is_none()
     }
 
     /// Devices that can be registered, or are. Reads many small files: not for an async task.
@@ -370,6 +371,11 @@ impl Devices {
         };
         time::timeout(CHANGE_TIMEOUT, changed).await.map_err(|_elapsed| Stuck)
     }
+}
+
+/// What keeps the host with these folders from giving any device away.
+pub fn lack(root: &Path) -> Option<Lack> {
+    Sysfs { root: root.to_owned() }.lack()
 }
 
 impl Shared {

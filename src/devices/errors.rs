@@ -8,8 +8,8 @@ use crate::devices::address::PciAddress;
 use crate::devices::host_use::HostUse;
 
 /// What stands between a device and a group that can be given away.
-const NO_IOMMU_MEND: &str = "turn on VT-d or AMD-Vi in the firmware, boot the host with \
-                             intel_iommu=on if its processor is Intel's, and see `ovum doctor`";
+pub(super) const NO_IOMMU_MEND: &str = "turn on VT-d or AMD-Vi in the firmware, and boot the \
+                                        host with intel_iommu=on if its processor is Intel's";
 
 /// Why devices cannot be opened.
 #[derive(Debug, thiserror::Error)]

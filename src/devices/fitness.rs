@@ -1,7 +1,9 @@
 //! Which devices of the host can be given away, and why the others cannot.
 
+use std::collections::BTreeSet;
+
 use crate::devices::address::PciAddress;
-use crate::devices::errors::{HostError, UnfitError};
+use crate::devices::errors::{HostError, NO_IOMMU_MEND, UnfitError};
 use crate::devices::sysfs::{Function, Sysfs, VFIO_PCI, names_in};
 
 /// Drivers beside which a device of the same group can be given away: the kernel trusts them not to
@@ -9,13 +11,29 @@ use crate::devices::sysfs::{Function, Sysfs, VFIO_PCI, names_in};
 /// IOMMUs").
 const HARMLESS_DRIVERS: [&str; 3] = [VFIO_PCI, "pci-stub", "pcieport"];
 
+/// What a host lacks to give devices away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Lack {
+    /// Nothing would keep a device within the memory of its guest.
+    #[error("there is no IOMMU: {NO_IOMMU_MEND}")]
+    Iommu,
+    /// The modules.
+    #[error("there is no vfio-pci: modprobe vfio-pci")]
+    Driver,
+}
+
 impl Sysfs {
-    /// Whether there are an IOMMU and the drivers that give devices away.
-    pub(super) fn can_lend(&self) -> bool {
-        let has_groups = names_in(&self.root.join("sys/kernel/iommu_groups"));
-        has_groups.is_ok_and(|groups| !groups.is_empty())
-            && self.driver(VFIO_PCI).is_dir()
-            && self.root.join("dev/vfio/vfio").exists()
+    /// What keeps this host from giving any device away.
+    pub(super) fn lack(&self) -> Option<Lack> {
+        let groups = names_in(&self.root.join("sys/kernel/iommu_groups"));
+        if !groups.is_ok_and(|groups| !groups.is_empty()) {
+            return Some(Lack::Iommu);
+        }
+        let has_driver = self.driver(VFIO_PCI).is_dir();
+        if !has_driver || !self.root.join("dev/vfio/vfio").exists() {
+            return Some(Lack::Driver);
+        }
+        None
     }
 
     /// The function at `address`, if it could be given away.
@@ -38,17 +56,26 @@ impl Sysfs {
         }
     }
 
-    /// The rest of a function's group, if nothing in there keeps it from being given away now.
+    /// The rest of a function's group, if nothing keeps it from being given away now, together with
+    /// `others`.
     ///
     /// # Errors
     ///
     /// [`UnfitError`].
-    pub(super) fn free_group(&self, function: &Function) -> Result<Vec<PciAddress>, UnfitError> {
+    pub(super) fn free_group(
+        &self,
+        function: &Function,
+        others: &BTreeSet<PciAddress>,
+    ) -> Result<Vec<PciAddress>, UnfitError> {
         if !self.driver(VFIO_PCI).is_dir() {
             return Err(UnfitError::NoDriver);
         }
+        if let Some(used) = self.holds(&function.address).map_err(HostError)? {
+            return Err(UnfitError::HostUse { address: function.address.clone(), used });
+        }
         let peers = self.peers(function).map_err(HostError)?;
-        let busy = peers.iter().filter(|peer| !peer.is_bridge()).find_map(|peer| {
+        let strangers = peers.iter().filter(|peer| !others.contains(&peer.address));
+        let busy = strangers.into_iter().find_map(|peer| {
             let driver = peer.driver.as_deref()?;
             (!HARMLESS_DRIVERS.contains(&driver)).then_some((peer, driver))
         });
@@ -66,8 +93,10 @@ impl Sysfs {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
     use std::fs;
 
+    use super::Lack;
     use crate::devices::testing::Tree;
 
     const FIRST: &str = "0000:01:00.0";
@@ -84,7 +113,8 @@ mod tests {
 
     fn refusal(tree: &Tree) -> Option<String> {
         let function = tree.sysfs().fit(&FIRST.parse().unwrap());
-        let free = function.and_then(|function| tree.sysfs().free_group(&function));
+        let others = BTreeSet::new();
+        let free = function.and_then(|function| tree.sysfs().free_group(&function, &others));
         free.err().map(|error| error.to_string())
     }
 
@@ -96,10 +126,25 @@ mod tests {
         tree.driver(SECOND, "e1000e");
         let why = refusal(&tree).unwrap();
         assert!(why.contains("group 7 with 0000:01:00.1, which driver e1000e has"), "{why}");
+        let function = tree.sysfs().fit(&FIRST.parse().unwrap()).unwrap();
+        let together = BTreeSet::from([SECOND.parse().unwrap()]);
+        assert!(tree.sysfs().free_group(&function, &together).is_ok(), "both are given away");
         tree.driver(SECOND, "vfio-pci");
         assert_eq!(refusal(&tree), None);
-        tree.driver(SECOND, "shpchp").function(SECOND, "8086", "1", "0x060400");
+        tree.function(SECOND, "8086", "1", "0x060400").driver(SECOND, "pcieport");
         assert_eq!(refusal(&tree), None, "a bridge comes with what is behind it");
+    }
+
+    #[test]
+    fn what_the_host_lacks_is_told_with_the_mend() {
+        let tree = Tree::new();
+        assert_eq!(tree.sysfs().lack(), Some(Lack::Iommu));
+        tree.file("sys/kernel/iommu_groups/0/type", "DMA");
+        assert_eq!(tree.sysfs().lack(), Some(Lack::Driver));
+        tree.file("sys/bus/pci/drivers/vfio-pci/bind", "");
+        assert_eq!(tree.sysfs().lack(), Some(Lack::Driver), "modules that map memory are others");
+        tree.file("dev/vfio/vfio", "");
+        assert_eq!(tree.sysfs().lack(), None);
     }
 
     #[test]

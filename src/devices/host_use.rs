@@ -2,8 +2,8 @@
 //!
 //! A disk counts if something on it is mounted, swapped to, or part of something larger; an
 //! interface if it is up and traffic goes through it; a device with functions or mediated devices
-//! of its own, as long as there are any. Last of all the kernel is asked whether it lets anyone
-//! have the disk alone, which it does not if some file system that is not looked for here has it.
+//! of its own, as long as there are any. Before a device is given away the kernel is asked, too,
+//! whether it lets anyone have the disk alone: some file system that is not looked for here may.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -102,7 +102,7 @@ impl Sysfs {
             return Ok(Some(HostUse::Shared { parts: "mediated devices" }));
         }
         for disk in self.names_below(&folder, "block")? {
-            if let Some(found) = self.use_of_disk(&disk)? {
+            if let Some(found) = self.use_of_block(&disk, &disk, HOLDERS_DEPTH_MAX)? {
                 return Ok(Some(found));
             }
         }
@@ -130,14 +130,24 @@ impl Sysfs {
         Ok(names)
     }
 
-    fn use_of_disk(&self, disk: &str) -> io::Result<Option<HostUse>> {
-        if let Some(found) = self.use_of_block(disk, disk, HOLDERS_DEPTH_MAX)? {
-            return Ok(Some(found));
+    /// Whether the kernel gives a disk of the device at `address` to nobody else, whoever has it.
+    ///
+    /// It is asked by having the disk for a moment, in which nobody else gets it either: for a
+    /// device that is about to be given away, not for one that is only looked at.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub(super) fn holds(&self, address: &PciAddress) -> io::Result<Option<HostUse>> {
+        let folder = fs::canonicalize(self.folder(address))?;
+        for disk in self.names_below(&folder, "block")? {
+            let device = self.root.join("dev").join(disk.replace('!', "/"));
+            let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            if open(device, flags, Mode::empty()).err() == Some(Errno::BUSY) {
+                return Ok(Some(HostUse::Held { disk }));
+            }
         }
-        let device = self.root.join("dev").join(disk.replace('!', "/"));
-        let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let is_held = open(device, flags, Mode::empty()).err() == Some(Errno::BUSY);
-        Ok(is_held.then(|| HostUse::Held { disk: disk.to_owned() }))
+        Ok(None)
     }
 
     /// What the host does with `block`, which is `disk` or made of it.

@@ -77,14 +77,18 @@ impl Wanted {
 
 impl Shared {
     fn want(&self, keys: &[String]) -> Result<Vec<(Wanted, Device, Function)>, WantError> {
-        let (mut wanted, mut seen) = (Vec::new(), BTreeSet::new());
+        let (mut devices, mut addresses) = (Vec::new(), BTreeSet::new());
         for key in keys {
             let device = self.find(key)?;
-            if !seen.insert(device.id.clone()) {
+            if !addresses.insert(device.address.clone()) {
                 return Err(WantError::Twice { device: key.clone() });
             }
+            devices.push(device);
+        }
+        let mut wanted = Vec::new();
+        for device in devices {
             let function = self.sysfs.fit(&device.address)?;
-            let peers = self.sysfs.free_group(&function)?;
+            let peers = self.sysfs.free_group(&function, &addresses)?;
             let want = Wanted { id: device.id.clone(), name: device.name.clone(), peers };
             wanted.push((want, device, function));
         }

@@ -1,7 +1,8 @@
 //! Mediated devices: parts that a driver of the host makes of its device, such as of a GPU.
 //!
 //! ```text
-//! /sys/class/mdev_bus/PARENT/mdev_supported_types/TYPE/{name,description,available_instances,create}
+//! /sys/class/mdev_bus/PARENT/mdev_supported_types/TYPE/
+//!     name, description, available_instances, create
 //! /sys/bus/mdev/devices/UUID ──> below the parent, with a file `remove`
 //! ```
 //!

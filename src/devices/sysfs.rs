@@ -27,7 +27,8 @@ const FUNCTIONS_MAX: usize = 64 << 10;
 const CLASS_DISPLAY: u32 = 0x03;
 const CLASS_BRIDGE: u32 = 0x06;
 
-/// The name of groups of a host without IOMMU whose devices are given away all the same.
+/// The name of groups before which no IOMMU stands. A mediated device has one as well: it reaches
+/// memory only through its driver.
 const NO_IOMMU: &str = "vfio-noiommu";
 
 /// Where the kernel's folders are.
@@ -118,7 +119,7 @@ impl Sysfs {
             vendor: id(vendor),
             device: id(device),
             class,
-            group: self.group(&folder)?,
+            group: self.guarded_group(&folder)?,
             driver: link_name(&folder.join("driver"))?,
         }))
     }
@@ -155,7 +156,12 @@ impl Sysfs {
     /// What the kernel says.
     pub(super) fn group(&self, folder: &Path) -> io::Result<Option<u32>> {
         let name = link_name(&folder.join("iommu_group"))?;
-        let Some(group) = name.and_then(|name| name.parse().ok()) else { return Ok(None) };
+        Ok(name.and_then(|name| name.parse().ok()))
+    }
+
+    /// The same, if an IOMMU stands before it.
+    fn guarded_group(&self, folder: &Path) -> io::Result<Option<u32>> {
+        let Some(group) = self.group(folder)? else { return Ok(None) };
         let kind = attribute(&self.group_folder(group).join("name"))?;
         Ok(Some(group).filter(|_| kind.as_deref() != Some(NO_IOMMU)))
     }
