@@ -219,7 +219,7 @@ async fn what_a_guest_forges_goes_nowhere(host: &TestHost) {
 /// Megabits per second that the guest and the outside see pass.
 async fn iperf3(server: &Server, name: &str, direction: &str) -> f64 {
     let script = format!(
-        "iperf3 --format m --time 5 --omit 1 {direction} -c {FAR} | awk '/receiver/ {{print $7}}'"
+        "iperf3 --format m --time 8 --omit 1 {direction} -c {FAR} | awk '/receiver/ {{print $7}}'"
     );
     sh(server, name, &script).await.trim().parse().unwrap()
 }
