@@ -369,6 +369,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn memory_that_devices_reach_is_there_from_the_boot_on() {
+        let demand = HotplugPolicy::Demand { quiet_ms: 5 };
+        let plain = InstanceSpec::sample();
+        let devices = vec!["disk".to_owned()];
+        let with_device = InstanceSpec { devices, ..InstanceSpec::sample() };
+        let gpu_profile = Some("L40S-1Q".to_owned());
+        let with_part = InstanceSpec { gpu_profile, ..InstanceSpec::sample() };
+
+        assert_eq!(plain.hotplug(demand), demand);
+        for pinned in [with_device, with_part] {
+            assert_eq!(pinned.hotplug(demand), HotplugPolicy::Boot);
+        }
+    }
+
+    #[test]
     fn names_are_host_names() {
         for name in ["a", "a-b", "0", "web-1", &"x".repeat(63)] {
             assert!(name.parse::<InstanceName>().is_ok(), "{name}");

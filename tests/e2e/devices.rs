@@ -18,6 +18,7 @@ use tokio::time;
 
 use crate::cases;
 use crate::crash::{data_dir, settle};
+use crate::killed::{Operation, survives_a_kill_at_every_change};
 
 cases![
     a_disk_of_the_host_is_a_guests_and_comes_back,
@@ -26,10 +27,15 @@ cases![
     a_killed_worker_gives_the_driver_its_device_back,
     a_killed_server_leaves_what_is_lent_to_the_next_one,
     a_server_killed_while_it_lends_or_takes_back_leaves_nothing_lent,
+    a_device_is_lent_whole_or_not_at_all,
+    a_device_is_taken_back_whole_in_the_end,
     what_the_host_lives_on_is_not_given_away,
     devices_that_cannot_be_had_are_refused_by_name,
     devices_of_a_group_are_one_instances,
 ];
+
+/// The name that a device is registered by.
+pub(crate) const NAME: &str = "disk";
 
 /// NVMe controllers in sysfs.
 const NVME_CLASS: &str = "0x010802";
@@ -44,7 +50,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const PCI: &str = "/sys/bus/pci/devices";
 
 /// The address of the NVMe controller.
-fn nvme() -> String {
+pub(crate) fn nvme() -> String {
     let is_nvme = |path: &Path| {
         fs::read_to_string(path.join("class")).is_ok_and(|class| class.trim() == NVME_CLASS)
     };
@@ -61,7 +67,7 @@ fn driver(address: &str) -> Option<String> {
 }
 
 /// Waits until the device is as at first.
-async fn await_return(address: &str) {
+pub(crate) async fn await_return(address: &str) {
     let deadline = Instant::now() + PATIENCE;
     while driver(address).as_deref() != Some("nvme") {
         assert!(Instant::now() < deadline, "{address} has driver {:?}", driver(address));
@@ -94,14 +100,14 @@ fn idle(name: &str) -> Value {
     body(name, "sleep 100000")
 }
 
-async fn register(server: &Server, address: &str) -> Value {
-    let body = json!({ "pci_address": address, "name": "disk", "tags": { "of": "a test" } });
+pub(crate) async fn register(server: &Server, address: &str) -> Value {
+    let body = json!({ "pci_address": address, "name": NAME, "tags": { "of": "a test" } });
     let (status, device) = server.call(Method::POST, "/devices", Some(body)).await;
     assert_eq!(status, StatusCode::CREATED, "{device}");
     device
 }
 
-async fn forget(server: &Server, name: &str) {
+pub(crate) async fn forget(server: &Server, name: &str) {
     let (status, answer) = server.call(Method::DELETE, &format!("/devices/{name}"), None).await;
     assert_eq!(status, StatusCode::NO_CONTENT, "{answer}");
 }
@@ -192,6 +198,10 @@ async fn a_device_is_lent_while_its_instance_runs(host: &TestHost) {
     server.create(body("borrower", &script)).await;
     server.follow_until("borrower", "has it").await;
     let running = server.get("/devices/disk").await;
+    let worker = worker_pids().pop().unwrap();
+    let limits = fs::read_to_string(format!("/proc/{worker}/limits")).unwrap();
+    let asked = json!({ "reclaim_bytes": 1 << 30, "dry_run": true });
+    let (_, plan) = server.call(Method::POST, "/resources/memory/reclaim", Some(asked)).await;
 
     server.call(Method::POST, "/instances/borrower/stop", None).await;
     let stopped = (driver(&address), server.get("/devices/disk").await);
@@ -200,6 +210,9 @@ async fn a_device_is_lent_while_its_instance_runs(host: &TestHost) {
     let again = server.get("/devices/disk").await;
 
     assert_eq!(running["bound_to_vfio"], true, "{running}");
+    let locked = limits.lines().find(|line| line.starts_with("Max locked memory")).unwrap();
+    assert!(locked.contains(&((128 + 64) << 20).to_string()), "{locked}");
+    assert_eq!(plan["actions"], json!([]), "a guest whose memory is pinned gives none: {plan}");
     assert_eq!(stopped.0.as_deref(), Some("nvme"), "a stop returns when it is back");
     assert_eq!(stopped.1["bound_to_vfio"], false);
     assert_eq!(taken, StatusCode::CONFLICT, "it is the instance's also while that has stopped");
@@ -281,6 +294,14 @@ async fn a_server_killed_while_it_lends_or_takes_back_leaves_nothing_lent(_: &Te
     }
     forget(&server, "disk").await;
     server.kill();
+}
+
+async fn a_device_is_lent_whole_or_not_at_all(_: &TestHost) {
+    survives_a_kill_at_every_change(Operation::Borrow).await;
+}
+
+async fn a_device_is_taken_back_whole_in_the_end(_: &TestHost) {
+    survives_a_kill_at_every_change(Operation::Return).await;
 }
 
 /// The address of the device below which a thing of a class is.
