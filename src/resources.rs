@@ -55,7 +55,7 @@ pub struct Ratios {
 pub struct Configured {
     /// Bytes of disk.
     pub disk_bytes: Option<u64>,
-    /// Bytes per second of network; without it that is not looked after.
+    /// Bytes per second of network; without it, what the link says of itself.
     pub network_bps: Option<u64>,
     /// Bytes per second of disk; without it that is not looked after.
     pub disk_io_bps: Option<u64>,
@@ -358,7 +358,12 @@ impl Shared {
             (Kind::Cpu, Some(self.processors), false, cpu),
             (Kind::Memory, Some(self.memory_bytes), false, memory),
             (Kind::Disk, disk_bytes.or_else(found_disk), disk_bytes.is_some(), disk),
-            (Kind::Network, network_bps, true, network),
+            (
+                Kind::Network,
+                network_bps.or_else(capacity::uplink_bps),
+                network_bps.is_some(),
+                network,
+            ),
             (Kind::DiskIo, disk_io_bps, true, disk_io),
         ];
         let used = self.disk_use(ledger, age_max);

@@ -26,7 +26,7 @@ use crate::program::{self, Program, ProgramError, Refusal};
 use crate::session::Closed;
 use crate::spawn::{self, Place, SpawnError};
 use crate::terminal::{self, Terminal};
-use crate::workload::OUTPUT_MODE;
+use crate::workload::{self, OUTPUT_MODE};
 
 /// Exit status of a command whose time was over.
 const TIMED_OUT: u8 = 124;
@@ -129,7 +129,7 @@ impl Command {
             working_dir: working_dir.as_deref(),
             is_mortal: true,
         };
-        let pid = spawn::spawn(&program, place, None).map_err(|error| match error {
+        let pid = start_beside_workload(&program, place).map_err(|error| match error {
             SpawnError::Clone(errno) => system(errno),
             SpawnError::Directory(errno) => {
                 let path = spec.working_dir.as_deref().unwrap_or_default();
@@ -385,6 +385,16 @@ fn ends(spec: &ExecSpec) -> Result<Ends, Errno> {
         fs::fchmod(theirs, Mode::from_raw_mode(OUTPUT_MODE))?;
     }
     Ok(Ends { input, output, error, theirs: [their_input, their_output, their_error] })
+}
+
+/// Starts a command in the workload's cgroup, so that what holds the one up holds the other. A
+/// workload that divides its group leaves no room in it: then the command goes without.
+fn start_beside_workload(program: &Program, place: Place<'_>) -> Result<Pid, SpawnError> {
+    let Ok(cgroup) = workload::cgroup() else { return spawn::spawn(program, place, None) };
+    match spawn::spawn(program, place, Some(cgroup.as_fd())) {
+        Err(SpawnError::Clone(_)) => spawn::spawn(program, place, None),
+        started => started,
+    }
 }
 
 fn malformed(error: &ProgramError) -> NotStarted {

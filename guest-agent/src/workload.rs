@@ -16,7 +16,7 @@ use crate::program::{Program, Refusal};
 use crate::root;
 use crate::spawn::{self, Place, SpawnError};
 
-/// The workload's own cgroup, apart from what else runs in the guest.
+/// The cgroup of the workload and of the commands beside it, apart from the agent.
 pub(crate) const CGROUP: &str = "/sys/fs/cgroup/workload";
 
 /// Open files that a workload may have at once before it asks for more, and after it asked. The
@@ -62,7 +62,7 @@ impl Workload {
         fs::fchmod(&input, Mode::from_raw_mode(OUTPUT_MODE)).map_err(StartError::System)?;
         let files = Rlimit { current: Some(FILES_MAX), maximum: Some(FILES_MAX_HARD) };
         process::setrlimit(Resource::Nofile, files).map_err(StartError::System)?;
-        let cgroup = cgroup().ok();
+        let cgroup = root::directory(CGROUP).and_then(|()| cgroup()).ok();
         let cgroup = cgroup.as_ref().map(AsFd::as_fd);
         let place = Place {
             input: None,
@@ -114,8 +114,8 @@ fn oom_kills(vmstat: &str) -> u64 {
         .unwrap_or(0)
 }
 
-fn cgroup() -> Result<OwnedFd, Errno> {
-    root::directory(CGROUP)?;
+/// The workload's cgroup, for what is to live with it; an init system has none of ours.
+pub(crate) fn cgroup() -> Result<OwnedFd, Errno> {
     fs::open(CGROUP, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
 }
 

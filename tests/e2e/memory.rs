@@ -18,6 +18,7 @@ cases![
     guests_give_up_memory_for_a_while_and_get_it_back,
     a_guest_that_is_short_gets_memory_and_gives_it_up_when_it_is_idle,
     a_guest_gets_memory_on_demand_while_there_is_no_server,
+    a_command_that_is_short_waits_for_memory_as_the_workload_does,
     more_memory_than_an_instance_may_have_is_refused,
 ];
 
@@ -232,6 +233,25 @@ async fn a_guest_gets_memory_on_demand_while_there_is_no_server(_: &TestHost) {
     output(&server, "alone", "rm /t/f").await;
     until_total_is(&server, "alone", booted).await;
     server.delete("alone").await;
+    server.kill();
+}
+
+async fn a_command_that_is_short_waits_for_memory_as_the_workload_does(_: &TestHost) {
+    let mut server = on_demand("beside").await;
+    server.pull(BUSYBOX).await;
+    let body = json!({
+        "name": "beside", "image": BUSYBOX, "size": "128MB", "hotplug_size": "384MB", "vcpus": 1,
+        "cmd": ["sleep", "100000"],
+    });
+    server.create(body).await;
+    server.wait("beside", "Running").await;
+
+    let script = "mkdir /t && mount -t tmpfs -o size=300m none /t && \
+        dd if=/dev/zero of=/t/f bs=1M count=200 2>/dev/null; cat /proc/self/cgroup";
+    assert_eq!(output(&server, "beside", script).await.trim(), "0::/workload");
+
+    until_it_is_fed(&server, "beside").await;
+    server.delete("beside").await;
     server.kill();
 }
 

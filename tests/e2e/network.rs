@@ -5,7 +5,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use reqwest::{Method, StatusCode};
@@ -14,7 +14,9 @@ use tokio::time;
 
 use crate::cases;
 use crate::outside::{FAR, NEAR, Outside, ip};
-use ovum_test_host::{BUSYBOX, Server, TestHost, ovum, subnet_of, taps, worker_pids};
+use ovum_test_host::{
+    BUSYBOX, DEBIAN_MEASURE, Server, TestHost, ovum, subnet_of, taps, worker_pids,
+};
 
 cases![
     a_guest_reaches_its_gateway_and_what_lies_behind_it,
@@ -35,9 +37,8 @@ const TOLERANCE: f64 = 0.05;
 /// How often a rate is measured before it counts as too low.
 const ATTEMPTS_MAX: usize = 5;
 
-/// What is sent to see how fast: 6 s of it.
-const SENT_BYTES: u64 = 6 * RATE_BYTES;
-const RATE_BYTES: u64 = 2 << 20;
+/// The rate that is asked for, in megabits per second.
+const RATE_MBPS: f64 = 16.0;
 
 fn data_dir(name: &str) -> PathBuf {
     Path::new("/var/lib/ovum").join(name)
@@ -215,27 +216,12 @@ async fn what_a_guest_forges_goes_nowhere(host: &TestHost) {
     }
 }
 
-/// Bytes per second that come from the guest at `address`, from the first of its page to the last.
-fn upload(address: &str) -> f64 {
-    let mut guest = TcpStream::connect((address, 80)).unwrap();
-    guest.write_all(b"GET /zeroes HTTP/1.0\r\n\r\n").unwrap();
-    let mut chunk = vec![0; 64 << 10];
-    let mut bytes = guest.read(&mut chunk).unwrap() as u64;
-    let began = Instant::now();
-    while let Ok(read @ 1..) = guest.read(&mut chunk) {
-        bytes += read as u64;
-    }
-    assert!(bytes > SENT_BYTES, "{bytes} of {SENT_BYTES} bytes came");
-    bytes as f64 / began.elapsed().as_secs_f64()
-}
-
-/// Bytes that the guest fetches in a second.
-async fn download(server: &Server, name: &str) -> f64 {
-    let time = "cut -d' ' -f1 /proc/uptime";
-    let script = format!("{time}; wget -q -O /dev/null http://{FAR}:9000/ && {time}");
-    let times = sh(server, name, &script).await;
-    let times: Vec<f64> = times.lines().map(|line| line.parse().unwrap()).collect();
-    SENT_BYTES as f64 / (times[1] - times[0])
+/// Megabits per second that the guest and the outside see pass.
+async fn iperf3(server: &Server, name: &str, direction: &str) -> f64 {
+    let script = format!(
+        "iperf3 --format m --time 8 --omit 1 {direction} -c {FAR} | awk '/receiver/ {{print $7}}'"
+    );
+    sh(server, name, &script).await.trim().parse().unwrap()
 }
 
 /// Measures a rate: it is never above what was asked for, nor below, unless a host that stands
@@ -244,7 +230,7 @@ async fn reached(what: &str, measure: impl AsyncFn() -> f64) {
     let mut seen = Vec::new();
     while !seen.last().is_some_and(|ratio| *ratio > 1.0 - TOLERANCE) {
         assert!(seen.len() < ATTEMPTS_MAX, "{what}: {seen:?} of what was asked for");
-        let ratio = measure().await / RATE_BYTES as f64;
+        let ratio = measure().await / RATE_MBPS;
         assert!(ratio < 1.0 + TOLERANCE, "{what}: {ratio} of what was asked for");
         seen.push(ratio);
     }
@@ -253,23 +239,27 @@ async fn reached(what: &str, measure: impl AsyncFn() -> f64) {
 
 async fn a_bandwidth_is_what_was_asked_for(host: &TestHost) {
     let server = &host.server;
-    let outside = Outside::open();
-    outside.pour(9000, SENT_BYTES);
+    let _outside = Outside::open();
+    let mut iperf3_server = Command::new("ip")
+        .args(["netns", "exec", "outside", "iperf3", "--server"])
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    server.pull(DEBIAN_MEASURE).await;
     let instance = server
         .create(json!({
-            "name": "limited", "image": BUSYBOX, "size": "128MB", "vcpus": 1,
+            "name": "limited", "image": DEBIAN_MEASURE, "size": "256MB", "vcpus": 1,
             "cmd": ["sleep", "100000"],
-            "network": { "bandwidth_download": "2MB/s", "bandwidth_upload": "2MB/s" },
+            "network": { "bandwidth_download": "16Mbps", "bandwidth_upload": "16Mbps" },
         }))
         .await;
+    assert_eq!(instance["network"]["bandwidth_download"], "2000000B/s");
     server.wait("limited", "Running").await;
 
-    let page = format!("head -c {SENT_BYTES} /dev/zero > /dev/shm/zeroes");
-    sh(server, "limited", &format!("{page} && httpd -p 80 -h /dev/shm")).await;
-    let address = address(server, "limited").await;
-    reached("upload", async || upload(&address)).await;
-    reached("download", async || download(server, "limited").await).await;
-    assert_eq!(instance["network"]["bandwidth_download"], "2MB/s");
+    reached("upload", async || iperf3(server, "limited", "").await).await;
+    reached("download", async || iperf3(server, "limited", "--reverse").await).await;
+    iperf3_server.kill().unwrap();
+    iperf3_server.wait().unwrap();
     server.delete("limited").await;
 }
 

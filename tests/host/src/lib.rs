@@ -38,6 +38,9 @@ pub const DEBIAN: &str = "127.0.0.1:5000/debian:bookworm";
 /// Debian with systemd, which is its command.
 pub const DEBIAN_SYSTEMD: &str = "127.0.0.1:5000/debian-systemd:bookworm";
 
+/// Debian with what measures disks and networks.
+pub const DEBIAN_MEASURE: &str = "127.0.0.1:5000/debian-measure:bookworm";
+
 /// What servers here sign tokens with.
 pub const SECRET: &str = "the secret of a test";
 
