@@ -47,6 +47,12 @@ pub mod worker;
 /// emulated.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How much longer for each GiB of a guest with devices: all of its memory is made ready at once.
+const PIN_TIMEOUT_PER_GIB: Duration = Duration::from_secs(1);
+
+/// What a worker with devices may keep in memory beside its guest's, in bytes: rings of its own.
+const PINNED_BYTES_MIN: u64 = 64 << 20;
+
 /// How long a worker may take to answer anything else.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -247,14 +253,23 @@ impl Fleet {
         fs::write(&path, serde_json::to_vec(started.identity()).unwrap_or_default())
             .map_err(|source| SpawnError::File { path, source })?;
 
+        let MachineSpec { devices, memory_bytes, hotplug_bytes, .. } = &launch.machine;
+        let mut timeout = LAUNCH_TIMEOUT;
+        if !devices.is_empty() {
+            let pinned_bytes = memory_bytes.saturating_add(*hotplug_bytes);
+            let locked_bytes = pinned_bytes.saturating_add(PINNED_BYTES_MIN);
+            started.identity().limit_locked_memory(locked_bytes).map_err(SpawnError::Start)?;
+            let gib = u32::try_from(pinned_bytes.div_ceil(1 << 30)).unwrap_or(u32::MAX);
+            timeout = timeout.saturating_add(PIN_TIMEOUT_PER_GIB.saturating_mul(gib));
+        }
         let launch = serde_json::to_vec(launch).map_err(|e| SpawnError::Start(e.into()))?;
         ours.send(&launch, files).map_err(SpawnError::Start)?;
         started.connect_with(ours).map_err(SpawnError::Start)?;
-        match time::timeout(LAUNCH_TIMEOUT, started.reply()).await {
+        match time::timeout(timeout, started.reply()).await {
             Ok(Ok(Reply::Done(_))) => Ok(worker),
             Ok(Ok(Reply::Failed { message })) => Err(SpawnError::Refused { message }),
             Ok(Ok(Reply::Event(_)) | Err(_)) => Err(SpawnError::Died),
-            Err(_elapsed) => Err(SpawnError::Silent { after: LAUNCH_TIMEOUT }),
+            Err(_elapsed) => Err(SpawnError::Silent { after: timeout }),
         }
     }
 

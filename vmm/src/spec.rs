@@ -12,9 +12,10 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::layout::MMIO_SLOTS;
-use crate::pci::DEVICES_MAX;
 use crate::rate_limiter::RateLimitSpec;
 use crate::vfio::{NAME_BYTES_MAX, is_device_path};
+
+pub use crate::pci::DEVICES_MAX;
 
 /// Most vCPUs a machine can have.
 pub const VCPUS_MAX: u8 = 32;
