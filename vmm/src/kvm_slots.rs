@@ -6,22 +6,20 @@
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::VmFd;
-
+use crate::kvm::Vm;
 use crate::memory::{MemoryListener, MemoryRange};
 
 /// All slots of a machine. Clones are the same.
 #[derive(Debug, Clone)]
 pub struct KvmSlots {
-    vm: Arc<VmFd>,
+    vm: Arc<dyn Vm>,
     /// Where in this process each slot begins, by its number.
     starts: Arc<Mutex<Vec<Option<u64>>>>,
 }
 
 impl KvmSlots {
     /// None yet.
-    pub fn new(vm: Arc<VmFd>) -> Self {
+    pub fn new(vm: Arc<dyn Vm>) -> Self {
         Self { vm, starts: Arc::default() }
     }
 
@@ -53,19 +51,7 @@ impl KvmSlots {
 
     /// Tells KVM of one slot; no bytes are no slot.
     fn set(&self, slot: usize, range: MemoryRange) -> io::Result<()> {
-        let region = kvm_userspace_memory_region {
-            slot: u32::try_from(slot).map_err(io::Error::other)?,
-            flags: 0,
-            guest_phys_addr: range.guest_start,
-            memory_size: range.bytes,
-            userspace_addr: range.host_start,
-        };
-        // SAFETY: the range is one live mapping of `Memory` or of a device, which unmap none
-        // before they have told so here, or when the vCPUs have ended; KVM refuses a slot whose
-        // guest addresses another has.
-        #[expect(unsafe_code, reason = "the guest is given this process's memory")]
-        let set = unsafe { self.vm.set_user_memory_region(region) };
-        set.map_err(|error| io::Error::from_raw_os_error(error.errno()))
+        self.vm.set_slot(u32::try_from(slot).map_err(io::Error::other)?, range)
     }
 }
 

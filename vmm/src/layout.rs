@@ -52,6 +52,10 @@ pub const PCI_LOW_START: u64 = 0xd800_0000;
 pub const PCI_LOW_BYTES: u64 = 512 << 20;
 /// Bytes of the window for BARs above 4 GiB: twice the largest BAR, and so is what it begins at.
 pub const PCI_HIGH_BYTES: u64 = 256 << 30;
+/// Where BARs of ports can be, if there is a PCI bus: above all fixed ports.
+pub const PCI_PORTS_START: u16 = 0xc000;
+/// Ports of that window.
+pub const PCI_PORTS: u16 = 0x4000;
 /// The IOAPIC that KVM emulates.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// The local APIC of each CPU.
@@ -95,6 +99,8 @@ const _: () = assert!(HOLE_START.is_multiple_of(2 << 20), "RAM must end on a hug
 const _: () = assert!(MMIO_START + MMIO_SLOTS * MMIO_SLOT_BYTES <= IOAPIC_START);
 const _: () = assert!(MMIO_START + MMIO_SLOTS * MMIO_SLOT_BYTES <= ECAM_START);
 const _: () = assert!(ECAM_START + ECAM_BYTES <= PCI_LOW_START);
+const _: () = assert!(PCI_PORTS_START as u32 + PCI_PORTS as u32 <= 1 << 16);
+const _: () = assert!(PCI_PORTS_START > PANIC_PORT && PCI_PORTS_START > SERIAL_PORT);
 const _: () = assert!(PCI_LOW_START + PCI_LOW_BYTES <= IOAPIC_START);
 const _: () = assert!(MMIO_GSI_FIRST as u64 + MMIO_SLOTS <= IOAPIC_LINES as u64);
 const _: () = assert!(PAGE_TABLES_START + 3 * 4096 <= CMDLINE_START);

@@ -5,7 +5,6 @@
 //! machine runs by itself, and what happens to it arrives as [`MachineEvent`]s; dropping it ends
 //! all its threads. Disks come and go meanwhile ([`mod@disks`]).
 
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -23,6 +22,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::arch::{acpi, boot, cpuid, registers};
 use crate::events::Events;
 pub use crate::events::{MachineEvent, MachineEventKind, StopReason};
+use crate::kvm::Vm;
 use crate::kvm_slots::KvmSlots;
 use crate::layout::{KVM_TSS_START, MMIO_SLOTS, SERIAL_GSI, hotplug_start};
 use crate::machine::place::place;
@@ -58,8 +58,10 @@ mod place;
 const CMDLINE: &str = "quiet panic=-1 tsc=reliable no_timer_check random.trust_cpu=on";
 /// Without devices of the host there is no bus, and finding that out takes over 200 exits.
 const CMDLINE_NO_PCI: &str = " pci=off";
-/// Without a 16550 there is none to look for, and the console is virtio.
-const CMDLINE_NO_SERIAL: &str = "console=hvc0 8250.nr_uarts=0";
+/// Without a 16550 the console is virtio, and
+const CMDLINE_NO_SERIAL: &str = "console=hvc0";
+/// there is none to look for, unless a device of the host is one.
+const CMDLINE_NO_UART: &str = " 8250.nr_uarts=0";
 /// With one the kernel speaks from its first line, and there only: both go to the same file. What
 /// it said before it knew of the port is said again then, if by then nothing is kept quiet.
 const CMDLINE_SERIAL: &str = "ignore_loglevel console=ttyS0 earlyprintk=ttyS0";
@@ -115,7 +117,7 @@ impl Machine {
         let kvm = kvm(files.kvm)?;
         let vm = Arc::new(kvm.create_vm().map_err(BuildError::kvm("create a virtual machine"))?);
         set_up_interrupts(&vm)?;
-        let slots = KvmSlots::new(Arc::clone(&vm));
+        let slots = KvmSlots::new(Arc::clone(&vm) as Arc<dyn Vm>);
         let mut listeners: Vec<Box<dyn MemoryListener>> = vec![Box::new(slots.clone())];
         let pci = if spec.devices.is_empty() {
             None
@@ -151,13 +153,8 @@ impl Machine {
 
         let windows = pci.as_ref().map(PciBus::windows);
         acpi::write_tables(&mem, spec.vcpus, slot_count as u64, spec.serial, windows)?;
-        let mut cmdline = String::from(CMDLINE);
-        let words = if spec.serial { CMDLINE_SERIAL } else { CMDLINE_NO_SERIAL };
-        let hotplug = if spec.hotplug_bytes > 0 { CMDLINE_HOTPLUG } else { "" };
-        let bus = if pci.is_some() { "" } else { CMDLINE_NO_PCI };
-        write!(cmdline, " {words}{hotplug}{bus} {}", spec.cmdline).expect("a String takes all");
         let kernel = &mut files.kernel;
-        let entry = boot::load(&mem, kernel, &mut files.initramfs, cmdline.trim_end())?;
+        let entry = boot::load(&mem, kernel, &mut files.initramfs, cmdline(spec).trim_end())?;
         registers::write_tables(&mem).map_err(BuildError::Tables)?;
 
         let unstarted = vcpus(&kvm, &vm, spec.vcpus, entry)?;
@@ -335,6 +332,16 @@ impl Machine {
     }
 }
 
+/// The words for the guest's kernel.
+fn cmdline(spec: &MachineSpec) -> String {
+    let has_bus = !spec.devices.is_empty();
+    let console = if spec.serial { CMDLINE_SERIAL } else { CMDLINE_NO_SERIAL };
+    let uart = if spec.serial || has_bus { "" } else { CMDLINE_NO_UART };
+    let bus = if has_bus { "" } else { CMDLINE_NO_PCI };
+    let hotplug = if spec.hotplug_bytes > 0 { CMDLINE_HOTPLUG } else { "" };
+    format!("{CMDLINE} {console}{uart}{bus}{hotplug} {}", spec.cmdline)
+}
+
 fn kvm(file: OwnedFd) -> Result<Kvm, BuildError> {
     // SAFETY: the descriptor is owned and given away here; whether it is /dev/kvm is asked next.
     #[expect(unsafe_code, reason = "a descriptor that was handed over has no other way in")]
@@ -360,11 +367,11 @@ fn bus(
 ) -> Result<PciBus, BuildError> {
     let memory_end = hotplug_start(spec.memory_bytes) + spec.hotplug_bytes;
     let windows = pci::windows(memory_end);
-    let routes = Routes::new(Arc::clone(vm));
+    let routes = Routes::new(Arc::clone(vm) as Arc<dyn Vm>);
     let place = Place { slots, routes, windows: windows.clone() };
     let devices = spec.devices.iter().map(|device| {
         let opened = container.open(&device.path)?;
-        Passthrough::new(opened, place.clone())
+        Passthrough::new(Box::new(opened), place.clone())
     });
     Ok(PciBus::new(devices.collect::<Result<_, _>>()?, windows)?)
 }

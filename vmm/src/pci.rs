@@ -2,7 +2,8 @@
 //!
 //! A machine without such devices has no bus, so that its kernel looks for none. Configuration
 //! space is memory (PCI Express Base 5.0, 7.2.2 "PCI Express Enhanced Configuration Access
-//! Mechanism"); the old ports for it are not there. Behind it are the two windows for BARs.
+//! Mechanism"); the old ports for it are not there. Behind it are the two windows for BARs, and
+//! there is one of ports.
 
 pub mod bars;
 pub mod config;
@@ -10,9 +11,11 @@ pub mod msi;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::layout::{ECAM_BYTES, ECAM_START, PCI_LOW_BYTES, PCI_LOW_START, pci_high};
+use crate::layout::{
+    ECAM_BYTES, ECAM_START, PCI_LOW_BYTES, PCI_LOW_START, PCI_PORTS, PCI_PORTS_START, pci_high,
+};
 use crate::vfio::passthrough::Passthrough;
-use bars::Windows;
+use bars::{Space, Windows};
 
 /// Most devices of the host in a machine: a bus has 32, and the first is the host bridge.
 pub const DEVICES_MAX: usize = 16;
@@ -27,7 +30,11 @@ const BRIDGE: [u8; 16] = [0x36, 0x1b, 0x08, 0x00, 0, 0, 0, 0, 0, 0, 0x00, 0x06, 
 
 /// Where BARs can be in a machine whose memory, with all that can be added, ends at `memory_end`.
 pub fn windows(memory_end: u64) -> Windows {
-    Windows { low: PCI_LOW_START..PCI_LOW_START + PCI_LOW_BYTES, high: pci_high(memory_end) }
+    Windows {
+        low: PCI_LOW_START..PCI_LOW_START + PCI_LOW_BYTES,
+        high: pci_high(memory_end),
+        ports: u64::from(PCI_PORTS_START)..u64::from(PCI_PORTS_START) + u64::from(PCI_PORTS),
+    }
 }
 
 /// The bus. Each function has a lock of its own; no two are ever held together.
@@ -74,10 +81,20 @@ impl PciBus {
             }
             return true;
         }
-        if !self.windows.contain(address) {
+        self.read_bar(Space::Memory, address, data)
+    }
+
+    /// A vCPU reads ports; false if they are none of the bus.
+    pub fn read_port(&self, port: u16, data: &mut [u8]) -> bool {
+        self.read_bar(Space::Ports, port.into(), data)
+    }
+
+    /// What no BAR is at is ones.
+    fn read_bar(&self, space: Space, address: u64, data: &mut [u8]) -> bool {
+        if !self.windows.contain(space, address) {
             return false;
         }
-        if !self.functions.iter().any(|function| lock(function).read(address, data)) {
+        if !self.functions.iter().any(|function| lock(function).read(space, address, data)) {
             data.fill(0xff);
         }
         true
@@ -92,9 +109,19 @@ impl PciBus {
             }
             return true;
         }
-        // What no BAR is at is dropped.
-        self.windows.contain(address) && {
-            let _ = self.functions.iter().any(|function| lock(function).write(address, data));
+        self.write_bar(Space::Memory, address, data)
+    }
+
+    /// A vCPU writes ports; false if they are none of the bus.
+    pub fn write_port(&self, port: u16, data: &[u8]) -> bool {
+        self.write_bar(Space::Ports, port.into(), data)
+    }
+
+    /// What no BAR is at is dropped.
+    fn write_bar(&self, space: Space, address: u64, data: &[u8]) -> bool {
+        self.windows.contain(space, address) && {
+            let mut functions = self.functions.iter();
+            let _ = functions.any(|function| lock(function).write(space, address, data));
             true
         }
     }

@@ -67,6 +67,21 @@ impl Platform {
             self.slots.write(address, data);
         }
     }
+
+    /// A vCPU reads ports.
+    fn read_port(&self, port: u16, data: &mut [u8]) {
+        if !self.pci.as_ref().is_some_and(|pci| pci.read_port(port, data)) {
+            self.ports.read(port, data);
+        }
+    }
+
+    /// A vCPU writes ports; an answer is the end of the machine.
+    fn write_port(&self, port: u16, data: &[u8]) -> Option<StopReason> {
+        if self.pci.as_ref().is_some_and(|pci| pci.write_port(port, data)) {
+            return None;
+        }
+        self.ports.write(port, data)
+    }
 }
 
 /// A running vCPU; ends its thread when dropped.
@@ -251,7 +266,7 @@ impl VcpuThread {
     /// Every exit is in this `match`. One that is not ends the machine, never this process: what
     /// the guest does is input.
     fn turn(&mut self) -> Turn {
-        let Platform { ports, exits, .. } = &*self.platform;
+        let Platform { exits, .. } = &*self.platform;
         let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
         let fault = |what: String| Turn::Ended(StopReason::Fault(what));
         let index = self.index;
@@ -266,11 +281,11 @@ impl VcpuThread {
             }
             Ok(VcpuExit::IoIn(port, data)) => {
                 count(&exits.port_reads);
-                ports.read(port, data);
+                self.platform.read_port(port, data);
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 count(&exits.port_writes);
-                if let Some(reason) = ports.write(port, data) {
+                if let Some(reason) = self.platform.write_port(port, data) {
                     return Turn::Ended(reason);
                 }
             }

@@ -9,10 +9,12 @@
 //! is the one place of this crate that reaches files by their path.
 
 pub mod device;
+pub mod mapping;
 pub mod passthrough;
 
 use std::fmt::{self, Debug, Formatter};
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::Arc;
@@ -20,9 +22,11 @@ use std::sync::Arc;
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioDeviceFd, VfioError as Refusal, VfioOps};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::{MemoryListener, MemoryRange};
-use device::HostDevice;
+use device::{HostDevice, Region};
+use mapping::Mapping;
 
 /// Longest name of a device: a PCI address or a UUID.
 pub const NAME_BYTES_MAX: usize = 64;
@@ -74,6 +78,40 @@ pub enum VfioError {
         /// What is the matter.
         why: String,
     },
+}
+
+/// What stands behind a device in a guest: one of the host, or whoever wants to see what a guest
+/// can make it do.
+pub trait Backend: Debug + Send {
+    /// What the host calls it.
+    fn name(&self) -> &str;
+
+    /// What it has at `index`, a number of `linux/vfio.h`; nothing if it has nothing there.
+    fn region(&self, index: u32) -> Region;
+
+    /// How many interrupts of the kind `index` it has.
+    fn interrupts(&self, index: u32) -> u32;
+
+    /// Lets it raise `events`, the first interrupts of the kind `index` and no more than it has;
+    /// none are none.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    fn raise(&self, index: u32, events: &[&EventFd]) -> io::Result<()>;
+
+    /// Reads at `offset`; what cannot be read is ones, as on a bus where nothing answers.
+    fn read(&self, region: &Region, offset: u64, data: &mut [u8]);
+
+    /// Writes at `offset`; what cannot be written is dropped.
+    fn write(&self, region: &Region, offset: u64, data: &[u8]);
+
+    /// Maps `area` of a region, whole pages of it, into this process, which does not touch it.
+    ///
+    /// # Errors
+    ///
+    /// What mmap(2) says.
+    fn map(&self, region: &Region, area: &Range<u64>) -> io::Result<Mapping>;
 }
 
 /// Whether a path is one that sysfs lists a device at. No link is followed that is not sysfs's.

@@ -265,7 +265,8 @@ struct HostBridge(Windows);
 
 impl Aml for HostBridge {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        let Self(Windows { low, high }) = self;
+        let Self(Windows { low, high, ports }) = self;
+        let port = |number: u64| u16::try_from(number).unwrap_or(0);
         let double = |address: u64| u32::try_from(address).unwrap_or(0);
         let no_cache = AddressSpaceCacheable::NotCacheable;
         aml::Device::new(
@@ -280,6 +281,7 @@ impl Aml for HostBridge {
                     "_CRS".into(),
                     &aml::ResourceTemplate::new(vec![
                         &aml::AddressSpace::new_bus_number(0_u16, 0_u16),
+                        &aml::AddressSpace::new_io(port(ports.start), port(ports.end - 1), None),
                         &aml::AddressSpace::new_memory(
                             no_cache,
                             true,

@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use super::bars::{BARS_MAX, BarKind, BarShape};
+use super::bars::{BARS_MAX, BarKind, BarShape, Space};
 
 /// Bytes of the configuration space of PCI.
 pub const CONFIG_BYTES_MIN: usize = 256;
@@ -27,12 +27,14 @@ const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
 const INTERRUPT_PIN: usize = 0x3d;
 /// First byte behind the header.
-const HEADER_BYTES: usize = 0x40;
+pub const HEADER_BYTES: usize = 0x40;
 /// First byte of the extended capabilities.
 const EXTENDED: usize = 0x100;
 
+const COMMAND_PORTS: u16 = 1;
 const COMMAND_MEMORY: u16 = 1 << 1;
-/// Memory decoding, bus mastering, parity, SERR; no ports, and no interrupt pin to turn off.
+/// Memory decoding, bus mastering, parity, SERR; no interrupt pin to turn off. Ports are decoded
+/// where there are any.
 const COMMAND_WRITABLE: u16 = COMMAND_MEMORY | 1 << 2 | 1 << 6 | 1 << 8;
 const STATUS_CAPABILITIES: u8 = 1 << 4;
 const MULTIFUNCTION: u8 = 1 << 7;
@@ -181,32 +183,33 @@ impl ConfigSpace {
 
     /// The command register, as it has to be in the device, and where.
     pub fn command(&self) -> (usize, u16) {
-        (COMMAND, self.word(COMMAND) & COMMAND_WRITABLE)
+        (COMMAND, self.word(COMMAND) & (COMMAND_WRITABLE | COMMAND_PORTS))
     }
 
-    /// Whether the device answers at its BARs.
-    pub fn decodes_memory(&self) -> bool {
-        self.word(COMMAND) & COMMAND_MEMORY != 0
+    /// Whether the device answers at its BARs of a kind.
+    pub fn decodes(&self, space: Space) -> bool {
+        let bit = match space {
+            Space::Memory => COMMAND_MEMORY,
+            Space::Ports => COMMAND_PORTS,
+        };
+        self.word(COMMAND) & bit != 0
     }
 
     /// Where the guest has put a BAR.
     pub fn bar(&self, index: usize, shape: BarShape) -> u64 {
         let offset = BAR_0.saturating_add(index.saturating_mul(4));
-        let low = u64::from(self.double(offset) & !0xf);
-        match shape.kind {
-            BarKind::Memory32 => low,
-            BarKind::Memory64 => u64::from(self.double(offset.saturating_add(4))) << 32 | low,
-        }
+        let high = match shape.kind {
+            BarKind::Memory32 | BarKind::Ports => 0,
+            BarKind::Memory64 => self.double(offset.saturating_add(4)),
+        };
+        (u64::from(high) << 32 | u64::from(self.double(offset))) & shape.address_bits()
     }
 
     /// Puts a BAR at `address`, as firmware would.
     pub fn place_bar(&mut self, index: usize, shape: BarShape, address: u64) {
         let offset = BAR_0.saturating_add(index.saturating_mul(4));
         let bytes = address.to_le_bytes();
-        let length = match shape.kind {
-            BarKind::Memory32 => 4,
-            BarKind::Memory64 => 8,
-        };
+        let length = if shape.kind == BarKind::Memory64 { 8 } else { 4 };
         // Only address bits change, as if the guest had written them.
         self.write(offset, &bytes[..length]);
     }
@@ -241,7 +244,9 @@ impl ConfigSpace {
     /// A pin would need an interrupt that is held until the guest has answered it: no device of
     /// today needs one.
     fn shape_header(&mut self, bars: &[Option<BarShape>; BARS_MAX]) {
-        self.take(COMMAND, &COMMAND_WRITABLE.to_le_bytes(), &[0; 2]);
+        let has_ports = bars.iter().flatten().any(|bar| bar.space() == Space::Ports);
+        let command = COMMAND_WRITABLE | if has_ports { COMMAND_PORTS } else { 0 };
+        self.take(COMMAND, &command.to_le_bytes(), &[0; 2]);
         self.take(HEADER_TYPE, &[0], &[0]);
         self.take(BAR_0, &[0; 4 * BARS_MAX], &[0; 4 * BARS_MAX]);
         self.take(CARDBUS, &[0; 4], &[0; 4]);
@@ -252,7 +257,7 @@ impl ConfigSpace {
             let Some(shape) = shape else { continue };
             let offset = BAR_0.saturating_add(index.saturating_mul(4));
             // Address bits below the size read as zeroes: so a guest finds out how large it is.
-            let writable = (!shape.bytes.saturating_sub(1) & !0xf).to_le_bytes();
+            let writable = (!shape.bytes.saturating_sub(1) & shape.address_bits()).to_le_bytes();
             let length = if shape.kind == BarKind::Memory64 { 8 } else { 4 };
             let mut image = [0; 8];
             image[0] = shape.flags;

@@ -13,9 +13,9 @@ use kvm_bindings::{
     KVM_IRQCHIP_PIC_SLAVE, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
     kvm_irq_routing_msi,
 };
-use kvm_ioctls::VmFd;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::kvm::Vm;
 use crate::layout::IOAPIC_LINES;
 
 /// Lines that the two old interrupt controllers have, and each of them.
@@ -37,14 +37,14 @@ pub struct Message {
 /// All messages of a machine, by number.
 #[derive(Debug)]
 pub struct Routes {
-    vm: Arc<VmFd>,
+    vm: Arc<dyn Vm>,
     /// Beginning with the number [`IOAPIC_LINES`].
     messages: Mutex<Vec<Option<Message>>>,
 }
 
 impl Routes {
     /// None yet.
-    pub fn new(vm: Arc<VmFd>) -> Arc<Self> {
+    pub fn new(vm: Arc<dyn Vm>) -> Arc<Self> {
         Arc::new(Self { vm, messages: Mutex::default() })
     }
 
@@ -84,8 +84,7 @@ impl Routes {
         let routed = messages.iter().zip(IOAPIC_LINES..);
         entries.extend(routed.filter_map(|(message, gsi)| Some(message_entry(gsi, (*message)?))));
         let routing = KvmIrqRouting::from_entries(&entries).map_err(io::Error::other)?;
-        let set = self.vm.set_gsi_routing(&routing);
-        set.map_err(|error| io::Error::from_raw_os_error(error.errno()))
+        self.vm.set_routes(&routing)
     }
 }
 
@@ -159,8 +158,7 @@ impl Vector {
         }
         // What is raised in between stays in the event, and KVM looks there when it is connected.
         if let (Some((gsi, _)), Some(_)) = (self.route, self.message.take()) {
-            let done = self.routes.vm.unregister_irqfd(&self.event, gsi);
-            done.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+            self.routes.vm.disconnect(&self.event, gsi)?;
         }
         let Some(message) = message else { return Ok(()) };
         let gsi = match self.route {
@@ -168,8 +166,7 @@ impl Vector {
             route => self.routes.set(route.map(|(gsi, _)| gsi), message)?,
         };
         self.route = Some((gsi, message));
-        let done = self.routes.vm.register_irqfd(&self.event, gsi);
-        done.map_err(|error| io::Error::from_raw_os_error(error.errno()))?;
+        self.routes.vm.connect(&self.event, gsi)?;
         self.message = Some(message);
         Ok(())
     }

@@ -15,12 +15,13 @@ use vfio_bindings::bindings::vfio::{
     VFIO_PCI_MSIX_IRQ_INDEX,
 };
 
-use super::VfioError;
-use super::device::{HostDevice, Mapping, Region};
+use super::device::Region;
+use super::mapping::Mapping;
+use super::{Backend, VfioError};
 use crate::kvm_slots::KvmSlots;
 use crate::memory::MemoryRange;
-use crate::pci::bars::{BARS_MAX, BarKind, BarShape, Windows};
-use crate::pci::config::{CONFIG_BYTES_MAX, ConfigSpace, MsixShape};
+use crate::pci::bars::{BARS_MAX, BarKind, BarShape, Space, Windows};
+use crate::pci::config::{CONFIG_BYTES_MAX, CONFIG_BYTES_MIN, ConfigSpace, MsixShape};
 use crate::pci::msi::{Message, Routes, Vector};
 
 const PAGE_BYTES: u64 = 4096;
@@ -50,7 +51,7 @@ pub struct Passthrough {
     table: Table,
     config: ConfigSpace,
     config_region: Region,
-    device: HostDevice,
+    device: Box<dyn Backend>,
     place: Place,
 }
 
@@ -86,12 +87,13 @@ impl Passthrough {
     /// # Errors
     ///
     /// [`VfioError`].
-    pub fn new(device: HostDevice, place: Place) -> Result<Self, VfioError> {
+    pub fn new(device: Box<dyn Backend>, place: Place) -> Result<Self, VfioError> {
         let failed = |why: String| VfioError::Device { name: device.name().into(), why };
         let config_region = device.region(VFIO_PCI_CONFIG_REGION_INDEX);
         let length = usize::try_from(config_region.bytes).unwrap_or(0).min(CONFIG_BYTES_MAX);
-        let mut bytes = vec![0; length];
-        device.read(&config_region, 0, &mut bytes);
+        // A mediated device may leave out what it has nothing in.
+        let mut bytes = vec![0; length.max(CONFIG_BYTES_MIN)];
+        device.read(&config_region, 0, &mut bytes[..length]);
         let bars = (VFIO_PCI_BAR0_REGION_INDEX..).take(BARS_MAX);
         let regions: Vec<_> = bars.map(|index| device.region(index)).collect();
         let shapes = shapes(&regions, &bytes).map_err(failed)?;
@@ -137,8 +139,11 @@ impl Passthrough {
 
     /// The guest reads configuration space.
     pub fn read_config(&self, offset: usize, data: &mut [u8]) {
-        if offset.saturating_add(data.len()) <= self.config.bytes() {
-            self.device.read(&self.config_region, offset as u64, data);
+        data.fill(0);
+        let there = self.config_region.bytes.saturating_sub(offset as u64);
+        let there = usize::try_from(there).unwrap_or(usize::MAX).min(data.len());
+        if there > 0 {
+            self.device.read(&self.config_region, offset as u64, &mut data[..there]);
         }
         self.config.read(offset, data);
     }
@@ -153,8 +158,8 @@ impl Passthrough {
     }
 
     /// The guest reads at an address in one of the windows; false if none of the BARs is there.
-    pub fn read(&self, address: u64, data: &mut [u8]) -> bool {
-        let Some((bar, offset)) = self.find(address) else { return false };
+    pub fn read(&self, space: Space, address: u64, data: &mut [u8]) -> bool {
+        let Some((bar, offset)) = self.find(space, address) else { return false };
         match self.table.find(bar.index, offset) {
             Some(Found::Entry(offset)) => self.table.read(offset, data),
             Some(Found::Pending(offset)) => self.read_pending(offset, data),
@@ -164,14 +169,16 @@ impl Passthrough {
     }
 
     /// The guest writes at an address in one of the windows; false if none of the BARs is there.
-    pub fn write(&mut self, address: u64, data: &[u8]) -> bool {
-        let Some((bar, offset)) = self.find(address) else { return false };
+    pub fn write(&mut self, space: Space, address: u64, data: &[u8]) -> bool {
+        let Some((bar, offset)) = self.find(space, address) else { return false };
         match self.table.find(bar.index, offset) {
             Some(Found::Entry(offset)) => {
                 self.table.write(offset, data);
                 self.follow_interrupts();
             }
             Some(Found::Pending(_)) => {}
+            // Wide, and only its end is there.
+            None if self.table.reaches(bar.index, offset, data.len()) => {}
             None => self.device.write(&bar.region, offset, data),
         }
         true
@@ -182,14 +189,14 @@ impl Passthrough {
     /// A device that stops to answer at its BARs does so when they are nowhere in the guest any
     /// more, and one that starts does so before they are.
     fn follow(&mut self) {
-        let decodes = self.config.decodes_memory();
         let windows = &self.place.windows;
         let wanted: Vec<_> = self
             .bars
             .iter()
             .map(|bar| {
                 let start = self.config.bar(bar.index, bar.shape);
-                (decodes && windows.hold(start, bar.shape.bytes)).then_some(start)
+                let decodes = self.config.decodes(bar.shape.space());
+                (decodes && windows.hold(start, bar.shape)).then_some(start)
             })
             .collect();
         for (bar, wanted) in self.bars.iter_mut().zip(&wanted) {
@@ -234,7 +241,8 @@ impl Passthrough {
                 let messages: Vec<_> =
                     self.table.messages().map(|m| m.filter(|_| !holds_back)).collect();
                 let used = messages.iter().rposition(Option::is_some).map_or(1, |last| last + 1);
-                let count = used.next_power_of_two().min(messages.len());
+                let most = self.device.interrupts(VFIO_PCI_MSIX_IRQ_INDEX) as usize;
+                let count = used.next_power_of_two().min(messages.len()).min(most);
                 self.hear(VFIO_PCI_MSIX_IRQ_INDEX, count, |index| messages[index]);
             }
             (Mode::Off | Mode::Msi, _) => {}
@@ -258,12 +266,13 @@ impl Passthrough {
 
     fn add_vectors(&mut self, kind: u32, count: usize) -> io::Result<()> {
         if !self.vectors.is_empty() {
-            self.device.raise(kind, [].into_iter())?;
+            self.device.raise(kind, &[])?;
         }
         while self.vectors.len() < count {
             self.vectors.push(Vector::new(Arc::clone(&self.place.routes))?);
         }
-        self.device.raise(kind, self.vectors.iter().map(Vector::event))
+        let events: Vec<_> = self.vectors.iter().map(Vector::event).collect();
+        self.device.raise(kind, &events)
     }
 
     fn drop_vectors(&mut self) {
@@ -273,7 +282,7 @@ impl Passthrough {
             Mode::Msix => VFIO_PCI_MSIX_IRQ_INDEX,
         };
         // It raises none any more, or those that nobody has.
-        let _ = self.device.raise(kind, [].into_iter());
+        let _ = self.device.raise(kind, &[]);
         self.vectors.clear();
     }
 
@@ -288,8 +297,8 @@ impl Passthrough {
         }
     }
 
-    fn find(&self, address: u64) -> Option<(&Bar, u64)> {
-        self.bars.iter().find_map(|bar| {
+    fn find(&self, space: Space, address: u64) -> Option<(&Bar, u64)> {
+        self.bars.iter().filter(|bar| bar.shape.space() == space).find_map(|bar| {
             let offset = address.checked_sub(bar.start?)?;
             (offset < bar.shape.bytes).then_some((bar, offset))
         })
@@ -351,6 +360,12 @@ impl Table {
         ranges
     }
 
+    /// Whether some of `bytes` at `offset` of BAR `index` are to be watched.
+    fn reaches(&self, index: usize, offset: u64, bytes: usize) -> bool {
+        let end = offset.saturating_add(bytes as u64);
+        self.watched(index).iter().any(|range| offset < range.end && range.start < end)
+    }
+
     fn find(&self, index: usize, offset: u64) -> Option<Found> {
         let shape = self.shape?;
         let within = |(bar, start): (usize, u64), bytes: u64| {
@@ -404,7 +419,8 @@ fn whole_pages(area: &Range<u64>, watched: &[Range<u64>]) -> Vec<Range<u64>> {
     pages
 }
 
-/// The BARs of memory among `regions`; `config` has their registers.
+/// The BARs among `regions`; `config` has their registers. A guest does without ports of which
+/// there are too many.
 fn shapes(regions: &[Region], config: &[u8]) -> Result<[Option<BarShape>; BARS_MAX], String> {
     let mut shapes = [None; BARS_MAX];
     let mut is_upper_half = false;
@@ -416,7 +432,9 @@ fn shapes(regions: &[Region], config: &[u8]) -> Result<[Option<BarShape>; BARS_M
             is_upper_half = false;
             continue;
         }
-        let Some(shape) = shape else { continue };
+        if shape.space() == Space::Ports && !shape.is_possible() {
+            continue;
+        }
         is_upper_half = shape.kind == BarKind::Memory64;
         if !shape.is_possible() || is_upper_half && index + 1 == BARS_MAX {
             return Err(format!("its BAR {index} has {} bytes", region.bytes));

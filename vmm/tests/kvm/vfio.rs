@@ -1,5 +1,6 @@
 //! Devices of the host in a guest: those that `dev/in-host --vfio` has.
 
+use std::env;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -10,7 +11,9 @@ use std::time::{Duration, Instant};
 use ovum_vmm::machine::StopReason;
 use ovum_vmm::machine_error::SaveError;
 
+use crate::archive::Archive;
 use crate::guest::{file, guest};
+use crate::program::serial_setter;
 
 /// NVMe controllers in sysfs.
 const NVME_CLASS: &str = "0x010802";
@@ -25,6 +28,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub(crate) struct Lent {
     pub(crate) path: PathBuf,
+    /// What it gets back, if it had one; nothing is whoever finds it.
+    driver: Option<&'static str>,
 }
 
 impl Lent {
@@ -46,7 +51,7 @@ impl Lent {
         let is_it = |path: &Path| signs.iter().all(|sign| has(path, sign));
         let found = devices.map(|entry| entry.path()).find(|path| is_it(path));
         let device = found.expect("these tests need devices to pass on: dev/in-host --vfio");
-        let lent = Self { path: device };
+        let lent = Self { path: device, driver: Some("") };
         lent.bind("vfio-pci");
         lent
     }
@@ -63,7 +68,37 @@ impl Lent {
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        self.bind("");
+        if let Some(driver) = self.driver {
+            self.bind(driver);
+        }
+    }
+}
+
+/// A mediated device of the kernel's sample, a serial port whose output is its input; dropped, it
+/// is no more.
+#[derive(Debug)]
+struct Mediated(Lent);
+
+impl Mediated {
+    const UUID: &str = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+
+    fn create() -> Self {
+        if !Path::new("/sys/class/mtty").exists() {
+            let module = env::var_os("OVUM_TEST_MDEV");
+            let module = module.expect("OVUM_TEST_MDEV is what dev/test-mdev says");
+            assert!(Command::new("insmod").arg(module).status().unwrap().success());
+        }
+        let kind = "/sys/devices/virtual/mtty/mtty/mdev_supported_types/mtty-1";
+        fs::write(format!("{kind}/create"), Self::UUID).unwrap();
+        let path = Path::new("/sys/bus/mdev/devices").join(Self::UUID);
+        Self(Lent { path, driver: None })
+    }
+}
+
+impl Drop for Mediated {
+    fn drop(&mut self) {
+        fs::write(self.0.path.join("remove"), "1").unwrap();
+        assert!(!self.0.path.exists());
     }
 }
 
@@ -117,7 +152,7 @@ fn a_guest_reads_and_writes_an_nvme_disk_of_the_host() {
 
 /// One piece of memory larger than all that it booted with is read into, and all of it is right.
 #[test]
-fn a_device_reaches_memory_that_was_added_later() {
+fn a_device_reaches_memory_that_comes_goes_and_comes_again() {
     for block in 0_u8..64 {
         let content = vec![block; 1 << 20];
         on_host(|disk| disk.write_all_at(&content, u64::from(block) << 20));
@@ -126,6 +161,10 @@ fn a_device_reaches_memory_that_was_added_later() {
     let script = format!(
         "awk '/MemTotal/ {{ print ($2 < 65536) }}' /proc/meminfo; {WAIT_FOR_DISK}; echo ready
         until [ $(awk '/MemTotal/ {{print $2}}' /proc/meminfo) -gt 240000 ]; do usleep 1000; done
+        dd if=/dev/nvme0n1 bs=64M count=1 iflag=direct 2> /dev/null | md5sum; echo read
+        until [ $(awk '/MemTotal/ {{print $2}}' /proc/meminfo) -lt 110000 ]; do usleep 1000; done
+        echo gone
+        until [ $(awk '/MemTotal/ {{print $2}}' /proc/meminfo) -gt 240000 ]; do usleep 1000; done
         dd if=/dev/nvme0n1 bs=64M count=1 iflag=direct 2> /dev/null | md5sum"
     );
     let lent = Lent::take(NVME_CLASS);
@@ -133,11 +172,18 @@ fn a_device_reaches_memory_that_was_added_later() {
     let mut guest = guest(&script).memory_mib(72).hotplug_mib(256).device(&lent).boot();
     let [is_small] = guest.lines_until("ready");
     guest.machine.resize_hotplug(256 << 20).unwrap();
+    let [first] = guest.lines_until("read");
+    guest.machine.resize_hotplug(0).unwrap();
+    // Some the kernel may need, but not in every piece that was mapped for the device.
+    guest.says("gone");
+    guest.until("unplugged", |machine| machine.plugged_bytes() < 64 << 20);
+    guest.machine.resize_hotplug(256 << 20).unwrap();
     let (reason, said) = guest.end();
 
     assert_eq!(reason, StopReason::PowerOff, "{said}");
     assert_eq!(is_small, "1");
-    assert_eq!(said.trim(), String::from_utf8(sum.stdout).unwrap().trim());
+    let sum = String::from_utf8(sum.stdout).unwrap();
+    assert_eq!([first.trim(), said.trim()], [sum.trim(); 2]);
 }
 
 #[test]
@@ -180,6 +226,34 @@ fn a_device_without_a_driver_computes_and_raises_its_interrupt() {
 
     assert_eq!(reason, StopReason::PowerOff, "{said}");
     assert_eq!(said, "0xEDCBA987\n0x00000078\n0\n1\n");
+}
+
+/// The real thing of its kind: the kernel's driver writes and reads its registers, which are ports.
+/// It has nothing but a pin to raise, which guests do not get, so the driver looks by itself.
+#[test]
+fn a_mediated_device_is_a_serial_port_of_the_guest() {
+    let script = "device=/sys/bus/pci/devices/0000:00:01.0
+        cat $device/vendor $device/device $device/class
+        head -n 1 $device/resource | cut -d' ' -f1,2; cat $device/irq
+        echo 1 > $device/enable; /setserial; echo set $?
+        stty -F /dev/ttyS0 raw -echo; exec 3<> /dev/ttyS0
+        seq 1 20 >&3 & head -n 20 <&3 | md5sum; seq 1 20 | md5sum";
+    let mut programs = Archive::default();
+    programs.program("setserial", &serial_setter("/dev/ttyS0", 0xc000));
+    for _ in 0..2 {
+        let mediated = Mediated::create();
+
+        let mut guest = guest(script).archive(programs.clone()).device(&mediated.0).boot();
+        let (reason, said) = guest.end();
+        guest.cut();
+
+        assert_eq!(reason, StopReason::PowerOff, "{said}");
+        let lines: Vec<_> = said.lines().collect();
+        let found = ["0x4348", "0x3253", "0x070002", "0x000000000000c000 0x000000000000c007", "0"];
+        assert_eq!(lines[..5], found);
+        assert_eq!(lines[5], "set 0");
+        assert_eq!(lines[6], lines[7], "{said}");
+    }
 }
 
 /// It masks vectors while they are raised, then writes noise over all of configuration space: BARs

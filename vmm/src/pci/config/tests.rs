@@ -29,8 +29,8 @@ fn device() -> Vec<u8> {
 
 fn bars() -> [Option<BarShape>; BARS_MAX] {
     let mut bars = [None; BARS_MAX];
-    bars[0] = BarShape::new(0x4, 16 << 10);
-    bars[2] = BarShape::new(0, 4 << 10);
+    bars[0] = Some(BarShape::new(0x4, 16 << 10));
+    bars[2] = Some(BarShape::new(0, 4 << 10));
     bars
 }
 
@@ -92,13 +92,32 @@ fn identity_is_the_devices_and_what_concerns_the_host_is_not_seen() {
 }
 
 #[test]
-fn the_command_register_has_no_ports_and_no_pin() {
+fn ports_are_found_and_placed_like_memory() {
+    let ports = BarShape::new(1, 8);
+    let mut bars = bars();
+    bars[4] = Some(ports);
+    let mut config = ConfigSpace::new(&device(), &bars).unwrap();
+    let offset = BAR_0 + 4 * 4;
+
+    config.write(offset, &[0xff; 4]);
+    assert_eq!(double(&config, offset), 0xffff_fff9);
+    config.place_bar(4, ports, 0xc008);
+    config.write(COMMAND, &[1, 0]);
+
+    assert_eq!(double(&config, offset), 0xc009);
+    assert_eq!(config.bar(4, ports), 0xc008);
+    assert_eq!(config.command(), (COMMAND, 1));
+    assert!(config.decodes(Space::Ports) && !config.decodes(Space::Memory));
+}
+
+#[test]
+fn the_command_register_has_no_pin_and_ports_where_there_are_any() {
     let mut config = config();
 
     assert_eq!(config.write(COMMAND, &[0xff, 0xff]), []);
 
     assert_eq!(config.command(), (COMMAND, 0x146));
-    assert!(config.decodes_memory());
+    assert!(config.decodes(Space::Memory) && !config.decodes(Space::Ports));
     assert_eq!(read(&config, COMMAND), [0x46, 0x01]);
 }
 
