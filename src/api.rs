@@ -23,6 +23,7 @@ use utoipa_axum::routes;
 use crate::api::error::ApiError;
 use crate::api::instances::texts::Texts;
 use crate::config::Limits;
+use crate::devices::Devices;
 use crate::images::Images;
 use crate::instances::Instances;
 use crate::resources::Resources;
@@ -33,6 +34,7 @@ mod auth;
 mod body;
 mod capabilities;
 mod cp;
+pub mod devices;
 mod document;
 pub mod error;
 mod exec;
@@ -55,17 +57,8 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Parts of the contract that are not there yet, and are refused as that: that nothing is there is
 /// what clients take a 404 for.
-const PENDING: [&str; 9] = [
-    "builders",
-    "builds",
-    "devices",
-    "ingresses",
-    "pushes",
-    "resources",
-    "snapshots",
-    "v2",
-    "volumes",
-];
+const PENDING: [&str; 8] =
+    ["builders", "builds", "ingresses", "pushes", "resources", "snapshots", "v2", "volumes"];
 const PENDING_OF_INSTANCE: [&str; 7] =
     ["auto-standby", "fork", "restore", "snapshot-schedule", "snapshots", "standby", "volumes"];
 
@@ -78,6 +71,8 @@ pub struct App {
     pub instances: Instances,
     /// The volumes of this host.
     pub volumes: Volumes,
+    /// The devices of this host.
+    pub devices: Devices,
     /// What this host has to give.
     pub resources: Resources,
     /// What tokens are signed with.
@@ -141,6 +136,11 @@ fn table(app: &App) -> OpenApiRouter<App> {
         .routes(to_stream(Scope::VOLUME_WRITE, routes!(volumes::create_from_archive)))
         .routes(to(Scope::VOLUME_READ, routes!(volumes::read)))
         .routes(to(Scope::VOLUME_DELETE, routes!(volumes::delete)))
+        .routes(to(Scope::DEVICE_READ, routes!(devices::available)))
+        .routes(to(Scope::DEVICE_READ, routes!(devices::list)))
+        .routes(to(Scope::DEVICE_WRITE, routes!(devices::register)))
+        .routes(to(Scope::DEVICE_READ, routes!(devices::read)))
+        .routes(to(Scope::DEVICE_DELETE, routes!(devices::delete)))
 }
 
 /// A route whose requests end, one way or the other, within [`REQUEST_TIMEOUT`].

@@ -22,6 +22,7 @@ use crate::worker::{self, WorkerLog};
 
 mod boot;
 mod cp;
+mod devices;
 mod embedded;
 mod exec;
 mod health;
@@ -94,6 +95,9 @@ enum Command {
     /// Make, list and delete volumes
     #[command(subcommand)]
     Volume(volumes::VolumeCommand),
+    /// Register, list and forget devices of the host that instances can have
+    #[command(subcommand)]
+    Device(devices::DeviceCommand),
     /// See what the host has, and who was promised what
     Resources(resources::ResourcesArgs),
     /// Make a token for a client of the API
@@ -192,6 +196,7 @@ pub fn main() -> ExitCode {
         Command::Health(args) => client_runtime().and_then(|on| on.block_on(health::health(args))),
         Command::Image(command) => block_on(images::image(command)),
         Command::Volume(command) => block_on(volumes::volume(command)),
+        Command::Device(command) => block_on(devices::device(command)),
         Command::Resources(args) => block_on(resources::resources(args)),
         Command::Token(args) => host::token(args).map(|()| ExitCode::SUCCESS),
         Command::Doctor(args) => host::doctor(args),

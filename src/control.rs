@@ -11,7 +11,8 @@
 
 pub use ovum_vmm::rate_limiter::{RateLimitSpec, RateSpec};
 pub use ovum_vmm::spec::{
-    DISKS_MAX, DiskSpec, MEMORY_BYTES_MIN, MEMORY_BYTES_STEP, MachineSpec, NetSpec,
+    DEVICES_MAX, DISKS_MAX, DiskSpec, HostDeviceSpec, MEMORY_BYTES_MIN, MEMORY_BYTES_STEP,
+    MachineSpec, NetSpec,
 };
 use rustix::time::{self, ClockId};
 use serde::{Deserialize, Serialize};

@@ -10,6 +10,7 @@ use rustix::fs::{Access, access, statvfs};
 
 use crate::causes::chain;
 use crate::config::{Config, NetworkConfig};
+use crate::devices;
 use crate::instances::HEADERS;
 use crate::network;
 use crate::network::forwarding::{self, Chain};
@@ -84,6 +85,7 @@ pub fn examine(config: &Config) -> Vec<Finding> {
         Finding { subject: "data folder".to_owned(), outcome: data_dir(&config.data_dir) },
         Finding { subject: "disk space".to_owned(), outcome: space(config) },
         Finding { subject: "control groups".to_owned(), outcome: Ok(groups(Path::new(ROOT))) },
+        Finding { subject: "devices".to_owned(), outcome: Ok(devices_to_lend(Path::new("/"))) },
     ];
     if let Some(NetworkConfig { subnet, dns }) = &config.network {
         let outcome = network(*subnet, &config.data_dir);
@@ -333,6 +335,14 @@ fn groups(root: &Path) -> String {
     match access(root, Access::WRITE_OK) {
         Ok(()) => format!("a share of processors and memory for each guest, in {shown}"),
         Err(_) => format!("none: {shown} is root's to write to; guests share the host unbounded"),
+    }
+}
+
+/// Whether instances can have devices of the host. It is no problem if not.
+fn devices_to_lend(root: &Path) -> String {
+    match devices::lack(root) {
+        None => "can be given to instances".to_owned(),
+        Some(lack) => format!("none for instances: {lack}"),
     }
 }
 

@@ -28,8 +28,8 @@ use rustix::fs::{major, minor};
 use tokio::time;
 
 use crate::control::{
-    DiskSpec, FileRole, HotplugPolicy, LAUNCH_FD, Launch, MEMORY_BYTES_STEP, MachineSpec, NetSpec,
-    RateLimitSpec, RateSpec, Reply, WORKER_COMMAND,
+    DiskSpec, FileRole, HostDeviceSpec, HotplugPolicy, LAUNCH_FD, Launch, MEMORY_BYTES_STEP,
+    MachineSpec, NetSpec, RateLimitSpec, RateSpec, Reply, WORKER_COMMAND,
 };
 use crate::fleet::worker::Worker;
 use crate::os::cgroup::{Cgroup, Share};
@@ -46,6 +46,12 @@ pub mod worker;
 /// How long a worker may take to build its machine. Seconds only where memory is short or KVM is
 /// emulated.
 const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How much longer for each GiB of a guest with devices: all of its memory is made ready at once.
+const PIN_TIMEOUT_PER_GIB: Duration = Duration::from_secs(1);
+
+/// What a worker with devices may keep in memory beside its guest's, in bytes: rings of its own.
+const PINNED_BYTES_MIN: u64 = 64 << 20;
 
 /// How long a worker may take to answer anything else.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
@@ -92,6 +98,10 @@ pub struct WorkerSpec<'a> {
     pub net: Option<WorkerNet>,
     /// Bytes per second to and from all disks together, if there is a limit.
     pub disk_io_bps: Option<NonZeroU64>,
+    /// Devices of the host that are lent to the guest, each by its directory in sysfs. The worker
+    /// opens them, and their IOMMU groups have to be free by then. With any it has no balloon, and
+    /// all its memory is taken at once and stays.
+    pub devices: &'a [PathBuf],
     /// Slots for disks that are attached while it runs, as far as there are any left.
     pub spare_slots: u8,
     /// Whether the guest gets a vsock device.
@@ -243,14 +253,23 @@ impl Fleet {
         fs::write(&path, serde_json::to_vec(started.identity()).unwrap_or_default())
             .map_err(|source| SpawnError::File { path, source })?;
 
+        let MachineSpec { devices, memory_bytes, hotplug_bytes, .. } = &launch.machine;
+        let mut timeout = LAUNCH_TIMEOUT;
+        if !devices.is_empty() {
+            let pinned_bytes = memory_bytes.saturating_add(*hotplug_bytes);
+            let locked_bytes = pinned_bytes.saturating_add(PINNED_BYTES_MIN);
+            started.identity().limit_locked_memory(locked_bytes).map_err(SpawnError::Start)?;
+            let gib = u32::try_from(pinned_bytes.div_ceil(1 << 30)).unwrap_or(u32::MAX);
+            timeout = timeout.saturating_add(PIN_TIMEOUT_PER_GIB.saturating_mul(gib));
+        }
         let launch = serde_json::to_vec(launch).map_err(|e| SpawnError::Start(e.into()))?;
         ours.send(&launch, files).map_err(SpawnError::Start)?;
         started.connect_with(ours).map_err(SpawnError::Start)?;
-        match time::timeout(LAUNCH_TIMEOUT, started.reply()).await {
+        match time::timeout(timeout, started.reply()).await {
             Ok(Ok(Reply::Done(_))) => Ok(worker),
             Ok(Ok(Reply::Failed { message })) => Err(SpawnError::Refused { message }),
             Ok(Ok(Reply::Event(_)) | Err(_)) => Err(SpawnError::Died),
-            Err(_elapsed) => Err(SpawnError::Silent { after: LAUNCH_TIMEOUT }),
+            Err(_elapsed) => Err(SpawnError::Silent { after: timeout }),
         }
     }
 
@@ -360,7 +379,7 @@ fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
         vcpus: spec.vcpus,
         memory_bytes: spec.memory_bytes.next_multiple_of(MEMORY_BYTES_STEP),
         hotplug_bytes: spec.hotplug_bytes.next_multiple_of(MEMORY_BYTES_STEP),
-        balloon: true,
+        balloon: spec.devices.is_empty(),
         cmdline: String::new(),
         disks: disks
             .map(|disk| DiskSpec { id: disk.id.to_owned(), read_only: disk.read_only })
@@ -373,6 +392,7 @@ fn machine(spec: &WorkerSpec<'_>) -> MachineSpec {
         }),
         disk_limit: byte_limit(spec.disk_io_bps),
         vsock_cid: spec.vsock.then_some(VSOCK_CID),
+        devices: spec.devices.iter().map(|path| HostDeviceSpec { path: path.clone() }).collect(),
         serial: false,
     }
 }

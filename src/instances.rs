@@ -28,6 +28,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::agent::Agents;
 use crate::control::HotplugPolicy;
+use crate::devices::{Devices, NewLoan};
 use crate::disks::Disks;
 use crate::fleet::Fleet;
 use crate::images::digest::Digest;
@@ -38,16 +39,17 @@ use crate::instances::follow::FOLLOWERS_MAX;
 use crate::instances::health::Health;
 use crate::instances::history::Ending;
 use crate::instances::owner::{Done, Order, Owner};
-use crate::instances::record::{Phase, Record, ReserveError};
+use crate::instances::record::{Phase, ReserveError};
+use crate::instances::reservation::Reservation;
 use crate::instances::restart::RestartStatus;
 use crate::instances::spec::{Command, Expiry, InstanceSpec, Upkeep, VolumeMount};
 use crate::instances::state::State;
 use crate::logs::watch::FileWatch;
 use crate::network::Network;
-use crate::resources::{Claim, Resources};
+use crate::resources::Resources;
 use crate::store::Store;
 use crate::timeline::{Moment, Timeline};
-use crate::volumes::{self, AttachError, Attachment, Volumes};
+use crate::volumes::Volumes;
 
 pub use crate::network::{Mac, NetworkError};
 pub use boot::HEADERS;
@@ -69,6 +71,7 @@ mod owner;
 pub mod reclaim;
 mod reconcile;
 pub mod record;
+mod reservation;
 pub mod restart;
 pub mod spec;
 pub mod state;
@@ -93,6 +96,8 @@ pub struct InstancesSpec {
     pub disks: Disks,
     /// Where volumes come from.
     pub volumes: Volumes,
+    /// Where devices of the host come from.
+    pub devices: Devices,
     /// Whom to ask for everything else.
     pub resources: Resources,
     /// Where addresses and ways to guests come from.
@@ -119,6 +124,7 @@ struct Shared {
     images: Images,
     disks: Disks,
     volumes: Volumes,
+    devices: Devices,
     resources: Resources,
     network: Network,
     fleet: Fleet,
@@ -178,6 +184,8 @@ pub struct Instance {
     pub restart: RestartStatus,
     /// When it is to be started again by itself.
     pub restart_at: Option<DateTime<Utc>>,
+    /// The part of a GPU that its machine has.
+    pub mdev_uuid: Option<String>,
 }
 
 /// What came of waiting for a state.
@@ -208,6 +216,7 @@ impl Instances {
             images: spec.images,
             disks: spec.disks,
             volumes: spec.volumes,
+            devices: spec.devices,
             resources: spec.resources,
             network: spec.network,
             fleet: spec.fleet,
@@ -243,6 +252,7 @@ impl Instances {
         for mount in &mut spec.volumes {
             mount.volume = self.shared.volumes.find(&mount.volume)?.id.into();
         }
+        self.shared.settle_devices(&mut spec)?;
         if spec.network.is_some() {
             // A host that cannot have networks says so before an image is pulled for nothing.
             self.shared.network.prepare().await.map_err(BootError::from)?;
@@ -258,7 +268,10 @@ impl Instances {
         let id = record.id.clone();
         let Reservation { record, dir, .. } = &mut reservation;
         let disks = async { Ok(disks::create(&self.shared, &record.spec, dir).await?) };
-        let connected = async { Ok::<_, CreateError>(boot.connect(&self.shared, &id).await?) };
+        let connected = async {
+            boot.connect(&self.shared, &id).await?;
+            Ok::<_, CreateError>(boot.lend(&self.shared, &record.spec, &id).await?)
+        };
         let (disks, ()) = try_join!(disks, connected)?;
         record.timeline.mark(Moment::DisksReady);
         let launch = boot.launch(&self.shared, &record.spec, dir, &disks);
@@ -274,7 +287,7 @@ impl Instances {
     fn keep(
         &self,
         mut reservation: Reservation,
-        Booted { worker, lease }: Booted,
+        Booted { worker, lease, loan }: Booted,
     ) -> Result<Arc<Instance>, CreateError> {
         reservation.record.phase = Phase::Kept;
         let record = reservation.record.clone();
@@ -283,7 +296,7 @@ impl Instances {
         })?;
         let claim = reservation.keep();
         let owner = Owner::new(Arc::clone(&self.shared), record).with_claim(claim);
-        let owner = owner.with_worker(worker.keep(), lease);
+        let owner = owner.with_worker(worker.keep(), lease, loan.map(NewLoan::keep));
         Ok(Shared::add(&self.shared, owner))
     }
 
@@ -499,6 +512,16 @@ impl Shared {
         self.dir.join(id)
     }
 
+    /// Names the devices of `spec` by their ids, and finds out whether it could have them now.
+    fn settle_devices(&self, spec: &mut InstanceSpec) -> Result<(), CreateError> {
+        let wanted = self.devices.want(&spec.devices)?;
+        spec.devices = wanted.iter().map(|wanted| wanted.id().to_owned()).collect();
+        if let Some(profile) = &spec.gpu_profile {
+            self.devices.want_profile(profile)?;
+        }
+        Ok(())
+    }
+
     /// Lets `owner` own its instance from now on; returns the instance as it is.
     fn add(shared: &Arc<Self>, owner: Owner) -> Arc<Instance> {
         let view = owner.view();
@@ -508,84 +531,6 @@ impl Shared {
         shared.write().insert(instance.id.clone(), entry);
         shared.owners.spawn(owner.run(receiver));
         instance
-    }
-}
-
-/// A name taken and a folder made, for an instance that is not there yet: dropped, both are free
-/// again, unless they were kept.
-#[derive(Debug)]
-struct Reservation {
-    shared: Arc<Shared>,
-    record: Record,
-    dir: PathBuf,
-    /// What the host has promised; gone once it was kept.
-    claim: Option<Claim>,
-    is_kept: bool,
-}
-
-impl Reservation {
-    fn make(
-        shared: &Arc<Shared>,
-        spec: InstanceSpec,
-        digest: Digest,
-        timeline: Timeline,
-    ) -> Result<Self, CreateError> {
-        let id = cuid2::create_id();
-        let record = Record {
-            id: id.clone(),
-            spec,
-            digest,
-            created_at: Utc::now(),
-            expires_at: None,
-            address: None,
-            phase: Phase::Creating,
-            timeline,
-            end: None,
-            hold: None,
-            restart: RestartStatus::default(),
-            volume_change: None,
-        };
-        let (name, need) = (record.spec.name.as_str(), record.spec.need());
-        let claim = Some(shared.resources.claim_instance(&id, name, need)?);
-        let reserved = shared.store.intend(|records| {
-            record.insert(records)?;
-            record.spec.volumes.iter().try_for_each(|mount| {
-                let (mount_path, read_only) = (mount.path.clone(), mount.mode.is_read_only());
-                let attachment = Attachment { instance_id: id.clone(), mount_path, read_only };
-                volumes::attach(records, &mount.volume, &attachment)
-            })
-        });
-        reserved.map_err(|error| match error {
-            AttachError::Records(source) => {
-                CreateError::Reserve(ReserveError::from_sqlite(name, source))
-            }
-            error => error.into(),
-        })?;
-        let dir = shared.dir_of(&id);
-        let shared = Arc::clone(shared);
-        let reservation = Self { shared, record, dir: dir.clone(), claim, is_kept: false };
-        fs::create_dir(&dir).map_err(|source| CreateError::File { path: dir, source })?;
-        Ok(reservation)
-    }
-
-    fn keep(mut self) -> Claim {
-        self.is_kept = true;
-        self.claim.take().expect("a reservation has a claim until it is kept, which is once")
-    }
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        if self.is_kept {
-            return;
-        }
-        if let Err(error) = remove_folder(&self.dir) {
-            tracing::error!(dir = %self.dir.display(), %error, "Failed to remove a folder");
-        }
-        let id = &self.record.id;
-        if let Err(error) = self.shared.store.transact(|records| Record::remove(id, records)) {
-            tracing::error!(%id, %error, "Failed to remove a record");
-        }
     }
 }
 

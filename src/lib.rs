@@ -10,6 +10,7 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod control;
+pub mod devices;
 pub mod disks;
 pub mod doctor;
 pub mod duration;

@@ -39,6 +39,7 @@ use crate::api::instances::texts::Texts;
 use crate::api::{self, App};
 use crate::config::{Config, HotplugConfig, NetworkConfig};
 use crate::control::HotplugPolicy;
+use crate::devices::{Devices, DevicesSpec};
 use crate::disks::Disks;
 use crate::fleet::{CGROUP_ROOT, Cgroups, Fleet};
 use crate::images::records::Records;
@@ -101,12 +102,14 @@ impl Opened {
             free_bytes_min: config.images.free_bytes_min,
             total_gib_max: config.capacity.volumes_bytes_max.map(|bytes| bytes >> 30),
         })?;
+        let devices = Devices::open(DevicesSpec { root: "/".into(), store: store.clone() })?;
         let instances = Instances::open(InstancesSpec {
             dir: dir.join("instances"),
             store,
             images: images.clone(),
             disks: Disks::open(&dir.join("overlays"))?,
             volumes: volumes.clone(),
+            devices: devices.clone(),
             resources: resources.clone(),
             network: Network::open(config.network.clone().map(|NetworkConfig { subnet, dns }| {
                 NetworkSpec { subnet, dns, owner: dir.clone() }
@@ -127,13 +130,14 @@ impl Opened {
         }
         let limits = config.limits;
         let texts = Texts::default();
-        let app = App { images, instances, volumes, resources, secret, limits, texts };
+        let app = App { images, instances, volumes, devices, resources, secret, limits, texts };
         Ok(Self { app, door, _lock: lock })
     }
 
     /// Leaves instances running, and stops everything else.
     pub async fn close(self) {
         self.app.instances.close().await;
+        self.app.devices.close().await;
         self.app.volumes.close().await;
         self.app.images.close().await;
     }

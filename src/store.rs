@@ -15,8 +15,11 @@ use std::time::Duration;
 use rusqlite::{Connection, Transaction};
 
 /// The schema, as steps from an empty file.
-const STEPS: &[&str] =
-    &[include_str!("store/0001_instances.sql"), include_str!("store/0002_volumes.sql")];
+const STEPS: &[&str] = &[
+    include_str!("store/0001_instances.sql"),
+    include_str!("store/0002_volumes.sql"),
+    include_str!("store/0003_devices.sql"),
+];
 
 /// How many those are.
 #[expect(clippy::cast_possible_truncation, reason = "a list written by hand")]

@@ -66,6 +66,12 @@ impl Scope {
     pub const VOLUME_WRITE: Self = Self("volume:write");
     /// Delete volumes.
     pub const VOLUME_DELETE: Self = Self("volume:delete");
+    /// List and read devices of the host.
+    pub const DEVICE_READ: Self = Self("device:read");
+    /// Register devices.
+    pub const DEVICE_WRITE: Self = Self("device:write");
+    /// Forget devices.
+    pub const DEVICE_DELETE: Self = Self("device:delete");
     /// Read what the server and its host have and can do.
     pub const RESOURCE_READ: Self = Self("resource:read");
 

@@ -2,7 +2,8 @@
 //!
 //! Reads its [`Launch`] from the socket it was born with, builds the machine, and from then on
 //! does three things in one loop: it writes what happens to the events file, passes it on to
-//! whoever is connected, and follows orders. It ends when the machine ends. It opens no path.
+//! whoever is connected, and follows orders. It ends when the machine ends. It opens no path but
+//! those of the devices of the host that its machine is lent.
 //!
 //! The server may come and go, unless it has told otherwise. A connection that does not keep up is
 //! dropped: the events file has everything, and the server can connect again.

@@ -11,6 +11,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         &[
             "causes",
             "config",
+            "devices",
             "duration",
             "images",
             "instances",
@@ -43,6 +44,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         &[
             "agent",
             "control",
+            "devices",
             "disks",
             "fleet",
             "images",
@@ -57,6 +59,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         ],
     ),
     ("volumes", &["causes", "disks", "os", "ratio", "resources", "store", "tar"]),
+    ("devices", &["causes", "store"]),
     ("resources", &["os", "ratio", "size"]),
     ("images", &["causes", "os", "store", "tar"]),
     ("disks", &["os"]),

@@ -66,6 +66,7 @@ fn build(guest: &Guest, net: Option<(NetSpec, Vec<OwnedFd>)>, console: File) -> 
         disk_limit: RateLimitSpec::default(),
         spare_slots: 0,
         vsock_cid: None,
+        devices: Vec::new(),
         serial: false,
     };
     let files = MachineFiles {

@@ -14,10 +14,13 @@ use crate::api::instances::create::RUNTIME;
 use crate::api::instances::view::PLATFORM;
 
 /// Parts of the contract that are there.
-const FEATURES: [&str; 4] = ["exec", "images", "instances", "logs"];
+const FEATURES: [&str; 5] = ["devices", "exec", "images", "instances", "logs"];
 
 /// What the runtime can do by way of the API.
 const RUNTIME_FEATURES: [&str; 4] = ["balloon-control", "disk-io-limit", "hotplug-memory", "vsock"];
+
+/// What it can do where the host can give devices away.
+const GPU_PASSTHROUGH: &str = "gpu-passthrough";
 
 /// What this server can do.
 #[derive(Debug, Serialize, ToSchema)]
@@ -58,7 +61,7 @@ struct DefaultRuntime {
 struct Runtime {
     name: &'static str,
     available: bool,
-    features: [&'static str; RUNTIME_FEATURES.len()],
+    features: Vec<&'static str>,
 }
 
 /// Which images can be run.
@@ -85,13 +88,18 @@ struct NetworkView {
 )]
 pub(super) async fn read(State(app): State<App>) -> Json<Capabilities> {
     let (name, available) = (RUNTIME, app.instances.can_run());
+    let mut features = RUNTIME_FEATURES.to_vec();
+    if app.devices.can_lend() {
+        features.push(GPU_PASSTHROUGH);
+        features.sort_unstable();
+    }
     // As Go calls it, which clients know.
     let arch = if ARCH == "x86_64" { "amd64" } else { ARCH };
     Json(Capabilities {
         server: ServerView { version: env!("CARGO_PKG_VERSION"), api_version: CONTRACT_VERSION },
         host: HostView { os: OS, arch },
         default_runtime: DefaultRuntime { name, available },
-        runtimes: vec![Runtime { name, available, features: RUNTIME_FEATURES }],
+        runtimes: vec![Runtime { name, available, features }],
         features: FEATURES,
         network: app.instances.subnet().map(|subnet| NetworkView {
             model: "nat",

@@ -39,6 +39,7 @@ use crate::instances::{
 };
 use crate::token::{Scope, TokenError};
 
+mod devices;
 mod volumes;
 
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
@@ -380,6 +381,8 @@ impl From<CreateError> for ApiError {
             CreateError::OverlaySize(_) => Self::bad("invalid_overlay_size", &error),
             CreateError::Volume(error) => error.into(),
             CreateError::Attach(error) => error.into(),
+            CreateError::Want(error) => error.into(),
+            CreateError::Claim(error) => error.into(),
             CreateError::NoSpace(_)
             | CreateError::Shortage(_)
             | CreateError::Reserve(ReserveError::NoSpace { .. }) => {
@@ -395,12 +398,16 @@ impl From<CreateError> for ApiError {
 
 impl From<BootError> for ApiError {
     fn from(error: BootError) -> Self {
+        if let BootError::Devices(error) = error {
+            return error.into();
+        }
         match &error {
             BootError::NothingToRun | BootError::TooMuchText(_) => {
                 Self::bad("invalid_request", &error)
             }
             BootError::Network(error) => Self::of_network(error),
-            BootError::File { .. }
+            BootError::Devices(_)
+            | BootError::File { .. }
             | BootError::Headers { .. }
             | BootError::Initramfs(_)
             | BootError::Worker(_) => Self::internal(&error),
@@ -480,6 +487,7 @@ impl From<UpkeepError> for ApiError {
 impl From<DeleteError> for ApiError {
     fn from(error: DeleteError) -> Self {
         match error {
+            DeleteError::Devices(error) => error.into(),
             DeleteError::Order(error) => error.into(),
             DeleteError::Record(error) => error.into(),
             DeleteError::End(error) => error.into(),

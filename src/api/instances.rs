@@ -25,6 +25,7 @@ use crate::instances::Waited;
 use crate::instances::state::{State as InstanceState, StateNameError};
 
 pub mod create;
+pub mod devices;
 pub mod extras;
 pub mod policies;
 pub mod start;

@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 
 use crate::api::App;
 use crate::api::error::{ApiError, ErrorBody};
+use crate::devices::{Gpus, Profile};
 use crate::resources::{Allocation, DiskUse, Kind, Report, Status};
 
 /// How it stands with everything.
@@ -26,6 +27,9 @@ pub struct ResourcesView {
     pub disk_io: Option<StatusView>,
     /// What the disk's allocation is made of.
     pub disk_breakdown: DiskBreakdown,
+    /// The GPUs of the host, if it has any that can be given away.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuStatusView>,
     /// Who has what: instances that have not ended.
     pub allocations: Vec<AllocationView>,
 }
@@ -62,6 +66,76 @@ pub struct DiskBreakdown {
     pub volumes_bytes: u64,
     /// Writable layers, as large as they may get.
     pub overlays_bytes: u64,
+}
+
+/// How the host gives GPUs away.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GpuStatusView {
+    /// `vgpu`, in parts, or `passthrough`, whole.
+    pub mode: String,
+    /// How many can be had.
+    pub total_slots: u64,
+    /// How many are.
+    pub used_slots: u64,
+    /// What parts can be.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub profiles: Vec<GpuProfileView>,
+    /// Those that are given away whole.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<GpuDeviceView>,
+}
+
+/// What a part of a GPU can be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GpuProfileView {
+    /// What it is asked for by.
+    pub name: String,
+    /// Memory of its own, in MiB; nothing if it does not say.
+    pub framebuffer_mb: u64,
+    /// How many can still be had.
+    pub available: u64,
+}
+
+/// A GPU that is given away whole.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GpuDeviceView {
+    /// The name that it is registered by, or its address.
+    pub name: String,
+    /// Nobody has it.
+    pub available: bool,
+}
+
+impl From<Gpus> for GpuStatusView {
+    fn from(gpus: Gpus) -> Self {
+        match gpus {
+            Gpus::Parts { total, used, profiles } => {
+                let profile = |Profile { name, framebuffer_mib, available }| GpuProfileView {
+                    name,
+                    framebuffer_mb: framebuffer_mib,
+                    available,
+                };
+                Self {
+                    mode: "vgpu".to_owned(),
+                    total_slots: total,
+                    used_slots: used,
+                    profiles: profiles.into_iter().map(profile).collect(),
+                    devices: Vec::new(),
+                }
+            }
+            Gpus::Whole { devices } => {
+                let count = |used: usize| u64::try_from(used).unwrap_or(u64::MAX);
+                let used = devices.iter().filter(|(_, available)| !available).count();
+                let device = |(name, available)| GpuDeviceView { name, available };
+                Self {
+                    mode: "passthrough".to_owned(),
+                    total_slots: count(devices.len()),
+                    used_slots: count(used),
+                    profiles: Vec::new(),
+                    devices: devices.into_iter().map(device).collect(),
+                }
+            }
+        }
+    }
 }
 
 /// What an instance was promised.
@@ -143,6 +217,7 @@ impl From<Report> for ResourcesView {
                 volumes_bytes,
                 overlays_bytes,
             },
+            gpu: None,
             allocations: report.allocations.into_iter().map(AllocationView::from).collect(),
         }
     }
@@ -154,6 +229,7 @@ impl From<Report> for ResourcesView {
     responses((status = 200, body = ResourcesView), (status = "default", body = ErrorBody)),
 )]
 pub(super) async fn read(State(app): State<App>) -> Result<Json<ResourcesView>, ApiError> {
-    let report = spawn_blocking(move || app.resources.report()).await;
-    Ok(Json(report.map_err(|_panicked| ApiError::panicked())?.into()))
+    let looked = spawn_blocking(move || (app.resources.report(), app.devices.gpus())).await;
+    let (report, gpus) = looked.map_err(|_panicked| ApiError::panicked())?;
+    Ok(Json(ResourcesView { gpu: gpus?.map(GpuStatusView::from), ..report.into() }))
 }

@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::{ServerArgs, output};
-use crate::api::resources::{ResourcesView, StatusView};
+use crate::api::resources::{GpuProfileView, GpuStatusView, ResourcesView, StatusView};
 
 /// What can be typed after `ovum resources`.
 #[derive(Debug, Args)]
@@ -29,6 +29,10 @@ pub(super) async fn resources(args: ResourcesArgs) -> anyhow::Result<()> {
     let known = rates.into_iter().flatten().filter(|status| status.source.is_some());
     rows.extend(known.map(|status| row(status, rate)));
     output::table(["", "CAPACITY", "RATIO", "LIMIT", "PROMISED", "LEFT"], &rows)?;
+    if let Some(gpu) = &view.gpu {
+        output::line("")?;
+        gpus(gpu)?;
+    }
     if view.allocations.is_empty() {
         return Ok(());
     }
@@ -46,6 +50,22 @@ pub(super) async fn resources(args: ResourcesArgs) -> anyhow::Result<()> {
         })
         .collect();
     output::table(["INSTANCE", "VCPUS", "MEMORY", "DISK"], &rows)
+}
+
+fn gpus(gpu: &GpuStatusView) -> anyhow::Result<()> {
+    let parts = gpu.profiles.iter().map(|profile| {
+        let GpuProfileView { name, framebuffer_mb, available } = profile;
+        let memory = match framebuffer_mb {
+            0 => String::new(),
+            mib => output::size(mib.saturating_mul(1 << 20)),
+        };
+        [name.clone(), memory, available.to_string()]
+    });
+    let whole = gpu.devices.iter().map(|device| {
+        let left = u8::from(device.available).to_string();
+        [device.name.clone(), String::new(), left]
+    });
+    output::table(["GPU", "MEMORY", "LEFT"], &parts.chain(whole).collect::<Vec<_>>())
 }
 
 fn row(status: &StatusView, text: impl Fn(u64) -> String) -> [String; 6] {

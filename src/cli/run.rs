@@ -19,6 +19,7 @@ use super::upkeep::UpkeepArgs;
 use super::{ServerArgs, images, output, tags, volumes, waterfall};
 use crate::api::instances::WaitView;
 use crate::api::instances::create::CreateInstance;
+use crate::api::instances::devices::Gpu;
 use crate::api::instances::extras::Network;
 use crate::api::instances::view::InstanceView;
 use crate::api::instances::volumes::VolumeMount;
@@ -60,6 +61,12 @@ pub(super) struct RunArgs {
     /// Volume: NAME:/PATH, NAME:/PATH:ro or NAME:/PATH:ro:overlay=SIZE; may be repeated
     #[arg(short, long, value_parser = volumes::mount)]
     volume: Vec<VolumeMount>,
+    /// Device of the host, by id or name; may be repeated
+    #[arg(long, value_name = "DEVICE")]
+    device: Vec<String>,
+    /// Part of a GPU of the host, as `ovum resources` names them
+    #[arg(long, value_name = "PROFILE")]
+    gpu_profile: Option<String>,
     /// Most bytes per second to and from its disks together: 100MB/s, or 0 for no limit
     #[arg(long, value_name = "RATE")]
     disk_io: Option<String>,
@@ -174,6 +181,8 @@ fn request(args: RunArgs) -> CreateInstance {
             .map(|enabled| Network { enabled: Some(enabled), ..Network::default() }),
         upkeep: args.upkeep.fields(),
         volumes: Some(args.volume).filter(|volumes| !volumes.is_empty()),
+        devices: Some(args.device).filter(|devices| !devices.is_empty()),
+        gpu: args.gpu_profile.map(|profile| Gpu { profile: Some(profile) }),
         skip_kernel_headers: Some(!args.kernel_headers),
         skip_guest_agent: args.skip_guest_agent.then_some(true),
         entrypoint: Some(args.entrypoint),

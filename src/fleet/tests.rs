@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 use std::process;
+use std::slice;
 use std::thread;
 use std::time::Instant;
 
@@ -229,9 +230,28 @@ fn any_launch() -> Launch {
         net: None,
         disk_limit: RateLimitSpec::default(),
         vsock_cid: None,
+        devices: Vec::new(),
         serial: false,
     };
     Launch { machine, hotplug: HotplugPolicy::Boot, files: Vec::new() }
+}
+
+fn any_worker(dir: &Path) -> WorkerSpec<'_> {
+    WorkerSpec {
+        ends_with_us: false,
+        hotplug_bytes: 0,
+        hotplug: HotplugPolicy::Boot,
+        disk_io_bps: None,
+        dir,
+        vcpus: 1,
+        memory_bytes: 64 << 20,
+        initramfs: Vec::new(),
+        disks: Vec::new(),
+        net: None,
+        devices: &[],
+        spare_slots: 0,
+        vsock: true,
+    }
 }
 
 fn identity_in(dir: &Path) -> Identity {
@@ -296,24 +316,23 @@ async fn a_worker_is_found_again_until_it_ends() {
 #[tokio::test]
 async fn what_is_not_the_kvm_device_is_not_handed_on() {
     let dir = tempfile::tempdir().unwrap();
-    let spec = || WorkerSpec {
-        ends_with_us: false,
-        hotplug_bytes: 0,
-        hotplug: HotplugPolicy::Boot,
-        disk_io_bps: None,
-        dir: dir.path(),
-        vcpus: 1,
-        memory_bytes: 64 << 20,
-        initramfs: Vec::new(),
-        disks: Vec::new(),
-        net: None,
-        spare_slots: 0,
-        vsock: true,
-    };
     for path in ["/nonexistent", "/dev/null"] {
         let fleet = Fleet { kvm: path.into(), ..fleet(ENDLESS) };
-        let refused = fleet.spawn(spec()).await.unwrap_err();
+        let refused = fleet.spawn(any_worker(dir.path())).await.unwrap_err();
         assert!(matches!(refused, SpawnError::Kvm { .. }), "{refused:?}");
     }
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// What a balloon takes from a guest its devices would still reach.
+#[test]
+fn a_guest_that_is_lent_devices_has_no_balloon() {
+    let path = PathBuf::from("/sys/bus/pci/devices/0000:03:00.0");
+    let spec = |devices| machine(&WorkerSpec { devices, ..any_worker(Path::new("/nonexistent")) });
+
+    let with_device = spec(slice::from_ref(&path));
+
+    assert!(spec(&[]).balloon && spec(&[]).devices.is_empty());
+    assert!(!with_device.balloon);
+    assert_eq!(with_device.devices, [HostDeviceSpec { path: path.clone() }]);
 }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use ovum_agent_proto::config::HEADERS_SERIAL;
 
+use crate::devices::NewLoan;
 use crate::fleet::{NewWorker, WorkerDisk, WorkerNet, WorkerSpec};
 use crate::images::RootDisk;
 use crate::initramfs::Archive;
@@ -35,6 +36,7 @@ pub(super) struct Boot {
     lease: Option<Lease>,
     download_bps: Option<NonZeroU64>,
     taps: Vec<OwnedFd>,
+    loan: Option<NewLoan>,
     headers: Option<File>,
 }
 
@@ -44,6 +46,8 @@ pub(super) struct Booted {
     pub(super) worker: NewWorker,
     /// Its address, if it has a network.
     pub(super) lease: Option<Lease>,
+    /// What of the host it has.
+    pub(super) loan: Option<NewLoan>,
 }
 
 impl Boot {
@@ -62,13 +66,14 @@ impl Boot {
         let lease = spec.network.map(|_| network.lease(last)).transpose()?;
         let wiring = lease.as_ref().map(|lease| network.wiring(lease));
         let headers = headers(&shared.fleet.kernel, spec.kernel_headers)?;
-        let config = guest::config(spec, &image.config, wiring, headers.is_some(), shared.hotplug)
+        let hotplug = spec.hotplug(shared.hotplug);
+        let config = guest::config(spec, &image.config, wiring, headers.is_some(), hotplug)
             .ok_or(BootError::NothingToRun)?;
         let config = rewound(&Archive::config(&config)?.to_file()?)?;
         let base = base_archive(shared)?;
         let initramfs = vec![base, config];
         let InterfaceSpec { download_bps, .. } = spec.network.unwrap_or_default();
-        Ok(Self { image, initramfs, lease, download_bps, taps: Vec::new(), headers })
+        Ok(Self { image, initramfs, lease, download_bps, taps: Vec::new(), loan: None, headers })
     }
 
     /// The guest's address, if it has a network.
@@ -90,6 +95,23 @@ impl Boot {
         Ok(())
     }
 
+    /// Takes the devices of the instance `id` from the host, if it has any. They go back with this,
+    /// unless a machine was started with them.
+    ///
+    /// # Errors
+    ///
+    /// [`BootError::Devices`].
+    pub(super) async fn lend(
+        &mut self,
+        shared: &Shared,
+        spec: &InstanceSpec,
+        id: &str,
+    ) -> Result<(), BootError> {
+        let profile = spec.gpu_profile.as_deref();
+        self.loan = shared.devices.lend(id, &spec.devices, profile).await?;
+        Ok(())
+    }
+
     /// Starts the machine in the folder `dir`.
     ///
     /// # Errors
@@ -102,7 +124,7 @@ impl Boot {
         dir: &Path,
         disks_of_its_own: &[InstanceDisk],
     ) -> Result<Booted, BootError> {
-        let Self { image, initramfs, lease, taps, headers, .. } = self;
+        let Self { image, initramfs, lease, taps, loan, headers, .. } = self;
         let root = WorkerDisk { id: "root", read_only: true, file: image.file.as_fd() };
         let mut disks = vec![root];
         disks.extend(disks_of_its_own.iter().map(|disk| WorkerDisk {
@@ -126,17 +148,19 @@ impl Boot {
             vcpus: spec.vcpus,
             memory_bytes: spec.memory_bytes,
             hotplug_bytes: spec.hotplug_bytes,
-            hotplug: shared.hotplug,
+            hotplug: spec.hotplug(shared.hotplug),
             initramfs,
             disks,
             net,
             disk_io_bps: spec.disk_io_bps,
+            devices: loan.as_ref().map_or(&[], NewLoan::paths),
             // Without an agent nobody in the guest would look for a disk.
             spare_slots: if spec.agent { SPARE_SLOTS } else { 0 },
             vsock: spec.agent,
             ends_with_us: spec.ends_with_server,
         };
-        Ok(Booted { worker: shared.fleet.spawn(worker).await?, lease })
+        let worker = shared.fleet.spawn(worker).await?;
+        Ok(Booted { worker, lease, loan })
     }
 }
 

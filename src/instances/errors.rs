@@ -7,6 +7,7 @@ use chrono::{DateTime, Utc};
 use rusqlite::ErrorCode;
 
 use crate::agent::AgentError;
+use crate::devices::{ClaimError, GiveBackError, LendError, WantError};
 use crate::disks::DiskError;
 use crate::fleet::{SpawnError, worker};
 use crate::images::{ImagesError, ReadyError, RequestError};
@@ -87,6 +88,12 @@ pub enum CreateError {
     /// A volume that it does not get.
     #[error(transparent)]
     Attach(#[from] AttachError),
+    /// Devices that it cannot have.
+    #[error(transparent)]
+    Want(#[from] WantError),
+    /// A device that it does not get.
+    #[error(transparent)]
+    Claim(#[from] ClaimError),
     /// The record.
     #[error(transparent)]
     Reserve(ReserveError),
@@ -153,6 +160,9 @@ pub enum BootError {
     /// The network.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// Devices of the host.
+    #[error(transparent)]
+    Devices(#[from] LendError),
     /// The worker.
     #[error(transparent)]
     Worker(#[from] SpawnError),
@@ -390,6 +400,9 @@ pub enum UpkeepError {
 /// Why an instance was not deleted.
 #[derive(Debug, thiserror::Error)]
 pub enum DeleteError {
+    /// Its devices.
+    #[error(transparent)]
+    Devices(#[from] GiveBackError),
     /// It was not asked.
     #[error(transparent)]
     Order(#[from] OrderError),

@@ -9,8 +9,10 @@ use std::sync::Arc;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 
 use crate::control::{Event as WorkerEvent, Happening, now_ns};
+use crate::devices::Loan;
 use crate::fleet::files;
 use crate::fleet::worker::{Happened, Worker};
 use crate::instances::diary::Diary;
@@ -116,6 +118,10 @@ pub(super) struct Owner {
     claim: Option<Claim>,
     /// The address of its machine.
     lease: Option<Lease>,
+    /// What of the host its machine has.
+    loan: Option<Loan>,
+    /// What the last one had is on its way back.
+    returning: Option<JoinHandle<()>>,
     state_since: DateTime<Utc>,
     diary: Diary,
     view: watch::Sender<Arc<Instance>>,
@@ -144,6 +150,7 @@ impl Owner {
             held_bytes: 0,
             restart: RestartStatus::default(),
             restart_at: None,
+            mdev_uuid: None,
         };
         let mut owner = Self {
             shared,
@@ -158,6 +165,8 @@ impl Owner {
             worker: None,
             claim: None,
             lease: None,
+            loan: None,
+            returning: None,
             state_since: Utc::now(),
             diary,
             view: watch::Sender::new(Arc::new(view)),
@@ -174,13 +183,19 @@ impl Owner {
     }
 
     /// The machine runs in `worker`; what it has already said is taken.
-    pub(super) fn with_worker(mut self, worker: Worker, lease: Option<Lease>) -> Self {
-        self.attach(worker, lease);
+    pub(super) fn with_worker(
+        mut self,
+        worker: Worker,
+        lease: Option<Lease>,
+        loan: Option<Loan>,
+    ) -> Self {
+        self.attach(worker, lease, loan);
         self
     }
 
-    fn attach(&mut self, mut worker: Worker, lease: Option<Lease>) {
+    fn attach(&mut self, mut worker: Worker, lease: Option<Lease>, loan: Option<Loan>) {
         self.lease = lease;
+        self.loan = loan;
         self.change(Event::Launched);
         while let Some(event) = worker.queued() {
             self.follow(&event);
@@ -208,8 +223,9 @@ impl Owner {
     }
 
     /// Whether there is a worker could not be told.
-    pub(super) fn unknown(mut self, why: String, lease: Option<Lease>) -> Self {
+    pub(super) fn unknown(mut self, why: String, lease: Option<Lease>, loan: Option<Loan>) -> Self {
         self.lease = lease;
+        self.loan = loan;
         self.state = State::Unknown;
         self.ending.error = Some(why);
         self.publish();
@@ -321,6 +337,7 @@ impl Owner {
         }
         self.claim = None;
         self.lease = None;
+        self.returning = self.loan.take().map(|loan| self.shared.devices.give_back(loan));
         self.record.hold = None;
         self.change(Event::Ended);
         self.begin_checks();
@@ -427,6 +444,7 @@ impl Owner {
             held_bytes: self.record.hold.map_or(0, |hold| hold.bytes),
             restart: self.record.restart.clone(),
             restart_at: self.restart_at(),
+            mdev_uuid: self.loan.as_ref().and_then(|loan| loan.mdev_uuid.clone()),
         };
         self.view.send_replace(Arc::new(instance));
     }

@@ -123,8 +123,11 @@ impl Instances {
     ///
     /// [`HostMemoryError`]. What is wrong with one guest is told with its part.
     pub async fn reclaim(&self, spec: &ReclaimSpec) -> Result<Reclaimed, HostMemoryError> {
-        let running: Vec<_> =
-            self.list().into_iter().filter(|instance| instance.state == State::Running).collect();
+        // Devices reach all of a guest's memory: it has none to give.
+        let can_give = |instance: &Arc<Instance>| {
+            instance.state == State::Running && !instance.spec.is_pinned()
+        };
+        let running: Vec<_> = self.list().into_iter().filter(can_give).collect();
         let assigned = join_all(running.iter().map(|instance| self.assigned(instance))).await;
         let part = |((instance, assigned_bytes), (floor_bytes, planned_bytes))| Part {
             instance,

@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use futures_util::future::join_all;
 
+use crate::devices::Loan;
 use crate::fleet::journal;
 use crate::instances::owner::Owner;
 use crate::instances::record::{Phase, Record};
@@ -39,7 +40,9 @@ pub(super) async fn reconcile(shared: &Arc<Shared>) -> Result<(), OpenError> {
     let failed = |source| OpenError::Dir { path: shared.dir.clone(), source };
     let strays = strays(&shared.dir, &records).map_err(failed)?;
     join_all(strays.iter().map(|id| clear(shared, id))).await;
+    let known = records.keys().cloned().collect();
     join_all(records.into_values().flatten().map(|record| settle(shared, record))).await;
+    shared.devices.release_strays(&known).await;
     Ok(())
 }
 
@@ -78,6 +81,7 @@ async fn undo_start(shared: &Arc<Shared>, mut record: Record) -> Owner {
     let dir = shared.dir_of(&record.id);
     let undone = async {
         end_worker(shared, &dir).await?;
+        shared.devices.release(&record.id).await.map_err(io::Error::other)?;
         record.phase = Phase::Kept;
         let written = shared.store.transact(|records| record.update(records));
         written.map_err(io::Error::other)
@@ -86,31 +90,52 @@ async fn undo_start(shared: &Arc<Shared>, mut record: Record) -> Owner {
     let owner = Owner::new(Arc::clone(shared), record);
     match outcome {
         Ok(()) => owner,
-        Err(error) => owner.unknown(format!("Failed to undo a start: {error}"), None),
+        Err(error) => owner.unknown(format!("Failed to undo a start: {error}"), None, None),
     }
 }
 
 async fn revive(shared: &Arc<Shared>, record: Record) -> Owner {
     let dir = shared.dir_of(&record.id);
     let has_ended = record.end.is_some();
-    let (id, name, need) = (&record.id, record.spec.name.as_str(), record.spec.need());
-    let claim = (!has_ended).then(|| shared.resources.count_instance(id, name, need));
+    let (id, name, need) = (record.id.clone(), record.spec.name.as_str(), record.spec.need());
+    let claim = (!has_ended).then(|| shared.resources.count_instance(&id, name, need));
     let address = record.address.filter(|_| record.spec.network.is_some());
     let owner = Owner::new(Arc::clone(shared), record);
-    let Some(claim) = claim else { return owner };
+    let Some(claim) = claim else {
+        release(shared, &id).await;
+        return owner;
+    };
     let owner = owner.with_claim(claim);
     // Before anyone else is given one.
     let lease = address.map(|address| shared.network.hold(address));
     match shared.fleet.adopt(&dir).await {
-        Ok(Some(worker)) => owner.with_worker(worker, lease),
-        Ok(None) => match journal::read(&dir) {
-            Ok(events) => owner.ended_unseen(&events),
-            Err(error) => owner.unknown(format!("Failed to read its events: {error}"), None),
-        },
+        Ok(Some(worker)) => owner.with_worker(worker, lease, loan_of(shared, &id)),
+        Ok(None) => {
+            release(shared, &id).await;
+            match journal::read(&dir) {
+                Ok(events) => owner.ended_unseen(&events),
+                Err(error) => {
+                    owner.unknown(format!("Failed to read its events: {error}"), None, None)
+                }
+            }
+        }
         Err(error) => {
             tracing::error!(%error, cause = %error.source, "An instance is in an unknown state");
-            owner.unknown(format!("{error}: {}", error.source), lease)
+            owner.unknown(format!("{error}: {}", error.source), lease, loan_of(shared, &id))
         }
+    }
+}
+
+/// What is lent to the machine of `id`, which runs.
+fn loan_of(shared: &Shared, id: &str) -> Option<Loan> {
+    let loan = shared.devices.resume(id);
+    loan.inspect_err(|error| tracing::error!(id, %error, "Loans cannot be read")).ok().flatten()
+}
+
+/// Gives back what was lent to the machine of `id`, which has ended.
+async fn release(shared: &Shared, id: &str) {
+    if let Err(error) = shared.devices.release(id).await {
+        tracing::error!(id, %error, "A device is still lent");
     }
 }
 
@@ -119,6 +144,7 @@ async fn clear(shared: &Shared, id: &str) {
     let dir = shared.dir_of(id);
     let result = async {
         end_worker(shared, &dir).await?;
+        shared.devices.release(id).await.map_err(io::Error::other)?;
         remove_folder(&dir)?;
         let removed = shared.store.transact(|records| Record::remove(id, records));
         removed.map_err(io::Error::other)

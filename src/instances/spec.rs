@@ -12,13 +12,13 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 
-use crate::control::DISKS_MAX;
+use crate::control::{DISKS_MAX, HotplugPolicy};
 use crate::images::reference::Reference;
 use crate::instances::health::HealthCheck;
 use crate::instances::restart::{RestartPolicy, later};
 use crate::resources::Need;
 
-pub use crate::control::MEMORY_BYTES_MIN;
+pub use crate::control::{DEVICES_MAX, MEMORY_BYTES_MIN};
 
 /// Longest name: it becomes the guest's host name, a DNS label (RFC 1035, 2.3.4 "Size limits").
 const NAME_BYTES_MAX: usize = 63;
@@ -81,6 +81,12 @@ pub struct InstanceSpec {
     /// Volumes in its guest, by path: none of them below one that comes later.
     #[serde(default)]
     pub volumes: Vec<VolumeMount>,
+    /// Devices of the host, by id or name; of an instance that is there, by id.
+    #[serde(default)]
+    pub devices: Vec<String>,
+    /// What part of a GPU it has, if it has one.
+    #[serde(default)]
+    pub gpu_profile: Option<String>,
 }
 
 /// A volume in an instance.
@@ -228,6 +234,17 @@ impl InstanceSpec {
         self.memory_bytes.saturating_add(self.hotplug_bytes)
     }
 
+    /// Whether its machine has something of the host's that reaches its memory by itself. All of
+    /// that is there from the start then, and stays.
+    pub fn is_pinned(&self) -> bool {
+        !self.devices.is_empty() || self.gpu_profile.is_some()
+    }
+
+    /// When its guest gets more memory, where others get it by `policy`.
+    pub fn hotplug(&self, policy: HotplugPolicy) -> HotplugPolicy {
+        if self.is_pinned() { HotplugPolicy::Boot } else { policy }
+    }
+
     /// The same with another command.
     #[must_use]
     pub fn with_command(mut self, command: Command) -> Self {
@@ -341,6 +358,8 @@ impl InstanceSpec {
             restart_policy: None,
             ends_with_server: false,
             volumes: Vec::new(),
+            devices: Vec::new(),
+            gpu_profile: None,
         }
     }
 }
@@ -348,6 +367,21 @@ impl InstanceSpec {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_that_devices_reach_is_there_from_the_boot_on() {
+        let demand = HotplugPolicy::Demand { quiet_ms: 5 };
+        let plain = InstanceSpec::sample();
+        let devices = vec!["disk".to_owned()];
+        let with_device = InstanceSpec { devices, ..InstanceSpec::sample() };
+        let gpu_profile = Some("L40S-1Q".to_owned());
+        let with_part = InstanceSpec { gpu_profile, ..InstanceSpec::sample() };
+
+        assert_eq!(plain.hotplug(demand), demand);
+        for pinned in [with_device, with_part] {
+            assert_eq!(pinned.hotplug(demand), HotplugPolicy::Boot);
+        }
+    }
 
     #[test]
     fn names_are_host_names() {

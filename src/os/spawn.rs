@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::{self, Stdio};
 
 use rustix::io::write;
-use rustix::process::setsid;
+use rustix::process::{Pid, Resource, Rlimit, prlimit, setsid};
 use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
 
@@ -47,6 +47,18 @@ impl Identity {
         let start_ticks = start.parse().map_err(|_| malformed())?;
         let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
         Ok(Self { pid, start_ticks, boot_id })
+    }
+
+    /// Lets the process lock so many bytes of its memory: what devices reach is locked. The caller
+    /// is its parent, so that the number is still its own.
+    ///
+    /// # Errors
+    ///
+    /// What prlimit(2) says: only root gives more than before.
+    pub fn limit_locked_memory(&self, bytes: u64) -> io::Result<()> {
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw);
+        let limit = Rlimit { current: Some(bytes), maximum: Some(bytes) };
+        prlimit(pid, Resource::Memlock, limit).map(drop).map_err(Into::into)
     }
 
     /// Takes hold of the process, if it still runs.

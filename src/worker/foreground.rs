@@ -102,6 +102,7 @@ fn build(spec: ForegroundSpec) -> anyhow::Result<Machine> {
         net: None,
         disk_limit: RateLimitSpec::default(),
         vsock_cid: None,
+        devices: Vec::new(),
         serial: spec.serial,
     };
     let files = MachineFiles {

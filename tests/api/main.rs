@@ -245,7 +245,7 @@ async fn what_the_server_can_do_is_told_to_those_who_may_know() {
     let features = ["balloon-control", "disk-io-limit", "hotplug-memory", "vsock"];
     let runtime = json!([{ "name": "native", "available": false, "features": features }]);
     assert_eq!(told["runtimes"], runtime, "there is no KVM");
-    assert_eq!(told["features"], json!(["exec", "images", "instances", "logs"]));
+    assert_eq!(told["features"], json!(["devices", "exec", "images", "instances", "logs"]));
     assert_eq!(told["host"], json!({ "os": "linux", "arch": "amd64" }));
     assert_eq!(
         (refused.status, &refused.body["code"]),

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use crate::cases;
 use crate::crash::{data_dir, settle};
+use crate::devices;
 
 cases![
     an_instance_is_created_whole_or_not_at_all,
@@ -34,7 +35,7 @@ const VOLUME: &str = "killed-volume";
 
 /// An operation on a server that may be killed meanwhile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Operation {
+pub(crate) enum Operation {
     Create,
     Stop,
     Start,
@@ -42,6 +43,9 @@ enum Operation {
     Pull,
     Attach,
     Detach,
+    /// A creation with a device of the host, and the end of it.
+    Borrow,
+    Return,
 }
 
 impl Operation {
@@ -57,7 +61,16 @@ impl Operation {
             }
             Self::Stop => (Method::POST, format!("/instances/{NAME}/stop"), String::new()),
             Self::Start => (Method::POST, format!("/instances/{NAME}/start"), String::new()),
-            Self::Delete => (Method::DELETE, format!("/instances/{NAME}"), String::new()),
+            Self::Borrow => {
+                let body = json!({
+                    "name": NAME, "image": BUSYBOX, "size": "128MB", "vcpus": 1,
+                    "cmd": ["sleep", "9999"], "devices": [devices::NAME],
+                });
+                (Method::POST, "/instances".to_owned(), body.to_string())
+            }
+            Self::Delete | Self::Return => {
+                (Method::DELETE, format!("/instances/{NAME}"), String::new())
+            }
             Self::Pull => {
                 let body = json!({ "name": BUSYBOX }).to_string();
                 (Method::POST, "/images".to_owned(), body)
@@ -76,11 +89,15 @@ impl Operation {
         }
         match answer {
             Some((status, _)) if status.is_success() => true,
-            Some((StatusCode::NOT_FOUND, _)) if matches!(self, Self::Delete | Self::Detach) => true,
+            Some((StatusCode::NOT_FOUND, _))
+                if matches!(self, Self::Delete | Self::Detach | Self::Return) =>
+            {
+                true
+            }
             // Attached before the kill, and there.
             Some((StatusCode::BAD_REQUEST, _)) if self == Self::Attach => true,
             // Created before the kill, and there.
-            Some((StatusCode::CONFLICT, _)) if self == Self::Create => true,
+            Some((StatusCode::CONFLICT, _)) if matches!(self, Self::Create | Self::Borrow) => true,
             Some((status, answer)) => panic!("{self:?}: {status} {answer}"),
             None => false,
         }
@@ -96,6 +113,14 @@ impl Operation {
                 assert!(gone, "{answer}");
             }
             Self::Create => drop(server.pull(BUSYBOX).await),
+            Self::Borrow | Self::Return => {
+                server.pull(BUSYBOX).await;
+                devices::register(server, &devices::nvme()).await;
+                if self == Self::Return {
+                    assert!(Self::Borrow.run(server).await);
+                    server.wait(NAME, "Running").await;
+                }
+            }
             Self::Stop | Self::Start | Self::Delete => {
                 server.pull(BUSYBOX).await;
                 assert!(Self::Create.run(server).await);
@@ -122,9 +147,11 @@ impl Operation {
     fn is_done(self, list: &[Value]) -> bool {
         let state = list.first().map(|instance| instance["state"].as_str().unwrap());
         match self {
-            Self::Create | Self::Start => state.is_some_and(|state| state != "Stopped"),
+            Self::Create | Self::Start | Self::Borrow => {
+                state.is_some_and(|state| state != "Stopped")
+            }
             Self::Stop => state == Some("Stopped"),
-            Self::Delete | Self::Pull => state.is_none(),
+            Self::Delete | Self::Pull | Self::Return => state.is_none(),
             Self::Attach | Self::Detach => {
                 let volumes = list[0]["volumes"].as_array().map_or(0, Vec::len);
                 (volumes == 1) == (self == Self::Attach)
@@ -140,6 +167,10 @@ impl Operation {
             let path = format!("/volumes/{VOLUME}");
             let (status, answer) = server.call(Method::DELETE, &path, None).await;
             assert_eq!(status, StatusCode::NO_CONTENT, "{answer}");
+        }
+        if matches!(self, Self::Borrow | Self::Return) {
+            devices::await_return(&devices::nvme()).await;
+            devices::forget(server, devices::NAME).await;
         }
         assert_eq!(workers(), Vec::<String>::new());
         let rests = fs::read_dir(server.data_dir.join("tmp")).unwrap().count();
@@ -165,7 +196,7 @@ async fn killed(server: Server, operation: Operation, at: u64) -> (bool, Sprung)
     (acknowledged, trap.spring())
 }
 
-async fn survives_a_kill_at_every_change(operation: Operation) {
+pub(crate) async fn survives_a_kill_at_every_change(operation: Operation) {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     let number = |name, default| env::var(name).map_or(default, |text| text.parse().unwrap());
     let (seed, rounds_max) = (number("OVUM_KILL_SEED", now), number("OVUM_KILLS", ROUNDS_MAX));
@@ -191,6 +222,9 @@ async fn survives_a_kill_at_every_change(operation: Operation) {
         server = Server::start_at(&dir).await;
         let list = settle(&server).await;
         assert!(!acknowledged || operation.is_done(&list), "{place}, lost: {list:?}");
+        if matches!(operation, Operation::Borrow | Operation::Return) && list.is_empty() {
+            devices::await_return(&devices::nvme()).await;
+        }
         until_settled(&server).await;
         let images = server.get("/images").await;
         let ready = |image: &Value| image["status"] == "ready";

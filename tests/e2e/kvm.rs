@@ -11,12 +11,13 @@ pub(crate) struct Tally {
     pub(crate) failed: usize,
 }
 
-/// Runs all of it, one after the other, and passes on what it says.
-pub(crate) fn run() -> Tally {
+/// Runs those of its tests that `which` tells it, one after the other, and passes on what it says.
+pub(crate) fn run(which: &[&str]) -> Tally {
     let program = env::var_os("OVUM_KVM_SUITE")
         .expect("OVUM_KVM_SUITE names the program that dev/end-to-end built");
     let mut suite = Command::new(program)
         .args(["--test-threads", "1"])
+        .args(which)
         .stdout(Stdio::piped())
         .spawn()
         .expect("the suite of the monitor starts");

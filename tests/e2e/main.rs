@@ -15,6 +15,7 @@ mod ceilings;
 mod cli;
 mod copy;
 mod crash;
+mod devices;
 mod disk;
 mod exec;
 mod headers;
@@ -53,28 +54,35 @@ struct Case {
     run: for<'h> fn(&'h TestHost) -> LocalBoxFuture<'h, ()>,
 }
 
-/// A share of the cases, where another host runs the rest: `OVUM_PART=1/2`. The monitor's suite
-/// belongs to the first.
+/// Some of the cases, where other hosts run the rest.
 #[derive(Clone, Copy)]
-struct Part {
-    number: usize,
-    of: usize,
+enum Part {
+    /// A share of those for any host: `OVUM_PART=1/2`. The monitor's suite belongs to the first.
+    Share { number: usize, of: usize },
+    /// Those for a host with devices to lend, the monitor's included: `OVUM_PART=devices`.
+    Devices,
 }
 
 impl Part {
     fn from_environment() -> Self {
-        let Ok(text) = env::var("OVUM_PART") else { return Self { number: 1, of: 1 } };
+        let Ok(text) = env::var("OVUM_PART") else { return Self::Share { number: 1, of: 1 } };
+        if text == "devices" {
+            return Self::Devices;
+        }
         let numbers = text.split_once('/').map(|(number, of)| (number.parse(), of.parse()));
         match numbers {
-            Some((Ok(number), Ok(of))) if (1..=of).contains(&number) => Self { number, of },
-            _ => panic!("OVUM_PART is {text:?}: it has to be like 1/2"),
+            Some((Ok(number), Ok(of))) if (1..=of).contains(&number) => Self::Share { number, of },
+            _ => panic!("OVUM_PART is {text:?}: it has to be like 1/2, or devices"),
         }
     }
 
     /// Whether the case at this place is among them: long ones lie together, so each goes to
     /// another part than its neighbour.
     fn has(self, place: usize) -> bool {
-        place % self.of == self.number - 1
+        match self {
+            Self::Share { number, of } => place % of == number - 1,
+            Self::Devices => true,
+        }
     }
 }
 
@@ -92,7 +100,29 @@ pub(crate) use cases;
 fn main() -> ExitCode {
     let part = Part::from_environment();
     let filters: Vec<String> = env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
-    let suites = [
+    let chosen = chosen(part, &filters);
+    let monitor = match part {
+        Part::Share { number: 1, .. } if filters.is_empty() => kvm::run(&["--skip", "vfio::"]),
+        Part::Devices if filters.is_empty() => kvm::run(&["vfio::"]),
+        Part::Share { .. } | Part::Devices => Tally { passed: 0, failed: 0 },
+    };
+    let runtime = Builder::new_current_thread().enable_all().build();
+    let failed = runtime.expect("a runtime needs only memory").block_on(run(&chosen));
+    println!();
+    for name in &failed {
+        println!("failed: {name}");
+    }
+    let Tally { passed, failed } = Tally {
+        passed: monitor.passed + chosen.len() - failed.len(),
+        failed: monitor.failed + failed.len(),
+    };
+    println!("{passed} passed, {failed} failed");
+    if failed == 0 && passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// The cases of a part that the filters mean.
+fn chosen(part: Part, filters: &[String]) -> Vec<&'static Case> {
+    let for_any_host = [
         boot::CASES,
         ceilings::CASES,
         api::CASES,
@@ -116,27 +146,18 @@ fn main() -> ExitCode {
         cli::inside::CASES,
         cli::orders::CASES,
     ];
-    let chosen: Vec<&Case> = suites
-        .into_iter()
+    let suites = match part {
+        Part::Share { .. } => for_any_host.as_slice(),
+        Part::Devices => &[devices::CASES],
+    };
+    suites
+        .iter()
+        .copied()
         .flatten()
         .filter(|case| filters.is_empty() || filters.iter().any(|f| case.name.contains(f)))
         .enumerate()
         .filter_map(|(place, case)| part.has(place).then_some(case))
-        .collect();
-    let has_monitor = filters.is_empty() && part.number == 1;
-    let monitor = if has_monitor { kvm::run() } else { Tally { passed: 0, failed: 0 } };
-    let runtime = Builder::new_current_thread().enable_all().build();
-    let failed = runtime.expect("a runtime needs only memory").block_on(run(&chosen));
-    println!();
-    for name in &failed {
-        println!("failed: {name}");
-    }
-    let Tally { passed, failed } = Tally {
-        passed: monitor.passed + chosen.len() - failed.len(),
-        failed: monitor.failed + failed.len(),
-    };
-    println!("{passed} passed, {failed} failed");
-    if failed == 0 && passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+        .collect()
 }
 
 async fn run(chosen: &[&Case]) -> Vec<&'static str> {

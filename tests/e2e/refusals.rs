@@ -71,8 +71,6 @@ async fn wrong_types_are_refused_by_name(host: &TestHost) {
 async fn what_is_not_there_yet_is_refused_by_name(host: &TestHost) {
     for (field, value) in [
         ("network", json!({ "egress": { "enabled": true } })),
-        ("devices", json!(["gpu"])),
-        ("gpu", json!({ "profile": "L40S-1Q" })),
         ("auto_standby", json!({ "enabled": true, "idle_timeout": "5m" })),
     ] {
         let (status, body) = refusal(host, json!({ (field): value })).await;

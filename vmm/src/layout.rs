@@ -2,14 +2,18 @@
 //!
 //! ```text
 //! 0x0000_0500  GDT                 0xd000_0000  start of the 32-bit hole, virtio-mmio slots
-//! 0x0000_7000  zero page           0xfec0_0000  IOAPIC
-//! 0x0000_9000  page tables         0xfee0_0000  local APICs
-//! 0x0002_0000  command line        0xfffb_d000  KVM's TSS and identity map
-//! 0x000e_0000  ACPI tables         4 GiB        high RAM, then room for memory added later
-//! 0x0100_0000  kernel
+//! 0x0000_7000  zero page           0xd400_0000  PCI configuration space
+//! 0x0000_9000  page tables         0xd800_0000  low window for BARs
+//! 0x0002_0000  command line        0xfec0_0000  IOAPIC
+//! 0x000e_0000  ACPI tables         0xfee0_0000  local APICs
+//! 0x0100_0000  kernel              0xfffb_d000  KVM's TSS and identity map
+//!                                  4 GiB        high RAM, room for memory added later,
+//!                                               high window for BARs
 //! ```
 //!
 //! The initramfs lies at the top of low RAM.
+
+use std::ops::Range;
 
 /// Where the GDT of the boot CPU is written.
 pub const GDT_START: u64 = 0x500;
@@ -38,6 +42,20 @@ pub const MMIO_START: u64 = HOLE_START;
 pub const MMIO_SLOT_BYTES: u64 = 4 << 10;
 /// Most virtio devices: as many as there are interrupt lines for them.
 pub const MMIO_SLOTS: u64 = 19;
+/// Configuration space of the PCI bus, if there is one.
+pub const ECAM_START: u64 = 0xd400_0000;
+/// Its bytes: one bus.
+pub const ECAM_BYTES: u64 = 1 << 20;
+/// Where BARs below 4 GiB can be.
+pub const PCI_LOW_START: u64 = 0xd800_0000;
+/// Bytes of that window.
+pub const PCI_LOW_BYTES: u64 = 512 << 20;
+/// Bytes of the window for BARs above 4 GiB: twice the largest BAR, and so is what it begins at.
+pub const PCI_HIGH_BYTES: u64 = 256 << 30;
+/// Where BARs of ports can be, if there is a PCI bus: above all fixed ports.
+pub const PCI_PORTS_START: u16 = 0xc000;
+/// Ports of that window.
+pub const PCI_PORTS: u16 = 0x4000;
 /// The IOAPIC that KVM emulates.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// The local APIC of each CPU.
@@ -79,6 +97,11 @@ pub const PANIC_EVENT: u8 = 1;
 
 const _: () = assert!(HOLE_START.is_multiple_of(2 << 20), "RAM must end on a huge page");
 const _: () = assert!(MMIO_START + MMIO_SLOTS * MMIO_SLOT_BYTES <= IOAPIC_START);
+const _: () = assert!(MMIO_START + MMIO_SLOTS * MMIO_SLOT_BYTES <= ECAM_START);
+const _: () = assert!(ECAM_START + ECAM_BYTES <= PCI_LOW_START);
+const _: () = assert!(PCI_PORTS_START as u32 + PCI_PORTS as u32 <= 1 << 16);
+const _: () = assert!(PCI_PORTS_START > PANIC_PORT && PCI_PORTS_START > SERIAL_PORT);
+const _: () = assert!(PCI_LOW_START + PCI_LOW_BYTES <= IOAPIC_START);
 const _: () = assert!(MMIO_GSI_FIRST as u64 + MMIO_SLOTS <= IOAPIC_LINES as u64);
 const _: () = assert!(PAGE_TABLES_START + 3 * 4096 <= CMDLINE_START);
 const _: () = assert!(CMDLINE_START + CMDLINE_BYTES_MAX as u64 <= LOW_RAM_END);
@@ -104,6 +127,13 @@ pub fn hotplug_start(memory_bytes: u64) -> u64 {
     let end =
         memory_bytes + if memory_bytes <= HOLE_START { 0 } else { HIGH_RAM_START - HOLE_START };
     end.max(HIGH_RAM_START).next_multiple_of(HOTPLUG_ALIGN)
+}
+
+/// Where BARs above 4 GiB can be, in a machine whose memory, with all that can be added, ends at
+/// `memory_end`.
+pub fn pci_high(memory_end: u64) -> Range<u64> {
+    let start = memory_end.next_multiple_of(PCI_HIGH_BYTES);
+    start..start + PCI_HIGH_BYTES
 }
 
 #[cfg(test)]

@@ -5,7 +5,6 @@
 //! machine runs by itself, and what happens to it arrives as [`MachineEvent`]s; dropping it ends
 //! all its threads. Disks come and go meanwhile ([`mod@disks`]).
 
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
@@ -15,7 +14,7 @@ use std::time::Instant;
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
-    kvm_irqchip, kvm_userspace_memory_region,
+    kvm_irqchip,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -23,17 +22,23 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::arch::{acpi, boot, cpuid, registers};
 use crate::events::Events;
 pub use crate::events::{MachineEvent, MachineEventKind, StopReason};
+use crate::kvm::Vm;
+use crate::kvm_slots::KvmSlots;
 use crate::layout::{KVM_TSS_START, MMIO_SLOTS, SERIAL_GSI, hotplug_start};
 use crate::machine::place::place;
 use crate::machine_error::{BuildError, Ended, SaveError};
 use crate::machine_state::{DeviceSlotState, IrqchipState, MachineState};
-use crate::memory::{Mem, Memory, MemoryListener, MemoryRange};
+use crate::memory::{Mem, Memory, MemoryListener};
+use crate::pci::msi::Routes;
+use crate::pci::{self, PciBus};
 use crate::ports::{Ports, SerialInterrupt};
 use crate::rate_limiter::{RateLimitSpec, RateLimiter};
 use crate::reactor::{self, Orders, Reactor};
 use crate::slots::Slots;
 use crate::spec::{MachineFiles, MachineSpec};
 use crate::vcpu::{Exits, Platform, Vcpu, install_kick};
+use crate::vfio::passthrough::{Passthrough, Place};
+use crate::vfio::{Container, DmaMap};
 use crate::virtio::Device;
 use crate::virtio::balloon::{Balloon, BalloonHandle};
 use crate::virtio::blk::Blk;
@@ -49,11 +54,14 @@ mod place;
 /// Words that every guest of this machine gets.
 ///
 /// A panic ends the machine, and whatever a machine like this does not have is not looked for:
-/// - `pci=off`: there is no bus, and finding that out takes over 200 exits;
 /// - `tsc=reliable no_timer_check`: there is no second clock or timer to check against.
-const CMDLINE: &str = "quiet panic=-1 pci=off tsc=reliable no_timer_check random.trust_cpu=on";
-/// Without a 16550 there is none to look for, and the console is virtio.
-const CMDLINE_NO_SERIAL: &str = "console=hvc0 8250.nr_uarts=0";
+const CMDLINE: &str = "quiet panic=-1 tsc=reliable no_timer_check random.trust_cpu=on";
+/// Without devices of the host there is no bus, and finding that out takes over 200 exits.
+const CMDLINE_NO_PCI: &str = " pci=off";
+/// Without a 16550 the console is virtio, and
+const CMDLINE_NO_SERIAL: &str = "console=hvc0";
+/// there is none to look for, unless a device of the host is one.
+const CMDLINE_NO_UART: &str = " 8250.nr_uarts=0";
 /// With one the kernel speaks from its first line, and there only: both go to the same file. What
 /// it said before it knew of the port is said again then, if by then nothing is kept quiet.
 const CMDLINE_SERIAL: &str = "ignore_loglevel console=ttyS0 earlyprintk=ttyS0";
@@ -109,8 +117,18 @@ impl Machine {
         let kvm = kvm(files.kvm)?;
         let vm = Arc::new(kvm.create_vm().map_err(BuildError::kvm("create a virtual machine"))?);
         set_up_interrupts(&vm)?;
-        let slots = KvmSlots { vm: Arc::clone(&vm), starts: Vec::new() };
-        let memory = Memory::new(spec.memory_bytes, vec![Box::new(slots)])?;
+        let slots = KvmSlots::new(Arc::clone(&vm) as Arc<dyn Vm>);
+        let mut listeners: Vec<Box<dyn MemoryListener>> = vec![Box::new(slots.clone())];
+        let pci = if spec.devices.is_empty() {
+            None
+        } else {
+            let container = Container::new(&vm)?;
+            let pci = bus(spec, &container, &vm, slots)?;
+            // After the first device, without which a container has no IOMMU to map with.
+            listeners.push(Box::new(DmaMap(container)));
+            Some(pci)
+        };
+        let memory = Memory::new(spec.memory_bytes, listeners)?;
         let mem = Arc::clone(memory.mem());
         let events = Arc::new(Events::new().map_err(BuildError::Thread)?);
 
@@ -133,13 +151,10 @@ impl Machine {
         let reactor = Reactor::start(tasks, orders.clone(), inbox, Arc::clone(&events))
             .map_err(BuildError::Thread)?;
 
-        acpi::write_tables(&mem, spec.vcpus, slot_count as u64, spec.serial)?;
-        let mut cmdline = String::from(CMDLINE);
-        let words = if spec.serial { CMDLINE_SERIAL } else { CMDLINE_NO_SERIAL };
-        let hotplug = if spec.hotplug_bytes > 0 { CMDLINE_HOTPLUG } else { "" };
-        write!(cmdline, " {words}{hotplug} {}", spec.cmdline).expect("a String takes all");
+        let windows = pci.as_ref().map(PciBus::windows);
+        acpi::write_tables(&mem, spec.vcpus, slot_count as u64, spec.serial, windows)?;
         let kernel = &mut files.kernel;
-        let entry = boot::load(&mem, kernel, &mut files.initramfs, cmdline.trim_end())?;
+        let entry = boot::load(&mem, kernel, &mut files.initramfs, cmdline(spec).trim_end())?;
         registers::write_tables(&mem).map_err(BuildError::Tables)?;
 
         let unstarted = vcpus(&kvm, &vm, spec.vcpus, entry)?;
@@ -148,6 +163,7 @@ impl Machine {
         let platform = Arc::new(Platform {
             ports: Ports::new(Arc::clone(&events), serial),
             slots: Slots::new(registers, vacant),
+            pci,
             events: Arc::clone(&events),
             exits: Exits::default(),
         });
@@ -274,6 +290,9 @@ impl Machine {
             Phase::Paused => {}
             Phase::Stopped => return Err(SaveError::Ended(Ended)),
         }
+        if self.platform.pci.is_some() {
+            return Err(SaveError::HostDevices);
+        }
         let save = |vcpu: &Vcpu| vcpu.save(Arc::clone(&self.msrs));
         let vcpus = self.vcpus.iter().map(save).collect::<Result<_, _>>()?;
         let clock = self.vm.get_clock().map_err(SaveError::kvm("clock"))?;
@@ -313,55 +332,14 @@ impl Machine {
     }
 }
 
-/// KVM's memory slots: the guest address of each, by its number.
-#[derive(Debug)]
-struct KvmSlots {
-    vm: Arc<VmFd>,
-    starts: Vec<Option<u64>>,
-}
-
-impl KvmSlots {
-    /// The slot of the range at `guest_start`, or, before there is one, the first that is free.
-    fn place(&mut self, guest_start: Option<u64>) -> Option<usize> {
-        self.starts.iter().position(|&start| start == guest_start)
-    }
-
-    /// Tells KVM of one slot; no bytes are no slot.
-    fn set(&self, slot: usize, range: MemoryRange) -> io::Result<()> {
-        let region = kvm_userspace_memory_region {
-            slot: u32::try_from(slot).map_err(io::Error::other)?,
-            flags: 0,
-            guest_phys_addr: range.guest_start,
-            memory_size: range.bytes,
-            userspace_addr: range.host_start,
-        };
-        // SAFETY: the range is one live mapping of `Memory`, which unmaps none before it has told
-        // so here, and all of them when the vCPUs have ended; no other slot has its guest
-        // addresses, for the ranges of `Memory` are apart.
-        #[expect(unsafe_code, reason = "the guest is given this process's memory")]
-        let set = unsafe { self.vm.set_user_memory_region(region) };
-        set.map_err(|error| io::Error::from_raw_os_error(error.errno()))
-    }
-}
-
-impl MemoryListener for KvmSlots {
-    fn added(&mut self, range: MemoryRange) -> io::Result<()> {
-        let slot = self.place(None).unwrap_or(self.starts.len());
-        self.set(slot, range)?;
-        match self.starts.get_mut(slot) {
-            Some(start) => *start = Some(range.guest_start),
-            None => self.starts.push(Some(range.guest_start)),
-        }
-        Ok(())
-    }
-
-    fn removed(&mut self, range: MemoryRange) {
-        let Some(slot) = self.place(Some(range.guest_start)) else { return };
-        // KVM refuses only a slot that it does not have.
-        if self.set(slot, MemoryRange { bytes: 0, ..range }).is_ok() {
-            self.starts[slot] = None;
-        }
-    }
+/// The words for the guest's kernel.
+fn cmdline(spec: &MachineSpec) -> String {
+    let has_bus = !spec.devices.is_empty();
+    let console = if spec.serial { CMDLINE_SERIAL } else { CMDLINE_NO_SERIAL };
+    let uart = if spec.serial || has_bus { "" } else { CMDLINE_NO_UART };
+    let bus = if has_bus { "" } else { CMDLINE_NO_PCI };
+    let hotplug = if spec.hotplug_bytes > 0 { CMDLINE_HOTPLUG } else { "" };
+    format!("{CMDLINE} {console}{uart}{bus}{hotplug} {}", spec.cmdline)
 }
 
 fn kvm(file: OwnedFd) -> Result<Kvm, BuildError> {
@@ -378,6 +356,24 @@ fn set_up_interrupts(vm: &VmFd) -> Result<(), BuildError> {
     let tss = usize::try_from(KVM_TSS_START).expect("usize is 64 bits wide");
     vm.set_tss_address(tss).map_err(BuildError::kvm("place its TSS"))?;
     vm.create_irq_chip().map_err(BuildError::kvm("create interrupt controllers"))
+}
+
+/// The bus with the devices of the host that the machine is lent.
+fn bus(
+    spec: &MachineSpec,
+    container: &Container,
+    vm: &Arc<VmFd>,
+    slots: KvmSlots,
+) -> Result<PciBus, BuildError> {
+    let memory_end = hotplug_start(spec.memory_bytes) + spec.hotplug_bytes;
+    let windows = pci::windows(memory_end);
+    let routes = Routes::new(Arc::clone(vm) as Arc<dyn Vm>);
+    let place = Place { slots, routes, windows: windows.clone() };
+    let devices = spec.devices.iter().map(|device| {
+        let opened = container.open(&device.path)?;
+        Passthrough::new(Box::new(opened), place.clone())
+    });
+    Ok(PciBus::new(devices.collect::<Result<_, _>>()?, windows)?)
 }
 
 /// The machine's disks. They have the first slots, so that slot n is vd[a+n].

@@ -5,8 +5,10 @@ use std::io;
 use crate::arch::acpi::AcpiError;
 use crate::arch::boot::BootError;
 use crate::memory::MemoryError;
+use crate::pci::NoRoom;
 use crate::spec::SpecError;
 use crate::vcpu_state::VcpuStateError;
+use crate::vfio::VfioError;
 use crate::virtio::blk::BlkError;
 use crate::virtio::console::ConsoleError;
 use crate::virtio::mem::MemError;
@@ -58,6 +60,12 @@ pub enum BuildError {
     /// No device for memory that is added later.
     #[error("Failed to set up memory that can be added")]
     Hotplug(#[from] MemError),
+    /// A device of the host cannot be lent.
+    #[error(transparent)]
+    Vfio(#[from] VfioError),
+    /// Nor can all of them together.
+    #[error(transparent)]
+    Bars(#[from] NoRoom),
     /// More devices than slots.
     #[error("More than {max} virtio devices")]
     TooManyDevices {
@@ -125,6 +133,9 @@ pub enum SaveError {
     /// It runs: what would be read would be of different moments.
     #[error("The machine is not paused")]
     Running,
+    /// It has devices of the host, whose state is in the devices.
+    #[error("The machine has devices of the host, and what is in them cannot be saved")]
+    HostDevices,
     /// The machine has ended.
     #[error(transparent)]
     Ended(#[from] Ended),

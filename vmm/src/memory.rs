@@ -2,7 +2,7 @@
 //!
 //! RAM is anonymous memory, mapped in as many ranges as the layout has: only there does Linux give
 //! huge pages without being told to by the host's administrator (docs/decisions, "Guest memory").
-//! Everyone who keeps a picture of it (KVM's slots today; DMA maps, a dirty log, snapshots) is a
+//! Everyone who keeps a picture of it (KVM's slots, DMA maps; a dirty log, snapshots) is a
 //! [`MemoryListener`] and hears of each range before the guest can reach it.
 //!
 //! What devices work with is a [`Mem`] that never changes: when a range is added or removed there
@@ -42,6 +42,12 @@ pub trait MemoryListener: Debug + Send {
     ///
     /// No answer: whoever cannot let go of a range must see to it that the guest runs no more.
     fn removed(&mut self, range: MemoryRange);
+
+    /// Whether it reaches pages by an address of its own, so that a page that is given back to the
+    /// host and taken again would be two: one for the guest, one for the listener.
+    fn pins(&self) -> bool {
+        false
+    }
 }
 
 /// One range of guest memory.
@@ -156,6 +162,12 @@ impl Memory {
         self.listeners.iter_mut().rev().for_each(|listener| listener.removed(range));
         self.mem = Arc::new(mem);
         Ok(())
+    }
+
+    /// Gives pages back, as [`give_back`], unless a listener needs them where they are.
+    pub fn give_back(&self, guest_start: GuestAddress, bytes: usize) -> usize {
+        let is_pinned = self.listeners.iter().any(|listener| listener.pins());
+        if is_pinned { 0 } else { give_back(&self.mem, guest_start, bytes) }
     }
 
     /// What devices and loaders work with.

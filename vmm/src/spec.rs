@@ -1,16 +1,21 @@
 //! What a machine can be asked for, and what it is handed: the words of the outside.
 //!
 //! [`MachineSpec`] is plain data and travels between processes. [`MachineFiles`] holds the open
-//! files that stand behind it: this crate opens no path, so what it was not given it cannot reach.
+//! files that stand behind it: what it was not given it cannot reach, for this crate opens no path.
+//! Devices of the host are the exception ([`HostDeviceSpec`]).
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::layout::MMIO_SLOTS;
 use crate::rate_limiter::RateLimitSpec;
+use crate::vfio::{NAME_BYTES_MAX, is_device_path};
+
+pub use crate::pci::DEVICES_MAX;
 
 /// Most vCPUs a machine can have.
 pub const VCPUS_MAX: u8 = 32;
@@ -65,6 +70,8 @@ pub struct MachineSpec {
     pub net: Option<NetSpec>,
     /// The guest's vsock address, 3 or more; without one there is no vsock device.
     pub vsock_cid: Option<u32>,
+    /// Devices of the host that are lent to the guest. All guest memory is pinned for them.
+    pub devices: Vec<HostDeviceSpec>,
     /// Adds a 16550 at the legacy port for the kernel's earliest messages; they go to the console
     /// file. Costs an exit for each byte: for people who develop a kernel.
     pub serial: bool,
@@ -78,6 +85,15 @@ pub struct DiskSpec {
     pub id: String,
     /// The guest cannot write, nor discard.
     pub read_only: bool,
+}
+
+/// A device of the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostDeviceSpec {
+    /// Where sysfs lists it: `/sys/bus/pci/devices/0000:03:00.0`, or a mediated device by its UUID
+    /// in `/sys/bus/mdev/devices`. Its IOMMU group has to be free, and is opened with it.
+    pub path: PathBuf,
 }
 
 /// A network interface.
@@ -166,6 +182,25 @@ pub enum SpecError {
         /// What was asked for.
         cid: u32,
     },
+    /// More devices of the host than a bus has room for.
+    #[error("{devices} devices of the host: a machine has at most {DEVICES_MAX}")]
+    Devices {
+        /// What was asked for.
+        devices: usize,
+    },
+    /// A path that is no device's, or one that comes twice.
+    #[error(
+        "Device {path:?} has to be /sys/bus/pci/devices/ADDRESS or /sys/bus/mdev/devices/UUID, the \
+         name at most {} bytes, and no device comes twice",
+        NAME_BYTES_MAX - 1
+    )]
+    DevicePath {
+        /// What was asked for.
+        path: PathBuf,
+    },
+    /// A balloon and devices of the host: what the balloon gives back a device would still reach.
+    #[error("balloon is set, and devices of the host keep all guest memory where it is")]
+    PinnedBalloon,
     /// An address without a listening socket.
     #[error("vsock_cid is set, and no listening socket came with it")]
     VsockListener,
@@ -182,13 +217,14 @@ impl MachineSpec {
             vcpus,
             memory_bytes,
             hotplug_bytes,
-            balloon: _,
+            balloon,
             cmdline: _,
             disks,
             spare_slots: _,
             disk_limit: _,
             net,
             vsock_cid,
+            devices,
             serial: _,
         } = self;
         if !(1..=VCPUS_MAX).contains(vcpus) {
@@ -212,11 +248,28 @@ impl MachineSpec {
         if net.is_some() != (1..=NET_LANES_MAX).contains(&taps) || net.is_none() && taps > 0 {
             return Err(SpecError::Taps { taps });
         }
+        check_devices(devices)?;
+        if *balloon && !devices.is_empty() {
+            return Err(SpecError::PinnedBalloon);
+        }
         match vsock_cid {
             Some(cid @ (0..=2 | u32::MAX)) => Err(SpecError::VsockCid { cid: *cid }),
             Some(_) if files.vsock.is_none() => Err(SpecError::VsockListener),
             _ => Ok(()),
         }
+    }
+}
+
+fn check_devices(devices: &[HostDeviceSpec]) -> Result<(), SpecError> {
+    if devices.len() > DEVICES_MAX {
+        return Err(SpecError::Devices { devices: devices.len() });
+    }
+    let is_right = |(index, device): (usize, &HostDeviceSpec)| {
+        is_device_path(&device.path) && !devices[..index].contains(device)
+    };
+    match devices.iter().enumerate().find(|device| !is_right(*device)) {
+        Some((_, HostDeviceSpec { path })) => Err(SpecError::DevicePath { path: path.clone() }),
+        None => Ok(()),
     }
 }
 
@@ -236,6 +289,7 @@ mod tests {
             disk_limit: RateLimitSpec::default(),
             net: None,
             vsock_cid: None,
+            devices: Vec::new(),
             serial: false,
         }
     }
@@ -260,6 +314,25 @@ mod tests {
             console: file(),
             vsock: None,
         })
+    }
+
+    /// Its memory is where a device finds it, as long as the machine runs.
+    #[test]
+    fn devices_of_the_host_are_each_in_sysfs_and_go_with_no_balloon() {
+        let device = |name| HostDeviceSpec { path: format!("/sys/bus/pci/devices/{name}").into() };
+        let asked = |devices: Vec<HostDeviceSpec>| MachineSpec { devices, ..spec() };
+        let first = device("0000:00:02.0");
+        let check = |spec: MachineSpec| check(&spec, 0);
+
+        assert_eq!(check(asked(vec![first.clone(), device("0000:00:03.0")])), Ok(()));
+        let refused = Err(SpecError::DevicePath { path: first.path.clone() });
+        assert_eq!(check(asked(vec![first.clone(), first.clone()])), refused);
+        let refused = Err(SpecError::DevicePath { path: "/etc/passwd".into() });
+        assert_eq!(check(asked(vec![HostDeviceSpec { path: "/etc/passwd".into() }])), refused);
+        let refused = Err(SpecError::Devices { devices: DEVICES_MAX + 1 });
+        assert_eq!(check(asked(vec![first.clone(); DEVICES_MAX + 1])), refused);
+        let balloon = MachineSpec { balloon: true, ..asked(vec![first]) };
+        assert_eq!(check(balloon), Err(SpecError::PinnedBalloon));
     }
 
     #[test]

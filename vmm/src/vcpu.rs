@@ -16,6 +16,7 @@ use std::thread::{self, JoinHandle};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::events::{Events, MachineEventKind, StopReason};
+use crate::pci::PciBus;
 use crate::ports::Ports;
 use crate::slots::Slots;
 use crate::vcpu_state::{VcpuState, VcpuStateError};
@@ -27,9 +28,9 @@ const STACK_BYTES: usize = 256 << 10;
 /// Exits to this process, by kind.
 #[derive(Debug, Default)]
 pub struct Exits {
-    /// Reads of virtio-mmio registers.
+    /// Reads of registers of devices.
     pub mmio_reads: AtomicU64,
-    /// Writes of virtio-mmio registers; kicks are not among them.
+    /// Writes of registers of devices; kicks are not among them.
     pub mmio_writes: AtomicU64,
     /// Reads of ports.
     pub port_reads: AtomicU64,
@@ -44,10 +45,43 @@ pub struct Platform {
     pub ports: Ports,
     /// virtio-mmio slots.
     pub slots: Slots,
+    /// The bus of devices of the host, if there are any.
+    pub pci: Option<PciBus>,
     /// Where the machine's end is told.
     pub events: Arc<Events>,
     /// Counters.
     pub exits: Exits,
+}
+
+impl Platform {
+    /// A vCPU reads what is not memory.
+    fn read(&self, address: u64, data: &mut [u8]) {
+        if !self.pci.as_ref().is_some_and(|pci| pci.read(address, data)) {
+            self.slots.read(address, data);
+        }
+    }
+
+    /// A vCPU writes what is not memory.
+    fn write(&self, address: u64, data: &[u8]) {
+        if !self.pci.as_ref().is_some_and(|pci| pci.write(address, data)) {
+            self.slots.write(address, data);
+        }
+    }
+
+    /// A vCPU reads ports.
+    fn read_port(&self, port: u16, data: &mut [u8]) {
+        if !self.pci.as_ref().is_some_and(|pci| pci.read_port(port, data)) {
+            self.ports.read(port, data);
+        }
+    }
+
+    /// A vCPU writes ports; an answer is the end of the machine.
+    fn write_port(&self, port: u16, data: &[u8]) -> Option<StopReason> {
+        if self.pci.as_ref().is_some_and(|pci| pci.write_port(port, data)) {
+            return None;
+        }
+        self.ports.write(port, data)
+    }
 }
 
 /// A running vCPU; ends its thread when dropped.
@@ -232,26 +266,26 @@ impl VcpuThread {
     /// Every exit is in this `match`. One that is not ends the machine, never this process: what
     /// the guest does is input.
     fn turn(&mut self) -> Turn {
-        let Platform { ports, slots, exits, .. } = &*self.platform;
+        let Platform { exits, .. } = &*self.platform;
         let count = |counter: &AtomicU64| counter.fetch_add(1, Ordering::Relaxed);
         let fault = |what: String| Turn::Ended(StopReason::Fault(what));
         let index = self.index;
         match self.fd.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {
                 count(&exits.mmio_reads);
-                slots.read(address, data);
+                self.platform.read(address, data);
             }
             Ok(VcpuExit::MmioWrite(address, data)) => {
                 count(&exits.mmio_writes);
-                slots.write(address, data);
+                self.platform.write(address, data);
             }
             Ok(VcpuExit::IoIn(port, data)) => {
                 count(&exits.port_reads);
-                ports.read(port, data);
+                self.platform.read_port(port, data);
             }
             Ok(VcpuExit::IoOut(port, data)) => {
                 count(&exits.port_writes);
-                if let Some(reason) = ports.write(port, data) {
+                if let Some(reason) = self.platform.write_port(port, data) {
                     return Turn::Ended(reason);
                 }
             }

@@ -47,9 +47,10 @@ impl Hardware {
             .add(&["-append", &format!("{APPEND}{}", if vfio { " intel_iommu=on" } else { "" })]);
         if vfio {
             // Addresses of BARs go above 39 bits, which the device could not map by default.
-            hardware.add(&["-device", "intel-iommu,intremap=off,caching-mode=on,aw-bits=48"]).add(
-                &["-device", "nvme,serial=ovum,drive=nvme", "-device", "e1000e", "-device", "edu"],
-            );
+            hardware
+                .add(&["-device", "intel-iommu,intremap=off,caching-mode=on,aw-bits=48"])
+                .add(&["-device", "nvme,serial=ovum,drive=nvme", "-device", "edu"])
+                .add(&["-netdev", "user,id=lent,restrict=on", "-device", "e1000e,netdev=lent"]);
         }
         hardware
             .add(&["-serial", "chardev:console"])

@@ -12,7 +12,8 @@ use std::ops::RangeInclusive;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::api::instances::extras::{Credential, Gpu, Network, SnapshotPolicy};
+use crate::api::instances::devices::{self, Gpu};
+use crate::api::instances::extras::{Credential, Network, SnapshotPolicy};
 use crate::api::instances::upkeep::UpkeepFields;
 use crate::api::instances::view::PLATFORM;
 use crate::api::instances::volumes::{self, VolumeMount};
@@ -81,10 +82,10 @@ pub struct CreateInstance {
     /// Network; if omitted, one without limits, unless the server has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<Network>,
-    /// Host devices. Not there yet.
+    /// Devices of the host, by id or name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub devices: Option<Vec<String>>,
-    /// Part of a GPU. Not there yet.
+    /// Part of a GPU of the host.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gpu: Option<Gpu>,
     /// Volumes in the guest.
@@ -173,6 +174,8 @@ impl CreateInstance {
             return Err(SpecError::invalid("health_check", lack));
         }
         let volumes = volumes::parsed(self.volumes, limits)?;
+        let devices = devices::checked(self.devices)?;
+        let gpu_profile = self.gpu.and_then(Gpu::asked);
         if let Some(field) = unsupported {
             return Err(SpecError::NotSupported { field });
         }
@@ -199,6 +202,8 @@ impl CreateInstance {
             health_check,
             restart_policy,
             volumes,
+            devices,
+            gpu_profile,
             ends_with_server: self.ends_with_server.unwrap_or_default(),
         };
         Ok((spec, expiry.unwrap_or(Expiry::Never)))

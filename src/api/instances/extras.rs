@@ -87,13 +87,6 @@ pub struct CredentialHeader {
     pub format: String,
 }
 
-/// Part of a GPU.
-#[derive(Debug, Serialize, Deserialize, ToSchema)]
-pub struct Gpu {
-    /// Which.
-    pub profile: Option<String>,
-}
-
 /// How snapshots are kept.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 pub struct SnapshotPolicy {
@@ -143,8 +136,6 @@ impl CreateInstance {
         let asks = [
             ("network.egress", self.network.as_ref().is_some_and(Network::asks_egress)),
             ("credentials", self.credentials_ask()?),
-            ("devices", self.devices.as_ref().is_some_and(|devices| !devices.is_empty())),
-            ("gpu", self.gpu.as_ref().is_some_and(Gpu::asks)),
             (
                 "snapshot_policy",
                 self.snapshot_policy.as_ref().map_or(Ok(false), SnapshotPolicy::asks)?,
@@ -220,12 +211,6 @@ impl Network {
 
     fn asks_egress(&self) -> bool {
         self.egress.as_ref().and_then(|egress| egress.enabled) == Some(true)
-    }
-}
-
-impl Gpu {
-    fn asks(&self) -> bool {
-        self.profile.as_ref().is_some_and(|profile| !profile.is_empty())
     }
 }
 

@@ -8,6 +8,7 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::api::instances::devices::GpuView;
 use crate::api::instances::policies::{HealthCheck, RestartPolicy};
 use crate::api::instances::volumes::VolumeMount;
 use crate::api::tags::Tags;
@@ -95,6 +96,12 @@ pub struct InstanceView {
     /// Volumes in its guest.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub volumes: Vec<VolumeMount>,
+    /// Devices of the host, by id.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<String>,
+    /// Part of a GPU of the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuView>,
     /// How that has gone; missing as long as there is nothing to say.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub restart_status: Option<RestartStatusView>,
@@ -254,6 +261,8 @@ impl From<&Instance> for InstanceView {
             health_check: spec.health_check.as_ref().map(HealthCheck::from),
             restart_policy: spec.restart_policy.as_ref().map(RestartPolicy::from),
             volumes: spec.volumes.iter().map(VolumeMount::from).collect(),
+            devices: spec.devices.clone(),
+            gpu: GpuView::of(instance),
             restart_status: restart_status(instance),
         }
     }

@@ -103,6 +103,8 @@ impl Owner {
             self.save();
             return Err(error.into());
         }
+        // While there is an instance, so that it can be tried again.
+        self.shared.devices.release(&id).await?;
         let dir = self.shared.dir_of(&id);
         remove_folder(&dir).map_err(|source| DeleteError::Folder { path: dir, source })?;
         let removed = self.shared.store.transact(|records| Record::remove(&id, records));
@@ -161,6 +163,10 @@ impl Owner {
             worker.kill().map_err(failed)?;
             let killed = time::timeout(KILL_TIMEOUT, self.wait_for_end()).await;
             killed.map_err(|_| EndError::Stuck { pid })?;
+        }
+        if let Some(returning) = self.returning.take() {
+            // Bounded, and what fails is logged where it does.
+            let _ = returning.await;
         }
         Ok(())
     }

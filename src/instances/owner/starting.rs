@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use chrono::Utc;
 
+use crate::devices::NewLoan;
 use crate::instances::boot::{Boot, Booted};
 use crate::instances::disks;
 use crate::instances::history::{Ending, History};
@@ -78,6 +79,7 @@ impl Owner {
         self.publish();
         let booted = async {
             boot.connect(&shared, &self.record.id).await?;
+            boot.lend(&shared, &spec, &self.record.id).await?;
             timeline.mark(Moment::DisksReady);
             let booted = boot.launch(&shared, &spec, &dir, &disks).await?;
             self.keep(booted, |record| {
@@ -104,7 +106,7 @@ impl Owner {
     /// The machine runs: the record says so, or the machine goes.
     async fn keep(
         &mut self,
-        Booted { worker, lease }: Booted,
+        Booted { worker, lease, loan }: Booted,
         change: impl FnOnce(&mut Record),
     ) -> Result<(), StartError> {
         if let Err(error) = self.update(change) {
@@ -112,7 +114,7 @@ impl Owner {
             return Err(error.into());
         }
         self.history = History::new(self.record.timeline.clone());
-        self.attach(worker.keep(), lease);
+        self.attach(worker.keep(), lease, loan.map(NewLoan::keep));
         Ok(())
     }
 

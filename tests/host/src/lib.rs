@@ -66,6 +66,7 @@ impl TestHost {
     /// No instance, no worker, no file of an instance, no mount or control group of ours.
     pub async fn check_nothing_is_left(&self) {
         assert_eq!(self.server.get("/instances").await, json!([]), "instances are left");
+        assert_eq!(self.server.get("/devices").await, json!([]), "devices are left");
         let patience = Instant::now() + Duration::from_secs(5);
         while !workers().is_empty() && Instant::now() < patience {
             time::sleep(Duration::from_millis(20)).await;
@@ -95,6 +96,11 @@ impl TestHost {
         for volume in volumes.as_array().into_iter().flatten() {
             let id = volume["id"].as_str().unwrap_or_default();
             self.server.call(Method::DELETE, &format!("/volumes/{id}"), None).await;
+        }
+        let devices = self.server.get("/devices").await;
+        for device in devices.as_array().into_iter().flatten() {
+            let id = device["id"].as_str().unwrap_or_default();
+            self.server.call(Method::DELETE, &format!("/devices/{id}"), None).await;
         }
         for pid in worker_pids() {
             // One that ends meanwhile is as good as killed.

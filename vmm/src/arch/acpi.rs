@@ -1,13 +1,16 @@
 //! ACPI tables: the little that a hardware-reduced machine has to say.
 //!
-//! CPUs and the IOAPIC (MADT), how to power off and reset (FADT), and where the virtio-mmio slots
-//! and the panic port are (DSDT). ACPI 6.5, 5.2 "ACPI System Description Tables".
+//! CPUs and the IOAPIC (MADT), how to power off and reset (FADT), where the virtio-mmio slots and
+//! the panic port are (DSDT), and, if there is a PCI bus, where that is (MCFG, DSDT). ACPI 6.5, 5.2
+//! "ACPI System Description Tables".
 
+use acpi_tables::aml::AddressSpaceCacheable;
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{
     EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic,
 };
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -15,11 +18,12 @@ use acpi_tables::{Aml, aml};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::layout::{
-    ACPI_BYTES_MAX, ACPI_START, IOAPIC_START, LAPIC_START, MMIO_GSI_FIRST, MMIO_SLOT_BYTES,
-    PANIC_PORT, RESET_PORT, RESET_VALUE, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS, SLEEP_CONTROL_PORT,
-    SLEEP_STATUS_PORT, mmio_slot,
+    ACPI_BYTES_MAX, ACPI_START, ECAM_BYTES, ECAM_START, IOAPIC_START, LAPIC_START, MMIO_GSI_FIRST,
+    MMIO_SLOT_BYTES, PANIC_PORT, RESET_PORT, RESET_VALUE, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
+    SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, mmio_slot,
 };
 use crate::memory::Mem;
+use crate::pci::bars::Windows;
 
 const OEM_ID: [u8; 6] = *b"OVUM  ";
 const OEM_TABLE_ID: [u8; 8] = *b"OVUMVMM ";
@@ -46,27 +50,37 @@ pub enum AcpiError {
 }
 
 /// Writes the tables of a machine with `vcpus` CPUs, virtio devices in slots 0 to `devices` and,
-/// if asked for, a 16550. The root pointer is at [`ACPI_START`].
+/// if asked for, a 16550, and of the PCI bus with `windows`, if there is one. The root pointer is
+/// at [`ACPI_START`].
 ///
 /// # Errors
 ///
 /// [`AcpiError`].
-pub fn write_tables(mem: &Mem, vcpus: u8, devices: u64, serial: bool) -> Result<(), AcpiError> {
-    let bytes = tables(vcpus, devices, serial);
+pub fn write_tables(
+    mem: &Mem,
+    vcpus: u8,
+    devices: u64,
+    serial: bool,
+    windows: Option<&Windows>,
+) -> Result<(), AcpiError> {
+    let bytes = tables(vcpus, devices, serial, windows);
     if bytes.len() as u64 > ACPI_BYTES_MAX {
         return Err(AcpiError::TooLarge { bytes: bytes.len() });
     }
     mem.write_slice(&bytes, GuestAddress(ACPI_START)).map_err(AcpiError::Write)
 }
 
-fn tables(vcpus: u8, devices: u64, serial: bool) -> Vec<u8> {
+fn tables(vcpus: u8, devices: u64, serial: bool, windows: Option<&Windows>) -> Vec<u8> {
     let mut bytes = vec![0; Rsdp::len()];
-    let dsdt_start = append(&mut bytes, &dsdt(devices, serial));
+    let dsdt_start = append(&mut bytes, &dsdt(devices, serial, windows));
     let fadt_start = append(&mut bytes, &serialized(&fadt(dsdt_start)));
     let madt_start = append(&mut bytes, &serialized(&madt(vcpus)));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt_start);
     xsdt.add_entry(madt_start);
+    if windows.is_some() {
+        xsdt.add_entry(append(&mut bytes, &serialized(&mcfg())));
+    }
     let xsdt_start = append(&mut bytes, &serialized(&xsdt));
     let root = serialized(&Rsdp::new(OEM_ID, xsdt_start));
     for (byte, root_byte) in bytes.iter_mut().zip(root) {
@@ -119,7 +133,14 @@ fn madt(vcpus: u8) -> MADT {
     madt
 }
 
-fn dsdt(devices: u64, serial: bool) -> Vec<u8> {
+/// One bus of segment 0.
+fn mcfg() -> MCFG {
+    let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    mcfg.add_ecam(ECAM_START, 0, 0, 0);
+    mcfg
+}
+
+fn dsdt(devices: u64, serial: bool, windows: Option<&Windows>) -> Vec<u8> {
     let mut body = Vec::new();
     let off = aml::Package::new(vec![&SLEEP_TYPE_OFF]);
     aml::Name::new("_S5_".into(), &off).to_aml_bytes(&mut body);
@@ -129,6 +150,10 @@ fn dsdt(devices: u64, serial: bool) -> Vec<u8> {
     }
     if serial {
         children.push(Box::new(Com1));
+    }
+    if let Some(windows) = windows {
+        children.push(Box::new(ConfigurationSpace));
+        children.push(Box::new(HostBridge(windows.clone())));
     }
     let children = children.iter().map(|child| &**child).collect();
     aml::Scope::new("_SB_".into(), children).to_aml_bytes(&mut body);
@@ -211,9 +236,78 @@ impl Aml for Com1 {
     }
 }
 
+/// The memory that the MCFG names, as one that is nothing else: Linux believes it only then
+/// (PCI Firmware 3.3, 4.1.2 "MCFG Table Description").
+struct ConfigurationSpace;
+
+impl Aml for ConfigurationSpace {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        let start = u32::try_from(ECAM_START).unwrap_or(0);
+        let length = u32::try_from(ECAM_BYTES).unwrap_or(0);
+        aml::Device::new(
+            "ECAM".into(),
+            vec![
+                &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0C02")),
+                &aml::Name::new(
+                    "_CRS".into(),
+                    &aml::ResourceTemplate::new(vec![&aml::Memory32Fixed::new(
+                        true, start, length,
+                    )]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// The PCI bus. There is no _PRT: interrupts are messages.
+struct HostBridge(Windows);
+
+impl Aml for HostBridge {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        let Self(Windows { low, high, ports }) = self;
+        let port = |number: u64| u16::try_from(number).unwrap_or(0);
+        let double = |address: u64| u32::try_from(address).unwrap_or(0);
+        let no_cache = AddressSpaceCacheable::NotCacheable;
+        aml::Device::new(
+            "PCI0".into(),
+            vec![
+                &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0A08")),
+                &aml::Name::new("_CID".into(), &aml::EISAName::new("PNP0A03")),
+                &aml::Name::new("_UID".into(), &0_u8),
+                &aml::Name::new("_SEG".into(), &0_u8),
+                &aml::Name::new("_BBN".into(), &0_u8),
+                &aml::Name::new(
+                    "_CRS".into(),
+                    &aml::ResourceTemplate::new(vec![
+                        &aml::AddressSpace::new_bus_number(0_u16, 0_u16),
+                        &aml::AddressSpace::new_io(port(ports.start), port(ports.end - 1), None),
+                        &aml::AddressSpace::new_memory(
+                            no_cache,
+                            true,
+                            double(low.start),
+                            double(low.end - 1),
+                            None,
+                        ),
+                        &aml::AddressSpace::new_memory(
+                            no_cache,
+                            true,
+                            high.start,
+                            high.end - 1,
+                            None,
+                        ),
+                    ]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pci::windows;
 
     /// Every table whose signature is in `bytes`, with its length from the header.
     fn table<'b>(bytes: &'b [u8], signature: &[u8; 4]) -> &'b [u8] {
@@ -224,9 +318,10 @@ mod tests {
 
     #[test]
     fn every_table_sums_to_zero() {
-        let bytes = tables(32, 19, true);
+        let windows = windows(5 << 40);
+        let bytes = tables(32, 19, true, Some(&windows));
 
-        for signature in [b"DSDT", b"FACP", b"APIC", b"XSDT"] {
+        for signature in [b"DSDT", b"FACP", b"APIC", b"XSDT", b"MCFG"] {
             let sum = table(&bytes, signature).iter().fold(0_u8, |sum, &b| sum.wrapping_add(b));
             assert_eq!(sum, 0, "{}", String::from_utf8_lossy(signature));
         }
@@ -238,7 +333,7 @@ mod tests {
 
     #[test]
     fn the_madt_lists_every_cpu() {
-        let bytes = tables(6, 1, false);
+        let bytes = tables(6, 1, false, None);
 
         let madt = table(&bytes, b"APIC");
         assert_eq!(madt.len(), 44 + 6 * 8 + 12);

@@ -25,7 +25,7 @@ use zerocopy::IntoBytes;
 use super::host_signal::HostSignal;
 use super::ring::Answer;
 use super::{Device, DeviceIo, DeviceState, Fault, Served, Watch};
-use crate::memory::{Memory, give_back};
+use crate::memory::Memory;
 use blocks::{Blocks, Holding};
 use config::Config;
 use request::{Reply, Request};
@@ -242,7 +242,7 @@ impl MemDevice {
                 let part = chunk.start.max(range.start)..chunk.end.min(range.end);
                 let (start, bytes) = self.addresses(&part);
                 let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-                give_back(self.memory.mem(), GuestAddress(start), bytes);
+                self.memory.give_back(GuestAddress(start), bytes);
             }
         }
         self.count();

@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 
 use ovum_vmm::machine::{Machine, MachineEventKind, StopReason};
 use ovum_vmm::rate_limiter::RateLimitSpec;
-use ovum_vmm::spec::{DiskSpec, MachineFiles, MachineSpec};
+use ovum_vmm::spec::{DiskSpec, HostDeviceSpec, MachineFiles, MachineSpec};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::archive::Archive;
+use crate::vfio::Lent;
 
 /// How long a guest may take for anything: an emulated host on a busy machine is slow.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -48,6 +49,7 @@ pub(crate) fn guest(script: &str) -> GuestSpec {
         disk_limit: RateLimitSpec::default(),
         net: None,
         vsock_cid: None,
+        devices: Vec::new(),
         serial: false,
     };
     GuestSpec { spec, script: script.into(), disks: Vec::new(), archives: Vec::new() }
@@ -109,6 +111,12 @@ impl GuestSpec {
         let id = format!("disk{}", self.disks.len());
         self.spec.disks.push(DiskSpec { id, read_only });
         self.disks.push(file.try_clone().unwrap());
+        self
+    }
+
+    /// Lends it a device of the host.
+    pub(crate) fn device(mut self, lent: &Lent) -> Self {
+        self.spec.devices.push(HostDeviceSpec { path: lent.path.clone() });
         self
     }
 

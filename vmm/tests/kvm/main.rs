@@ -4,6 +4,7 @@ mod archive;
 mod guest;
 mod memory;
 mod program;
+mod vfio;
 
 use std::fs::File;
 use std::num::NonZeroU64;

@@ -258,8 +258,6 @@ fn an_image_name_that_is_none_is_refused() {
 /// A value that asks for something, for each field whose feature is not there yet.
 fn asking() -> BTreeMap<&'static str, Value> {
     BTreeMap::from([
-        ("devices", json!(["gpu"])),
-        ("gpu", json!({ "profile": "L40S-1Q" })),
         ("snapshot_policy", json!({ "compression": { "enabled": true } })),
         ("auto_standby", json!({ "enabled": true, "idle_timeout": "5m" })),
     ])
