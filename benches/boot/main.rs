@@ -22,7 +22,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use ovum_test_host::{BUSYBOX, TestHost};
+use ovum_test_host::TestHost;
 use tokio::runtime::Builder;
 
 use crate::qemu::Qemu;
@@ -70,7 +70,6 @@ fn draw(path: &Path) {
 
 async fn measure() -> Report {
     let host = TestHost::start().await;
-    host.server.pull(BUSYBOX).await;
     let qemu = Qemu::new();
     // With a clock that is the emulator's own, eight vCPUs on one would take an hour.
     let counts = env::var("OVUM_BENCH_CLOCK").is_ok_and(|clock| clock == "instructions");

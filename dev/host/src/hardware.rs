@@ -33,7 +33,7 @@ impl Hardware {
         let mut hardware = Self { arguments: Vec::new() };
         hardware.add(&["-cpu", "EPYC,+svm,+npt"]);
         if options.count {
-            hardware.add(&["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]);
+            hardware.add(&["-accel", "tcg,thread=single", "-icount", "shift=0"]);
         } else {
             hardware.add(&["-accel", "tcg,thread=multi"]);
         }
