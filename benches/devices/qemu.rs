@@ -22,7 +22,7 @@ pub(crate) fn work(guest: &Guest) -> Figures {
     let drive = |id: &str, path: &Path, how: &str| {
         format!("id={id},file={},format=raw,if=none,{how}", path.display())
     };
-    let status = microvm(MEMORY_MIB, &archive, CMDLINE)
+    let status = microvm(1, MEMORY_MIB, &archive, CMDLINE)
         .args(["-drive", &drive("root", &guest.root, "readonly=on")])
         .args(["-device", "virtio-blk-device,drive=root,serial=root"])
         .args(["-drive", &drive(DATA, &guest.disk, "aio=io_uring")])

@@ -52,6 +52,12 @@ pub enum VfioError {
         /// The device.
         path: PathBuf,
     },
+    /// Another machine has it, or another process.
+    #[error("Device {path} is in use, or another device of its IOMMU group is")]
+    InUse {
+        /// The device.
+        path: PathBuf,
+    },
     /// The kernel refused.
     #[error("Failed to open device {path}")]
     Open {
@@ -155,6 +161,13 @@ impl Container {
     pub fn open(&self, path: &Path) -> Result<HostDevice, VfioError> {
         let failed = |source| match source {
             Refusal::GroupViable => VfioError::NotViable { path: path.into() },
+            Refusal::OpenGroup(error, _) if error.kind() == io::ErrorKind::ResourceBusy => {
+                VfioError::InUse { path: path.into() }
+            }
+            // There is no file of a group in which vfio-pci has no device.
+            Refusal::OpenGroup(error, _) if error.kind() == io::ErrorKind::NotFound => {
+                VfioError::NotViable { path: path.into() }
+            }
             source => VfioError::Open { path: path.into(), source },
         };
         let device = VfioDevice::new(path, Arc::clone(&self.0), true).map_err(failed)?;

@@ -31,7 +31,12 @@ impl Hardware {
     pub fn new(options: &Options, kernel: &Path) -> Self {
         let vfio = options.vfio;
         let mut hardware = Self { arguments: Vec::new() };
-        hardware.add(&["-accel", "tcg,thread=multi", "-cpu", "EPYC,+svm,+npt"]);
+        hardware.add(&["-cpu", "EPYC,+svm,+npt"]);
+        if options.count {
+            hardware.add(&["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off"]);
+        } else {
+            hardware.add(&["-accel", "tcg,thread=multi"]);
+        }
         hardware.add(&["-M", if vfio { "q35,kernel-irqchip=off" } else { "q35" }]);
         hardware.add(&["-m", &options.memory_mib.to_string()]);
         // With two CPUs, QEMU 7.2 now and then loses an instruction that one of them has patched.

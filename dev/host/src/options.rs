@@ -14,6 +14,8 @@ Usage: in-host [OPTIONS] [--] COMMAND [ARG...]
   --cpus N        CPUs of the emulated host [default: 1; with more it may die, rarely]
   --disk GIB      Size of the scratch disk at /var/lib/ovum [default: 16]
   --forward PORT  Reach PORT inside at 127.0.0.1:PORT outside; may be given again
+  --count         Let its clocks count instructions, each a nanosecond: how long something takes is
+                  then the same however busy this machine is; one CPU
   --vfio          Add an IOMMU with an NVMe controller, an e1000e and an edu device to pass through
   --packages      Print the Debian packages the emulated host needs, and stop
   --help          Print this, and stop
@@ -31,6 +33,7 @@ Environment:
 #[derive(Debug)]
 pub struct Options {
     pub vfio: bool,
+    pub count: bool,
     pub memory_mib: u32,
     pub disk_gib: u32,
     pub cpus: u32,
@@ -56,6 +59,7 @@ impl Options {
     pub fn parse(mut args: impl Iterator<Item = OsString>) -> Result<Self> {
         let mut options = Self {
             vfio: false,
+            count: false,
             memory_mib: 4096,
             disk_gib: 16,
             cpus: 1,
@@ -78,6 +82,7 @@ impl Options {
                 "--help" | "-h" => return Ok(options),
                 "--packages" => return Ok(Self { request: Request::Packages, ..options }),
                 "--vfio" if arg == "--vfio" => options.vfio = true,
+                "--count" if arg == "--count" => options.count = true,
                 "--memory" => options.memory_mib = number(flag, value())?,
                 "--disk" => options.disk_gib = number(flag, value())?,
                 "--cpus" => options.cpus = number(flag, value())?,

@@ -5,14 +5,14 @@ use std::process::{Command, Stdio};
 
 use crate::root;
 
-/// A `microvm` with one vCPU, our kernel and what it needs to start from; devices are the caller's
+/// A `microvm` with our kernel and what it needs to start from; devices are the caller's
 /// to add. It ends where it would start again.
-pub fn microvm(memory_mib: u32, initramfs: &Path, cmdline: &str) -> Command {
+pub fn microvm(vcpus: u8, memory_mib: u32, initramfs: &Path, cmdline: &str) -> Command {
     #[expect(clippy::disallowed_methods, reason = "QEMU is the peer, not a tool of ours")]
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args(["-M", "microvm,pit=off,pic=off,rtc=off,isa-serial=off", "-accel", "kvm"])
-        .args(["-cpu", "host", "-smp", "1", "-m", &memory_mib.to_string()])
+        .args(["-cpu", "host", "-smp", &vcpus.to_string(), "-m", &memory_mib.to_string()])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"])
         .args(["-append", cmdline, "-kernel"])
         .arg(root().join("target/kernel/vmlinux"))

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use ovum_vmm::machine::StopReason;
-use ovum_vmm::machine_error::SaveError;
+use ovum_vmm::machine::{Machine, StopReason};
+use ovum_vmm::machine_error::{BuildError, SaveError};
+use ovum_vmm::vfio::VfioError;
 
 use crate::archive::Archive;
 use crate::guest::{file, guest};
@@ -281,6 +282,45 @@ fn a_guest_that_is_an_enemy_breaks_its_device_for_itself_only() {
     let script = format!("{WAIT_FOR_DISK}; head -n 1 /dev/nvme0n1");
     let (reason, said) = guest(&script).device(&lent).boot().end();
     assert_eq!((reason, said.as_str()), (StopReason::PowerOff, "from the host\n"));
+}
+
+/// Whoever asks first has it, and it is whole afterwards.
+#[test]
+fn a_device_that_is_not_free_is_refused_and_stays_as_it_was() {
+    let refused = |path: &Path| {
+        let lent = Lent { path: path.into(), driver: None };
+        let spec = guest("").device(&lent);
+        match Machine::build(&spec.spec, spec.files().0).unwrap_err() {
+            BuildError::Vfio(error) => error,
+            error => panic!("{error:?}"),
+        }
+    };
+    // More memory is its sign to go on.
+    let script = format!(
+        "{WAIT_FOR_DISK}; echo found
+        until [ $(awk '/MemTotal/ {{print $2}}' /proc/meminfo) -gt 140000 ]; do usleep 1000; done
+        head -n 1 /dev/nvme0n1"
+    );
+    on_host(|disk| disk.write_all_at(&[b"from the host\n", &[0; 498][..]].concat(), 0));
+    let lent = Lent::take(NVME_CLASS);
+    let path = lent.path.clone();
+
+    let mut first = guest(&script).hotplug_mib(128).device(&lent).boot();
+    first.says("found");
+    let in_use = refused(&path);
+    first.machine.resize_hotplug(128 << 20).unwrap();
+    let (reason, said) = first.end();
+    first.cut();
+    drop(lent);
+    on_host(|_| Ok(()));
+    let bound = refused(&path);
+    let vanished = refused("/sys/bus/pci/devices/0000:ff:1f.0".as_ref());
+
+    assert!(matches!(in_use, VfioError::InUse { .. }), "{in_use:?}");
+    assert_eq!((reason, said.trim()), (StopReason::PowerOff, "from the host"));
+    assert!(matches!(bound, VfioError::NotViable { .. }), "{bound:?}");
+    assert!(matches!(vanished, VfioError::Open { .. }), "{vanished:?}");
+    on_host(|disk| disk.read_exact_at(&mut [0; 512], 0));
 }
 
 /// What is in a device nobody can save, and its memory stays where it is.

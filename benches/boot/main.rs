@@ -1,0 +1,126 @@
+//! How long a boot takes, and what it costs, beside QEMU `microvm` in the same run.
+//!
+//! Two commands. `measure` boots guests where there is a real `/dev/kvm` and prints a report
+//! (`report.rs`); rounds are interleaved, one boot of ours, one of QEMU, and again, so that
+//! whatever else the machine does hits both. `draw FILE` shows such a report: a table, and beside
+//! the file a waterfall (`waterfall.rs`).
+//!
+//! On an emulated host only ratios mean anything. Where its clocks count instructions
+//! (`dev/in-host --count`) they are the same in each run, and say what a boot costs a processor,
+//! not what it costs the emulator.
+
+#![expect(clippy::print_stdout, reason = "a table is what a bench is for")]
+#![expect(clippy::unwrap_used, reason = "a step that fails is a bench that fails")]
+
+mod ours;
+mod qemu;
+mod report;
+mod waterfall;
+
+use std::env;
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use ovum_test_host::{BUSYBOX, TestHost};
+use tokio::runtime::Builder;
+
+use crate::qemu::Qemu;
+use crate::report::{Report, Row, ShapeReport};
+
+/// Boots of each subject and shape.
+const ROUNDS: usize = 15;
+
+/// Guests that start at the same time, and how often.
+const CROWD: usize = 20;
+const CROWD_ROUNDS: usize = 3;
+
+/// The size of a guest.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    vcpus: u8,
+    memory_mib: u32,
+}
+
+const SHAPES: [Shape; 3] = [
+    Shape { vcpus: 1, memory_mib: 128 },
+    Shape { vcpus: 2, memory_mib: 1024 },
+    Shape { vcpus: 8, memory_mib: 4096 },
+];
+
+fn main() {
+    let args: Vec<String> = env::args().skip(1).collect();
+    match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["measure", ..] => {
+            let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+            println!("{}", serde_json::to_string_pretty(&runtime.block_on(measure())).unwrap());
+        }
+        ["draw", path, ..] => draw(Path::new(path)),
+        _ => panic!("say `measure`, or `draw` and a report"),
+    }
+}
+
+fn draw(path: &Path) {
+    let report: Report = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+    print!("{report}");
+    let picture = path.with_extension("svg");
+    fs::write(&picture, waterfall::svg(&report)).unwrap();
+    println!("waterfall: {}", picture.display());
+}
+
+async fn measure() -> Report {
+    let host = TestHost::start().await;
+    host.server.pull(BUSYBOX).await;
+    let qemu = Qemu::new();
+    // With a clock that is the emulator's own, eight vCPUs on one would take an hour.
+    let counts = env::var("OVUM_BENCH_CLOCK").is_ok_and(|clock| clock == "instructions");
+    let mut shapes = Vec::new();
+    for shape in if counts { &SHAPES[..] } else { &SHAPES[..1] } {
+        shapes.push(measure_shape(&host, &qemu, *shape).await);
+    }
+    let crowd = measure_crowd(&host, &qemu).await;
+    host.stop().await;
+    Report::new(counts, shapes, crowd)
+}
+
+async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape) -> ShapeReport {
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for round in 1..=ROUNDS {
+        ours.push(ours::boot(host, &format!("bench-{round}"), shape).await);
+        let started = Instant::now();
+        qemu.boot(shape);
+        theirs.push(started.elapsed().as_secs_f64() * 1e3);
+        eprintln!("{} vCPUs, {} MiB: {round} of {ROUNDS}", shape.vcpus, shape.memory_mib);
+    }
+    let of = |figure: fn(&ours::Boot) -> f64| ours.iter().map(figure).collect();
+    let mut rows = vec![
+        Row::new("QEMU microvm, process start to first user instruction", "ms", theirs),
+        Row::new("ovum, worker start to first user instruction", "ms", of(ours::Boot::first_user)),
+        Row::new("ovum, POST to first output", "ms", of(ours::Boot::first_output)),
+        Row::new("ovum, POST to Running", "ms", of(|boot| boot.running_ms)),
+        Row::new("ovum, delete", "ms", of(|boot| boot.delete_ms)),
+        Row::new("CPU time of the server, POST to first output", "ms", of(|b| b.server_cpu_ms)),
+        Row::new("CPU time of the worker, guest included", "ms", of(|b| b.worker_cpu_ms)),
+        Row::new("worker's memory outside guest RAM", "MiB", of(|boot| boot.memory_mib)),
+    ];
+    for (nth, counter) in ours::EXITS.iter().enumerate() {
+        let counted = ours.iter().map(|boot| boot.exits[nth]).collect();
+        rows.push(Row::new(&format!("KVM: {counter}"), "", counted));
+    }
+    let phases = ours::Boot::median_phases(&ours);
+    ShapeReport { vcpus: shape.vcpus, memory_mib: shape.memory_mib, rows, phases }
+}
+
+/// Twenty at once, until the last has spoken.
+async fn measure_crowd(host: &TestHost, qemu: &Qemu) -> Vec<Row> {
+    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    for round in 1..=CROWD_ROUNDS {
+        ours.push(ours::boot_crowd(host, CROWD, SHAPES[0]).await);
+        theirs.push(qemu.boot_crowd(CROWD, SHAPES[0]));
+        eprintln!("{CROWD} at once: {round} of {CROWD_ROUNDS}");
+    }
+    vec![
+        Row::new("QEMU microvm, all at their first user instruction", "ms", theirs),
+        Row::new("ovum, all at their first output", "ms", ours),
+    ]
+}

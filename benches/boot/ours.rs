@@ -1,0 +1,228 @@
+//! Guests of ours, by way of the server.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use ovum_agent_proto::report::{Phase, Report};
+use ovum_test_host::{BUSYBOX, TestHost, kvm_counter, median, worker_pids};
+use reqwest::Method;
+use rustix::time::{ClockId, clock_gettime};
+use serde_json::{Value, json};
+use tokio::time;
+
+use crate::Shape;
+
+/// KVM's counters that are read once a guest has spoken.
+pub(crate) const EXITS: [&str; 6] =
+    ["exits", "io_exits", "mmio_exits", "halt_exits", "irq_exits", "irq_injections"];
+
+/// How long a report may take after the output that it reports.
+const REPORT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// What one boot took.
+pub(crate) struct Boot {
+    /// When what ended, in nanoseconds, beginning with the request.
+    moments: Vec<(&'static str, u64)>,
+    pub(crate) running_ms: f64,
+    pub(crate) delete_ms: f64,
+    pub(crate) server_cpu_ms: f64,
+    pub(crate) worker_cpu_ms: f64,
+    pub(crate) memory_mib: f64,
+    pub(crate) exits: Vec<f64>,
+}
+
+/// What follows the request, and the event with which it ends.
+const PHASES: [(&str, Ending); 7] = [
+    ("server", Ending::Happening("launched")),
+    ("vmm", Ending::Happening("booted")),
+    ("kernel", Ending::Reported(Phase::AgentStarted)),
+    ("root", Ending::Reported(Phase::RootMounted)),
+    ("agent", Ending::Reported(Phase::AgentReady)),
+    ("workload", Ending::Reported(Phase::WorkloadStarted)),
+    ("first output", Ending::Reported(Phase::FirstOutput)),
+];
+
+#[derive(Clone, Copy)]
+enum Ending {
+    Happening(&'static str),
+    Reported(Phase),
+}
+
+impl Boot {
+    /// Milliseconds from the worker's start to the agent's.
+    pub(crate) fn first_user(&self) -> f64 {
+        milliseconds(self.at("server"), self.at("kernel"))
+    }
+
+    /// Milliseconds from the request to the workload's first output.
+    pub(crate) fn first_output(&self) -> f64 {
+        milliseconds(self.at("asked"), self.at("first output"))
+    }
+
+    /// How long each phase took, the one in the middle of all boots.
+    pub(crate) fn median_phases(boots: &[Self]) -> Vec<(String, f64)> {
+        let phase = |nth: usize| {
+            let took = |boot: &Self| milliseconds(boot.moments[nth].1, boot.moments[nth + 1].1);
+            (PHASES[nth].0.to_owned(), median(boots.iter().map(took).collect()))
+        };
+        (0..PHASES.len()).map(phase).collect()
+    }
+
+    fn at(&self, name: &str) -> u64 {
+        self.moments.iter().find(|(of, _)| *of == name).expect("all are there").1
+    }
+}
+
+/// Boots one, measures it and deletes it.
+pub(crate) async fn boot(host: &TestHost, name: &str, shape: Shape) -> Boot {
+    let server_before = host.server.cpu_time();
+    let asked_ns = monotonic_ns();
+    let instance = host.server.create(body(name, shape)).await;
+    host.server.follow_until(name, "first").await;
+    let exits = EXITS.iter().map(|counter| kvm_counter(counter) as f64).collect();
+    let server_cpu = host.server.cpu_time() - server_before;
+    let id = instance["id"].as_str().expect("an instance has an id");
+    let events = host.server.data_dir.join("instances").join(id).join("events");
+    let events = events_until(&events, Phase::FirstOutput).await;
+    let pid = only_worker();
+    let (worker_cpu_ms, memory_mib) = (cpu_ms(pid), memory_mib(pid, shape));
+    host.server.wait(name, "Running").await;
+    let view = host.server.get(&format!("/instances/{name}")).await;
+
+    let deleting = Instant::now();
+    host.server.delete(name).await;
+    let delete_ms = deleting.elapsed().as_secs_f64() * 1e3;
+
+    let mut moments = vec![("asked", asked_ns)];
+    moments.extend(PHASES.iter().map(|(name, ending)| (*name, ending.of(&events))));
+    let phases = view["phase_durations_ms"].as_object().expect("phases are told");
+    let running = phases.iter().filter(|(name, _)| *name != "first_output");
+    Boot {
+        moments,
+        running_ms: running.filter_map(|(_, took)| took.as_f64()).sum(),
+        delete_ms,
+        server_cpu_ms: server_cpu.as_secs_f64() * 1e3,
+        worker_cpu_ms,
+        memory_mib,
+        exits,
+    }
+}
+
+/// Boots so many at the same time; returns how many milliseconds it took until all had spoken.
+pub(crate) async fn boot_crowd(host: &TestHost, count: usize, shape: Shape) -> f64 {
+    let names: Vec<String> = (1..=count).map(|nth| format!("crowd-{nth}")).collect();
+    let started = Instant::now();
+    join_all(names.iter().map(async |name| {
+        host.server.create(body(name, shape)).await;
+        host.server.follow_until(name, "first").await;
+    }))
+    .await;
+    let took_ms = started.elapsed().as_secs_f64() * 1e3;
+    join_all(names.iter().map(async |name| {
+        let path = format!("/instances/{name}");
+        host.server.call(Method::DELETE, &path, None).await;
+    }))
+    .await;
+    took_ms
+}
+
+fn body(name: &str, shape: Shape) -> Value {
+    json!({
+        "name": name, "image": BUSYBOX, "vcpus": shape.vcpus,
+        "size": format!("{}MB", shape.memory_mib),
+        "cmd": ["sh", "-c", "echo first; exec sleep 1000"],
+    })
+}
+
+fn only_worker() -> u32 {
+    let pids = worker_pids();
+    assert_eq!(pids.len(), 1, "{pids:?}");
+    pids[0]
+}
+
+/// Time that all threads of a process have had on processors.
+fn cpu_ms(pid: u32) -> f64 {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("the worker runs");
+    let times = threads.flatten().filter_map(|thread| {
+        let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        text.split(' ').next()?.parse::<f64>().ok()
+    });
+    times.sum::<f64>() / 1e6
+}
+
+/// Resident memory of a worker, guest memory left out: that is what is mapped in the largest
+/// ranges, of which the worker itself has none that it touches.
+fn memory_mib(pid: u32, shape: Shape) -> f64 {
+    let guest_bytes = u64::from(shape.memory_mib) << 20;
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("root reads smaps");
+    let (mut is_guest, mut kib) = (false, 0.0);
+    for line in smaps.lines() {
+        let mut words = line.split_whitespace();
+        match words.next() {
+            Some("Rss:") if !is_guest => {
+                kib += words.next().and_then(|word| word.parse::<f64>().ok()).unwrap_or(0.0);
+            }
+            // What does not fit below the devices' addresses is a range of its own.
+            Some(first) if first.contains('-') => {
+                is_guest = bytes(first) >= guest_bytes.min(1 << 30)
+            }
+            _ => {}
+        }
+    }
+    kib / 1024.0
+}
+
+/// The length of a range that is written as in /proc/PID/smaps: `start-end`.
+fn bytes(range: &str) -> u64 {
+    let ends = range.split('-').map(|end| u64::from_str_radix(end, 16));
+    let [Ok(start), Ok(end)] = ends.collect::<Vec<_>>()[..] else { return 0 };
+    end - start
+}
+
+/// The events of an instance once `phase` is among them: the agent passes output on, then reports.
+async fn events_until(path: &Path, phase: Phase) -> String {
+    let deadline = Instant::now() + REPORT_PATIENCE;
+    loop {
+        let events = fs::read_to_string(path).expect("an instance has an events file");
+        let is_whole = events.ends_with('\n');
+        if is_whole && find(&events, |what| is_report(what, phase)).is_some() {
+            return events;
+        }
+        assert!(Instant::now() < deadline, "{phase:?} was never reported: {events}");
+        time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+impl Ending {
+    fn of(self, events: &str) -> u64 {
+        let found = find(events, |what| match self {
+            Self::Happening(name) => what["what"] == name,
+            Self::Reported(phase) => is_report(what, phase),
+        });
+        found.expect("the event is there")
+    }
+}
+
+fn is_report(what: &Value, phase: Phase) -> bool {
+    what["what"] == "reported" && what["word"] == Report::Phase(phase).encode()
+}
+
+fn find(events: &str, is_it: impl Fn(&Value) -> bool) -> Option<u64> {
+    events
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).expect("a line of JSON"))
+        .find(|event| is_it(&event["what"]))
+        .and_then(|event| event["at_ns"].as_u64())
+}
+
+fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
+#[expect(clippy::cast_precision_loss, reason = "nanoseconds of one boot fit 53 bits")]
+fn milliseconds(from_ns: u64, to_ns: u64) -> f64 {
+    (to_ns - from_ns) as f64 / 1e6
+}

@@ -1,0 +1,57 @@
+//! Guests of QEMU. They end at the agent's first report, a write to the report port, where an
+//! `isa-debug-exit` device sits.
+
+use std::env;
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus};
+use std::time::Instant;
+
+use ovum_agent_proto::report::{Phase, REPORT_PORT, Report};
+use ovum_test_host::{ovum, qemu::microvm};
+
+use crate::Shape;
+
+/// The peer.
+pub(crate) struct Qemu {
+    /// What guests of ours start from, as the server built it.
+    initramfs: PathBuf,
+}
+
+impl Qemu {
+    pub(crate) fn new() -> Self {
+        let initramfs = env::temp_dir().join("bench-initramfs");
+        #[expect(clippy::disallowed_methods, reason = "the program under test")]
+        let mut command = Command::new(ovum());
+        command.args(["initramfs", "--output"]).arg(&initramfs);
+        assert!(command.status().unwrap().success());
+        Self { initramfs }
+    }
+
+    /// Boots one, up to its first user instruction.
+    pub(crate) fn boot(&self, shape: Shape) {
+        check(self.command(shape).status().unwrap());
+    }
+
+    /// Boots so many at the same time; returns how many milliseconds that took.
+    pub(crate) fn boot_crowd(&self, count: usize, shape: Shape) -> f64 {
+        let started = Instant::now();
+        let guests: Vec<_> = (0..count).map(|_| self.command(shape).spawn().unwrap()).collect();
+        for mut guest in guests {
+            check(guest.wait().unwrap());
+        }
+        started.elapsed().as_secs_f64() * 1e3
+    }
+
+    fn command(&self, shape: Shape) -> Command {
+        let cmdline = "quiet panic=-1 8250.nr_uarts=0";
+        let mut command = microvm(shape.vcpus, shape.memory_mib, &self.initramfs, cmdline);
+        command.args(["-device", &format!("isa-debug-exit,iobase={REPORT_PORT:#x},iosize=4")]);
+        command
+    }
+}
+
+fn check(status: ExitStatus) {
+    let word = Report::Phase(Phase::AgentStarted).encode();
+    let expected = i32::try_from((word << 1 | 1) & 0xff).unwrap();
+    assert_eq!(status.code(), Some(expected), "QEMU ended before the agent began");
+}
