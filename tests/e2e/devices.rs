@@ -3,10 +3,11 @@
 //! These cases have a host of their own, since one with such devices cannot be saved.
 
 use std::collections::BTreeMap;
+use std::env;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,8 @@ cases![
     what_the_host_lives_on_is_not_given_away,
     devices_that_cannot_be_had_are_refused_by_name,
     devices_of_a_group_are_one_instances,
+    a_part_of_a_device_is_made_for_each_start,
+    parts_whose_server_and_worker_died_are_removed,
 ];
 
 /// The name that a device is registered by.
@@ -46,8 +49,12 @@ const WAIT_FOR_DISK: &str = "until [ -b /dev/nvme0n1 ]; do usleep 1000; done";
 /// How long the host may take to find a device again.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// What the kernel's sample of a mediated device calls one of its types.
+const PROFILE: &str = "Single port serial";
+
 /// Where sysfs lists devices.
 const PCI: &str = "/sys/bus/pci/devices";
+const MEDIATED: &str = "/sys/bus/mdev/devices";
 
 /// The address of the NVMe controller.
 pub(crate) fn nvme() -> String {
@@ -426,4 +433,86 @@ async fn devices_of_a_group_are_one_instances(host: &TestHost) {
     assert_eq!(shared.iter().filter_map(|address| driver(address)).count(), 0);
     forget(server, "first").await;
     forget(server, "second").await;
+}
+
+/// Loads the kernel's sample of a mediated device, which offers serial ports.
+fn load_sample() {
+    if !Path::new("/sys/class/mtty").exists() {
+        let module = env::var_os("OVUM_TEST_MDEV").map(PathBuf::from);
+        let module = module.expect("OVUM_TEST_MDEV is what dev/test-mdev says");
+        assert!(Command::new("insmod").arg(module).status().unwrap().success());
+    }
+}
+
+fn parts() -> Vec<String> {
+    let parts = fs::read_dir(MEDIATED).into_iter().flatten();
+    parts.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+fn with_part(name: &str) -> Value {
+    let script = "cat /sys/bus/pci/devices/*/vendor; sleep 100000";
+    let mut body = body(name, script);
+    body["devices"] = json!([]);
+    body["gpu"] = json!({ "profile": PROFILE });
+    body
+}
+
+async fn a_part_of_a_device_is_made_for_each_start(host: &TestHost) {
+    load_sample();
+    let server = &host.server;
+    let slots = async || {
+        let resources = server.get("/resources").await;
+        let profiles = resources["gpu"]["profiles"].as_array().unwrap().clone();
+        let profile = profiles.into_iter().find(|profile| profile["name"] == PROFILE).unwrap();
+        (profile["available"].as_u64().unwrap(), resources["gpu"].clone())
+    };
+    let (before, _) = slots().await;
+
+    let created = server.create(with_part("partial")).await;
+    server.follow_until("partial", "0x4348").await;
+    let (meanwhile, gpu) = slots().await;
+    let first = parts();
+    let (_, stopped) = server.call(Method::POST, "/instances/partial/stop", None).await;
+    let between = parts();
+    let (_, started) = server.call(Method::POST, "/instances/partial/start", None).await;
+    let second = parts();
+    server.delete("partial").await;
+
+    assert_eq!(created["gpu"], json!({ "profile": PROFILE, "mdev_uuid": first[0] }));
+    assert_eq!((gpu["mode"].as_str(), gpu["used_slots"].as_u64()), (Some("vgpu"), Some(1)));
+    assert_eq!(meanwhile, before - 1);
+    assert_eq!(stopped["gpu"], json!({ "profile": PROFILE }));
+    assert_eq!(between, Vec::<String>::new());
+    assert_eq!(started["gpu"]["mdev_uuid"], second[0]);
+    assert_ne!(first, second);
+    assert_eq!(parts(), Vec::<String>::new());
+    assert_eq!(slots().await.0, before);
+}
+
+async fn parts_whose_server_and_worker_died_are_removed(_: &TestHost) {
+    load_sample();
+    let dir = data_dir("parts");
+    let mut server = Server::start_at(&dir).await;
+    server.pull(BUSYBOX).await;
+    server.create(with_part("orphan")).await;
+    server.wait("orphan", "Running").await;
+    // Somebody else's, which nobody of ours may touch.
+    let other = "83b8f4f2-509f-382f-3c1e-e6bfe0fa1001";
+    let kind = "/sys/class/mdev_bus/mtty/mdev_supported_types/mtty-1/create";
+    fs::write(kind, other).unwrap();
+
+    server.kill();
+    kill_worker();
+    while !workers().is_empty() {
+        time::sleep(Duration::from_millis(20)).await;
+    }
+    let left = parts().len();
+    let mut server = Server::start_at(&dir).await;
+
+    assert_eq!(left, 2);
+    assert_eq!(parts(), [other]);
+    assert!(server.get("/instances/orphan").await["gpu"].get("mdev_uuid").is_none());
+    server.delete("orphan").await;
+    fs::write(Path::new(MEDIATED).join(other).join("remove"), "1").unwrap();
+    server.kill();
 }
