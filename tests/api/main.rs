@@ -174,6 +174,9 @@ async fn health_and_the_document_need_no_token() {
         paths,
         [
             "/capabilities",
+            "/devices",
+            "/devices/available",
+            "/devices/{id}",
             "/health",
             "/images",
             "/images/from-archive",
