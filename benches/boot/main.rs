@@ -28,8 +28,10 @@ use tokio::runtime::Builder;
 use crate::qemu::Qemu;
 use crate::report::{Report, Row, ShapeReport};
 
-/// Boots of each subject and shape.
+/// Boots of each subject and shape: enough for a median of times, and fewer of counts, which hardly
+/// differ.
 const ROUNDS: usize = 15;
+const ROUNDS_COUNTED: usize = 5;
 
 /// Guests that start at the same time, and how often.
 const CROWD: usize = 20;
@@ -73,23 +75,25 @@ async fn measure() -> Report {
     let qemu = Qemu::new();
     // With a clock that is the emulator's own, eight vCPUs on one would take an hour.
     let counts = env::var("OVUM_BENCH_CLOCK").is_ok_and(|clock| clock == "instructions");
+    let (sizes, rounds) =
+        if counts { (&SHAPES[..], ROUNDS_COUNTED) } else { (&SHAPES[..1], ROUNDS) };
     let mut shapes = Vec::new();
-    for shape in if counts { &SHAPES[..] } else { &SHAPES[..1] } {
-        shapes.push(measure_shape(&host, &qemu, *shape).await);
+    for shape in sizes {
+        shapes.push(measure_shape(&host, &qemu, *shape, rounds).await);
     }
     let crowd = measure_crowd(&host, &qemu).await;
     host.stop().await;
     Report::new(counts, shapes, crowd)
 }
 
-async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape) -> ShapeReport {
+async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape, rounds: usize) -> ShapeReport {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for round in 1..=ROUNDS {
+    for round in 1..=rounds {
         ours.push(ours::boot(host, &format!("bench-{round}"), shape).await);
         let started = Instant::now();
         qemu.boot(shape);
         theirs.push(started.elapsed().as_secs_f64() * 1e3);
-        eprintln!("{} vCPUs, {} MiB: {round} of {ROUNDS}", shape.vcpus, shape.memory_mib);
+        eprintln!("{} vCPUs, {} MiB: {round} of {rounds}", shape.vcpus, shape.memory_mib);
     }
     let of = |figure: fn(&ours::Boot) -> f64| ours.iter().map(figure).collect();
     let mut rows = vec![

@@ -20,16 +20,18 @@ pub struct Choice {
     pub reason: String,
 }
 
-/// Obeys `OVUM_HOST`, and otherwise looks for KVM that can run an unmodified kernel. Devices to
-/// lend are the emulated host's: no machine gives away its own for a test.
+/// Obeys `OVUM_HOST`, and otherwise looks for KVM that can run an unmodified kernel, unless only an
+/// emulated host has what is needed: `virtue` says what.
 ///
 /// # Errors
 ///
 /// If `OVUM_HOST` is no known word.
-pub fn choose(vfio: bool) -> Result<Choice> {
+pub fn choose(virtue: Option<&str>) -> Result<Choice> {
     let forced = env::var("OVUM_HOST").unwrap_or_default();
+    if let ("", Some(virtue)) = (forced.as_str(), virtue) {
+        return Ok(Choice { host: Host::Emulated, reason: format!("emulated: {virtue}") });
+    }
     let (host, reason) = match (forced.as_str(), unusable()) {
-        ("", _) if vfio => (Host::Emulated, "emulated: it has devices to lend".into()),
         ("", None) => (Host::Native, "native: KVM is usable".into()),
         ("", Some(why)) => (Host::Emulated, format!("emulated: {why}")),
         ("native", None) => (Host::Native, "native, by OVUM_HOST".into()),

@@ -58,7 +58,7 @@ fn run() -> Result<u8> {
         Request::Help => print!("{USAGE}"),
         Request::Packages => println!("{}", PACKAGES.join(" ")),
         Request::Run(command) => {
-            let choice = host::choose(options.vfio)?;
+            let choice = host::choose(options.virtue())?;
             eprintln!("in-host: {}", choice.reason);
             return match choice.host {
                 Host::Native => native(command),

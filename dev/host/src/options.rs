@@ -98,6 +98,15 @@ impl Options {
     }
 }
 
+impl Options {
+    /// What only an emulated host can do, if it was asked for: no machine gives away its own
+    /// devices for a test, or has clocks that count.
+    pub fn virtue(&self) -> Option<&'static str> {
+        let devices = self.vfio.then_some("it has devices to lend");
+        devices.or_else(|| self.count.then_some("its clocks count instructions"))
+    }
+}
+
 fn number<T: TryFrom<u32>>(flag: &str, value: Option<OsString>) -> Result<T> {
     let value = value.with_context(|| format!("{flag} needs a number"))?;
     let parsed = value.to_str().and_then(|text| text.parse::<u32>().ok()).filter(|&n| n > 0);

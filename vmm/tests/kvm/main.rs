@@ -137,9 +137,10 @@ fn a_limit_of_disks_holds_in_a_guest_and_can_be_lifted() {
 
     let [before, limited] = up.map(|line| line.parse::<f64>().unwrap());
     let free: f64 = said.trim().parse().unwrap();
-    // The kernel looks for partitions before, so that nothing may be saved up.
-    assert!((3.75..4.2).contains(&(limited - before)), "2 MiB at 512 KiB/s: {before} {limited}");
-    assert!(free - limited < 1.0, "{limited} {free}");
+    // The kernel looks for partitions before, so that nothing may be saved up. A busy host takes
+    // its time, too: how well the rate is reached is measured elsewhere, by fio.
+    assert!((3.75..5.5).contains(&(limited - before)), "2 MiB at 512 KiB/s: {before} {limited}");
+    assert!(free - limited < 2.0, "{limited} {free}");
 }
 
 #[test]
