@@ -172,7 +172,7 @@ async def what_cannot_be_created(sdk):
         ({"tags": {"": "x"}}, 400, "invalid_request", "tags"),
         ({"hypervisor": "vz"}, 400, "invalid_request", "hypervisor"),
         ({"image": f"{registry}/nothing:here"}, 404, "not_found", "nothing"),
-        ({"gpu": {"profile": "L40S-1Q"}}, 501, "not_supported", "gpu"),
+        ({"gpu": {"profile": "L40S-1Q"}}, 400, "invalid_request", "L40S-1Q"),
     ):
         body = {"name": "never", **SMALL, **options}
         await refused(sdk, sdk.instances.create(**body), status, code, words)
