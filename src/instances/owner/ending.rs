@@ -46,7 +46,7 @@ const STOP: Patience = Patience { grace: Duration::from_secs(5), total: Duration
 
 /// For one with an init system, which has units of its own to end in order.
 const STOP_INIT: Patience =
-    Patience { grace: Duration::from_secs(15), total: Duration::from_secs(19) };
+    Patience { grace: Duration::from_secs(20), total: Duration::from_secs(24) };
 
 /// For one of which nothing stays.
 const DELETE: Patience =
