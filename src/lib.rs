@@ -28,6 +28,7 @@ pub mod size;
 pub mod store;
 pub mod subnet;
 pub mod tar;
+mod text;
 pub mod timeline;
 pub mod token;
 pub mod volumes;

@@ -54,12 +54,13 @@ const LAYERS: &[(&str, &[&str])] = &[
             "resources",
             "store",
             "subnet",
+            "text",
             "timeline",
             "volumes",
         ],
     ),
-    ("volumes", &["causes", "disks", "os", "ratio", "resources", "store", "tar"]),
-    ("devices", &["causes", "store"]),
+    ("volumes", &["causes", "disks", "os", "ratio", "resources", "store", "tar", "text"]),
+    ("devices", &["causes", "store", "text"]),
     ("resources", &["os", "ratio", "size"]),
     ("images", &["causes", "os", "store", "tar"]),
     ("disks", &["os"]),
@@ -73,6 +74,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("control", &[]),
     ("store", &[]),
     ("tar", &[]),
+    ("text", &[]),
     ("os", &[]),
 ];
 

@@ -1,9 +1,10 @@
 //! Where a device sits on the host's PCI buses: `0000:a2:00.0`.
 
-use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+use crate::text::text_type;
 
 /// Digits of a domain, of which the kernel writes four unless it needs more.
 const DOMAIN_DIGITS: [usize; 2] = [4, 8];
@@ -18,12 +19,7 @@ const FUNCTION_MAX: u8 = 7;
 #[serde(try_from = "String", into = "String")]
 pub struct PciAddress(String);
 
-impl PciAddress {
-    /// As text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
+text_type!(PciAddress, PciAddressError);
 
 impl FromStr for PciAddress {
     type Err = PciAddressError;
@@ -31,26 +27,6 @@ impl FromStr for PciAddress {
     fn from_str(text: &str) -> Result<Self, PciAddressError> {
         let text = text.to_ascii_lowercase();
         if is_well_formed(&text) { Ok(Self(text)) } else { Err(PciAddressError) }
-    }
-}
-
-impl TryFrom<String> for PciAddress {
-    type Error = PciAddressError;
-
-    fn try_from(text: String) -> Result<Self, PciAddressError> {
-        text.parse()
-    }
-}
-
-impl From<PciAddress> for String {
-    fn from(address: PciAddress) -> Self {
-        address.0
-    }
-}
-
-impl fmt::Display for PciAddress {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
     }
 }
 

@@ -1,12 +1,12 @@
 //! A device of the host as it is registered.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use crate::devices::address::PciAddress;
+use crate::text::text_type;
 
 /// Most characters of a name, and fewest.
 const NAME_BYTES_MAX: usize = 128;
@@ -33,12 +33,9 @@ impl DeviceName {
     pub fn of(address: &PciAddress) -> Self {
         Self(format!("pci-{}", address.as_str().replace([':', '.'], "-")))
     }
-
-    /// As text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
 }
+
+text_type!(DeviceName, DeviceNameError);
 
 impl FromStr for DeviceName {
     type Err = DeviceNameError;
@@ -49,26 +46,6 @@ impl FromStr for DeviceName {
             && text.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
             && text.bytes().all(is_inner);
         if well_formed { Ok(Self(text.to_owned())) } else { Err(DeviceNameError) }
-    }
-}
-
-impl TryFrom<String> for DeviceName {
-    type Error = DeviceNameError;
-
-    fn try_from(text: String) -> Result<Self, DeviceNameError> {
-        text.parse()
-    }
-}
-
-impl From<DeviceName> for String {
-    fn from(name: DeviceName) -> Self {
-        name.0
-    }
-}
-
-impl fmt::Display for DeviceName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
     }
 }
 

@@ -4,7 +4,6 @@
 //! what a value of these types can be at all is checked here.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::num::NonZeroU64;
 use std::str::FromStr;
 use std::time::Duration;
@@ -17,6 +16,7 @@ use crate::images::reference::Reference;
 use crate::instances::health::HealthCheck;
 use crate::instances::restart::{RestartPolicy, later};
 use crate::resources::Need;
+use crate::text::text_type;
 
 pub use crate::control::{DEVICES_MAX, MEMORY_BYTES_MIN};
 
@@ -264,12 +264,7 @@ impl InstanceSpec {
 #[serde(try_from = "String", into = "String")]
 pub struct InstanceName(String);
 
-impl InstanceName {
-    /// As text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
+text_type!(InstanceName, NameError);
 
 impl FromStr for InstanceName {
     type Err = NameError;
@@ -282,26 +277,6 @@ impl FromStr for InstanceName {
             && ends.into_iter().all(|end| end.is_some_and(|&byte| is_inner(byte)))
             && bytes.iter().all(|&byte| is_inner(byte) || byte == b'-');
         if well_formed { Ok(Self(text.to_owned())) } else { Err(NameError) }
-    }
-}
-
-impl TryFrom<String> for InstanceName {
-    type Error = NameError;
-
-    fn try_from(text: String) -> Result<Self, NameError> {
-        text.parse()
-    }
-}
-
-impl From<InstanceName> for String {
-    fn from(name: InstanceName) -> Self {
-        name.0
-    }
-}
-
-impl fmt::Display for InstanceName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
     }
 }
 

@@ -1,10 +1,11 @@
 //! A volume as it is asked for.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+use crate::text::text_type;
 
 /// Longest id: it is the name of a folder.
 const ID_BYTES_MAX: usize = 63;
@@ -38,12 +39,9 @@ impl VolumeId {
     pub(super) fn new() -> Self {
         Self(cuid2::create_id())
     }
-
-    /// As text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
 }
+
+text_type!(VolumeId, VolumeIdError);
 
 impl FromStr for VolumeId {
     type Err = VolumeIdError;
@@ -57,37 +55,12 @@ impl FromStr for VolumeId {
     }
 }
 
-impl TryFrom<String> for VolumeId {
-    type Error = VolumeIdError;
-
-    fn try_from(text: String) -> Result<Self, VolumeIdError> {
-        text.parse()
-    }
-}
-
-impl From<VolumeId> for String {
-    fn from(id: VolumeId) -> Self {
-        id.0
-    }
-}
-
-impl fmt::Display for VolumeId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
 /// The name of a volume: anything that can be read in a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct VolumeName(String);
 
-impl VolumeName {
-    /// As text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
+text_type!(VolumeName, VolumeNameError);
 
 impl FromStr for VolumeName {
     type Err = VolumeNameError;
@@ -98,20 +71,6 @@ impl FromStr for VolumeName {
             && !text.chars().any(|c| c.is_control() || c == '/')
             && text.trim() == text;
         if well_formed { Ok(Self(text.to_owned())) } else { Err(VolumeNameError) }
-    }
-}
-
-impl TryFrom<String> for VolumeName {
-    type Error = VolumeNameError;
-
-    fn try_from(text: String) -> Result<Self, VolumeNameError> {
-        text.parse()
-    }
-}
-
-impl From<VolumeName> for String {
-    fn from(name: VolumeName) -> Self {
-        name.0
     }
 }
 
