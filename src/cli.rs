@@ -99,7 +99,7 @@ enum Command {
     #[command(subcommand)]
     Device(devices::DeviceCommand),
     /// See what the host has, and who was promised what
-    Resources(resources::ResourcesArgs),
+    Resources(ListArgs),
     /// Make a token for a client of the API
     Token(host::TokenArgs),
     /// See what this host lacks to run instances
@@ -124,6 +124,16 @@ struct ServerArgs {
     token: Option<String>,
     #[command(flatten)]
     home: HomeArgs,
+}
+
+/// What is typed after a command that lists.
+#[derive(Debug, Args)]
+struct ListArgs {
+    /// As JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    server: ServerArgs,
 }
 
 impl ServerArgs {

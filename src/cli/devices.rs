@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 
 use super::orders::delete_each;
-use super::{ServerArgs, output, tags};
+use super::{ListArgs, ServerArgs, output, tags};
 use crate::api::devices::{AvailableDevice, DeviceView, RegisterDevice};
 use crate::client::segment;
 
@@ -23,15 +23,6 @@ pub(super) enum DeviceCommand {
     /// Forget devices that no instance has
     #[command(visible_alias = "rm")]
     Delete(DeleteArgs),
-}
-
-#[derive(Debug, Args)]
-pub(super) struct ListArgs {
-    /// As JSON
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    server: ServerArgs,
 }
 
 #[derive(Debug, Args)]

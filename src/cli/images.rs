@@ -15,7 +15,7 @@ use tokio::time;
 use tokio_util::io::ReaderStream;
 
 use super::orders::delete_each;
-use super::{ServerArgs, output};
+use super::{ListArgs, ServerArgs, output};
 use crate::api::images::{CreateImage, ImageView};
 use crate::api::tags::Tags;
 use crate::client::{Client, segment};
@@ -32,7 +32,7 @@ pub(super) enum ImageCommand {
     /// Pull an image and wait until it is ready
     Pull(PullArgs),
     /// List images
-    Ls(LsArgs),
+    Ls(ListArgs),
     /// Delete images
     Rm(RmArgs),
     /// Take images out of a tar archive (docker save or OCI layout)
@@ -45,15 +45,6 @@ pub(super) enum ImageCommand {
 pub(super) struct PullArgs {
     /// For example alpine or docker.io/library/alpine:3.20
     image: String,
-    #[command(flatten)]
-    server: ServerArgs,
-}
-
-#[derive(Debug, Args)]
-pub(super) struct LsArgs {
-    /// As JSON
-    #[arg(long)]
-    json: bool,
     #[command(flatten)]
     server: ServerArgs,
 }
@@ -185,7 +176,7 @@ impl Drop for Progress {
     }
 }
 
-async fn ls(args: LsArgs) -> anyhow::Result<()> {
+async fn ls(args: ListArgs) -> anyhow::Result<()> {
     let images: Vec<ImageView> = args.server.client()?.get("/images").await?;
     if args.json {
         return output::json(&images);

@@ -1,21 +1,9 @@
 //! `ovum resources`: what the host has, and who was promised what.
 
-use clap::Args;
-
-use super::{ServerArgs, output};
+use super::{ListArgs, output};
 use crate::api::resources::{GpuProfileView, GpuStatusView, ResourcesView, StatusView};
 
-/// What can be typed after `ovum resources`.
-#[derive(Debug, Args)]
-pub(super) struct ResourcesArgs {
-    /// As JSON
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    server: ServerArgs,
-}
-
-pub(super) async fn resources(args: ResourcesArgs) -> anyhow::Result<()> {
+pub(super) async fn resources(args: ListArgs) -> anyhow::Result<()> {
     let view: ResourcesView = args.server.client()?.get("/resources").await?;
     if args.json {
         return output::json(&view);

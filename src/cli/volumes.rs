@@ -10,7 +10,7 @@ use tokio::io::stdin;
 use tokio_util::io::ReaderStream;
 
 use super::orders::delete_each;
-use super::{ServerArgs, output, tags};
+use super::{ListArgs, ServerArgs, output, tags};
 use crate::api::instances::view::InstanceView;
 use crate::api::instances::volumes::{AttachVolume, VolumeMount};
 use crate::api::volumes::{CreateVolume, VolumeView};
@@ -23,7 +23,7 @@ pub(super) enum VolumeCommand {
     /// Make a volume, empty or of an archive, and print its id
     Create(CreateArgs),
     /// List volumes
-    Ls(LsArgs),
+    Ls(ListArgs),
     /// Show all there is to know about a volume, as JSON
     Inspect(InspectArgs),
     /// Give an instance a volume, which it has at once if it runs
@@ -50,15 +50,6 @@ pub(super) struct CreateArgs {
     /// What it is made of: a tar archive, plain, gzip or zstd; - is stdin
     #[arg(long, value_name = "FILE")]
     from_archive: Option<PathBuf>,
-    #[command(flatten)]
-    server: ServerArgs,
-}
-
-#[derive(Debug, Args)]
-pub(super) struct LsArgs {
-    /// As JSON
-    #[arg(long)]
-    json: bool,
     #[command(flatten)]
     server: ServerArgs,
 }
@@ -169,7 +160,7 @@ async fn fill(client: &Client, file: &Path, volume: CreateVolume) -> anyhow::Res
     Ok(client.upload(&path, ReaderStream::new(opened).map_ok(|bytes| bytes)).await?)
 }
 
-async fn ls(args: LsArgs) -> anyhow::Result<()> {
+async fn ls(args: ListArgs) -> anyhow::Result<()> {
     let volumes: Vec<VolumeView> = args.server.client()?.get("/volumes").await?;
     if args.json {
         return output::json(&volumes);
