@@ -163,7 +163,17 @@ struct Shared {
 struct Ledger {
     instances: BTreeMap<String, Allocation>,
     volumes: BTreeMap<String, u64>,
-    measured: Option<(Instant, DiskUse)>,
+    measured: Option<Measured>,
+}
+
+/// What it takes a while to look for.
+#[derive(Debug, Clone, Copy)]
+struct Measured {
+    at: Instant,
+    images_bytes: u64,
+    blobs_bytes: u64,
+    /// The kernel lists a route for each instance before it is clear which is the one.
+    uplink_bps: Option<u64>,
 }
 
 /// Something promised: dropped, it is free again.
@@ -314,7 +324,8 @@ impl Resources {
     pub fn report(&self) -> Report {
         let mut ledger = self.shared.lock();
         let statuses = self.shared.statuses(&mut ledger, Duration::ZERO);
-        let disk = self.shared.disk_use(&mut ledger, MEASURE_AGE_MAX);
+        let measured = self.shared.measure(&mut ledger, MEASURE_AGE_MAX);
+        let disk = ledger.disk_use(measured);
         Report { statuses, disk, allocations: ledger.instances.values().cloned().collect() }
     }
 
@@ -330,43 +341,48 @@ impl Resources {
     }
 }
 
+impl Ledger {
+    fn disk_use(&self, measured: Measured) -> DiskUse {
+        let Measured { images_bytes, blobs_bytes, .. } = measured;
+        let overlays = self.instances.values().map(|allocation| allocation.need.disk_bytes);
+        DiskUse {
+            images_bytes,
+            blobs_bytes,
+            volumes_bytes: self.volumes.values().copied().fold(0, u64::saturating_add),
+            overlays_bytes: overlays.fold(0, u64::saturating_add),
+        }
+    }
+}
+
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn disk_use(&self, ledger: &mut Ledger, age_max: Duration) -> DiskUse {
-        let fresh = ledger.measured.filter(|(at, _)| at.elapsed() < age_max);
-        let (_, measured) = *ledger.measured.insert(fresh.unwrap_or_else(|| {
-            let images_bytes = capacity::used_bytes(&self.spec.images_dir);
-            let blobs_bytes = capacity::used_bytes(&self.spec.blobs_dir);
-            (Instant::now(), DiskUse { images_bytes, blobs_bytes, ..DiskUse::default() })
-        }));
-        let overlays = ledger.instances.values().map(|allocation| allocation.need.disk_bytes);
-        DiskUse {
-            volumes_bytes: ledger.volumes.values().copied().fold(0, u64::saturating_add),
-            overlays_bytes: overlays.fold(0, u64::saturating_add),
-            ..measured
-        }
+    fn measure(&self, ledger: &mut Ledger, age_max: Duration) -> Measured {
+        let fresh = ledger.measured.filter(|measured| measured.at.elapsed() < age_max);
+        *ledger.measured.insert(fresh.unwrap_or_else(|| Measured {
+            images_bytes: capacity::used_bytes(&self.spec.images_dir),
+            blobs_bytes: capacity::used_bytes(&self.spec.blobs_dir),
+            uplink_bps: capacity::uplink_bps(),
+            at: Instant::now(),
+        }))
     }
 
     fn statuses(&self, ledger: &mut Ledger, age_max: Duration) -> BTreeMap<Kind, Status> {
         let Configured { disk_bytes, network_bps, disk_io_bps } = self.spec.configured;
         let Ratios { cpu, memory, disk, network, disk_io } = self.spec.ratios;
         let found_disk = || capacity::disk_bytes(&self.spec.data_dir);
+        let measured = self.measure(ledger, age_max);
+        let network_capacity = network_bps.or(measured.uplink_bps);
         let capacities = [
             (Kind::Cpu, Some(self.processors), false, cpu),
             (Kind::Memory, Some(self.memory_bytes), false, memory),
             (Kind::Disk, disk_bytes.or_else(found_disk), disk_bytes.is_some(), disk),
-            (
-                Kind::Network,
-                network_bps.or_else(capacity::uplink_bps),
-                network_bps.is_some(),
-                network,
-            ),
+            (Kind::Network, network_capacity, network_bps.is_some(), network),
             (Kind::DiskIo, disk_io_bps, true, disk_io),
         ];
-        let used = self.disk_use(ledger, age_max);
+        let used = ledger.disk_use(measured);
         let mut statuses = BTreeMap::new();
         for (kind, capacity, is_configured, ratio) in capacities {
             let Some(capacity) = capacity else { continue };
