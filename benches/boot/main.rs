@@ -100,7 +100,7 @@ async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape, rounds: usize
         Row::new("QEMU microvm, process start to first user instruction", "ms", theirs),
         Row::new("ovum, worker start to first user instruction", "ms", of(ours::Boot::first_user)),
         Row::new("ovum, POST to first output", "ms", of(ours::Boot::first_output)),
-        Row::new("ovum, POST to Running", "ms", of(|boot| boot.running_ms)),
+        Row::new("ovum, POST to Running", "ms", of(ours::Boot::running)),
         Row::new("ovum, delete", "ms", of(|boot| boot.delete_ms)),
         Row::new("CPU time of the server, POST to first output", "ms", of(|b| b.server_cpu_ms)),
         Row::new("CPU time of the worker, guest included", "ms", of(|b| b.worker_cpu_ms)),

@@ -25,7 +25,6 @@ const REPORT_PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Boot {
     /// When what ended, in nanoseconds, beginning with the request.
     moments: Vec<(&'static str, u64)>,
-    pub(crate) running_ms: f64,
     pub(crate) delete_ms: f64,
     pub(crate) server_cpu_ms: f64,
     pub(crate) worker_cpu_ms: f64,
@@ -54,6 +53,11 @@ impl Boot {
     /// Milliseconds from the worker's start to the agent's.
     pub(crate) fn first_user(&self) -> f64 {
         milliseconds(self.at("server"), self.at("kernel"))
+    }
+
+    /// Milliseconds from the request to the workload's process, with which the instance runs.
+    pub(crate) fn running(&self) -> f64 {
+        milliseconds(self.at("asked"), self.at("workload"))
     }
 
     /// Milliseconds from the request to the workload's first output.
@@ -88,8 +92,6 @@ pub(crate) async fn boot(host: &TestHost, name: &str, shape: Shape) -> Boot {
     let events = events_until(&events, Phase::FirstOutput).await;
     let pid = only_worker();
     let (worker_cpu_ms, memory_mib) = (cpu_ms(pid), memory_mib(pid, shape));
-    host.server.wait(name, "Running").await;
-    let view = host.server.get(&format!("/instances/{name}")).await;
 
     let deleting = Instant::now();
     host.server.delete(name).await;
@@ -97,11 +99,8 @@ pub(crate) async fn boot(host: &TestHost, name: &str, shape: Shape) -> Boot {
 
     let mut moments = vec![("asked", asked_ns)];
     moments.extend(PHASES.iter().map(|(name, ending)| (*name, ending.of(&events))));
-    let phases = view["phase_durations_ms"].as_object().expect("phases are told");
-    let running = phases.iter().filter(|(name, _)| *name != "first_output");
     Boot {
         moments,
-        running_ms: running.filter_map(|(_, took)| took.as_f64()).sum(),
         delete_ms,
         server_cpu_ms: server_cpu.as_secs_f64() * 1e3,
         worker_cpu_ms,

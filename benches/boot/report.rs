@@ -6,8 +6,6 @@ use std::fs;
 
 use serde::{Deserialize, Serialize};
 
-use ovum_test_host::median;
-
 /// One run.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Report {
@@ -91,11 +89,10 @@ impl Display for Report {
 }
 
 fn table(formatter: &mut Formatter<'_>, rows: &[Row], unit: &str) -> fmt::Result {
-    let peer = rows.first().map(|row| median(row.values.clone()));
+    let peer = rows.first().map(|row| row.quartile(2));
     for row in rows {
-        let middle = median(row.values.clone());
         let unit = if row.unit == "ms" { unit } else { &row.unit };
-        let (low, high) = (row.quartile(1), row.quartile(3));
+        let [low, middle, high] = [1, 2, 3].map(|nth| row.quartile(nth));
         write!(formatter, "{:<55}{middle:>10.1} {unit:<9}{low:>10.1} to {high:.1}", row.what)?;
         match peer.filter(|_| row.unit == "ms") {
             Some(peer) => writeln!(formatter, "   {:.2}", middle / peer)?,
