@@ -12,6 +12,7 @@
 #![expect(clippy::print_stdout, reason = "a table is what a bench is for")]
 #![expect(clippy::unwrap_used, reason = "a step that fails is a bench that fails")]
 
+mod initcalls;
 mod ours;
 mod qemu;
 mod report;
@@ -31,7 +32,7 @@ use crate::report::{Report, Row, ShapeReport};
 /// Boots of each subject and shape: enough for a median of times, and fewer of counts, which hardly
 /// differ.
 const ROUNDS: usize = 15;
-const ROUNDS_COUNTED: usize = 5;
+const ROUNDS_COUNTED: usize = 3;
 
 /// Guests that start at the same time, and how often.
 const CROWD: usize = 20;
@@ -83,7 +84,7 @@ async fn measure() -> Report {
     }
     let crowd = measure_crowd(&host, &qemu).await;
     host.stop().await;
-    Report::new(counts, shapes, crowd)
+    Report::new(counts, shapes, crowd, initcalls::dearest())
 }
 
 async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape, rounds: usize) -> ShapeReport {
@@ -104,7 +105,8 @@ async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape, rounds: usize
         Row::new("ovum, delete", "ms", of(|boot| boot.delete_ms)),
         Row::new("CPU time of the server, POST to first output", "ms", of(|b| b.server_cpu_ms)),
         Row::new("CPU time of the worker, guest included", "ms", of(|b| b.worker_cpu_ms)),
-        Row::new("worker's memory outside guest RAM", "MiB", of(|boot| boot.memory_mib)),
+        Row::new("worker's memory outside guest RAM", "MiB", of(|boot| boot.memory.resident_mib)),
+        Row::new("  of it its own, the rest is the program", "MiB", of(|boot| boot.memory.own_mib)),
     ];
     for (nth, counter) in ours::EXITS.iter().enumerate() {
         let counted = ours.iter().map(|boot| boot.exits[nth]).collect();
