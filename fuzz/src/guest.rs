@@ -31,8 +31,9 @@ const QUEUE_BYTES: u64 = 128 << 10;
 const AVAIL_OFFSET: u64 = 8 << 10;
 const USED_OFFSET: u64 = 16 << 10;
 
-/// Rounds after the last move, in which a device that wants to go on for ever is found out.
-const ROUNDS_MAX: usize = 64;
+/// Rounds after the last move, in which a device that wants to go on for ever is found out: twice
+/// as many as a full queue has requests, for one whose limit has no burst takes a round for each.
+const ROUNDS_MAX: usize = 512;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
