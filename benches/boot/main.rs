@@ -12,6 +12,7 @@
 #![expect(clippy::print_stdout, reason = "a table is what a bench is for")]
 #![expect(clippy::unwrap_used, reason = "a step that fails is a bench that fails")]
 
+mod initcalls;
 mod ours;
 mod qemu;
 mod report;
@@ -31,9 +32,9 @@ use crate::report::{Report, Row, ShapeReport};
 /// Boots of each subject and shape: enough for a median of times, and fewer of counts, which hardly
 /// differ.
 const ROUNDS: usize = 15;
-const ROUNDS_COUNTED: usize = 5;
+const ROUNDS_COUNTED: usize = 3;
 
-/// Guests that start at the same time, and how often.
+/// Guests that start at the same time, and how often; once where they are counted.
 const CROWD: usize = 20;
 const CROWD_ROUNDS: usize = 3;
 
@@ -81,9 +82,10 @@ async fn measure() -> Report {
     for shape in sizes {
         shapes.push(measure_shape(&host, &qemu, *shape, rounds).await);
     }
-    let crowd = measure_crowd(&host, &qemu).await;
+    let crowd_rounds = if counts { 1 } else { CROWD_ROUNDS };
+    let crowd = measure_crowd(&host, &qemu, crowd_rounds).await;
     host.stop().await;
-    Report::new(counts, shapes, crowd)
+    Report::new(counts, shapes, crowd, initcalls::dearest())
 }
 
 async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape, rounds: usize) -> ShapeReport {
@@ -104,7 +106,8 @@ async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape, rounds: usize
         Row::new("ovum, delete", "ms", of(|boot| boot.delete_ms)),
         Row::new("CPU time of the server, POST to first output", "ms", of(|b| b.server_cpu_ms)),
         Row::new("CPU time of the worker, guest included", "ms", of(|b| b.worker_cpu_ms)),
-        Row::new("worker's memory outside guest RAM", "MiB", of(|boot| boot.memory_mib)),
+        Row::new("worker's memory outside guest RAM", "MiB", of(|boot| boot.memory.resident_mib)),
+        Row::new("  of it its own, the rest is the program", "MiB", of(|boot| boot.memory.own_mib)),
     ];
     for (nth, counter) in ours::EXITS.iter().enumerate() {
         let counted = ours.iter().map(|boot| boot.exits[nth]).collect();
@@ -115,12 +118,12 @@ async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape, rounds: usize
 }
 
 /// Twenty at once, until the last has spoken.
-async fn measure_crowd(host: &TestHost, qemu: &Qemu) -> Vec<Row> {
+async fn measure_crowd(host: &TestHost, qemu: &Qemu, rounds: usize) -> Vec<Row> {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for round in 1..=CROWD_ROUNDS {
+    for round in 1..=rounds {
         ours.push(ours::boot_crowd(host, CROWD, SHAPES[0]).await);
         theirs.push(qemu.boot_crowd(CROWD, SHAPES[0]));
-        eprintln!("{CROWD} at once: {round} of {CROWD_ROUNDS}");
+        eprintln!("{CROWD} at once: {round} of {rounds}");
     }
     vec![
         Row::new("QEMU microvm, all at their first user instruction", "ms", theirs),

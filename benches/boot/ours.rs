@@ -28,8 +28,15 @@ pub(crate) struct Boot {
     pub(crate) delete_ms: f64,
     pub(crate) server_cpu_ms: f64,
     pub(crate) worker_cpu_ms: f64,
-    pub(crate) memory_mib: f64,
+    pub(crate) memory: Memory,
     pub(crate) exits: Vec<f64>,
+}
+
+/// What a worker has in memory beside its guest's.
+pub(crate) struct Memory {
+    pub(crate) resident_mib: f64,
+    /// What no other process has as well.
+    pub(crate) own_mib: f64,
 }
 
 /// What follows the request, and the event with which it ends.
@@ -91,7 +98,7 @@ pub(crate) async fn boot(host: &TestHost, name: &str, shape: Shape) -> Boot {
     let events = host.server.data_dir.join("instances").join(id).join("events");
     let events = events_until(&events, Phase::FirstOutput).await;
     let pid = only_worker();
-    let (worker_cpu_ms, memory_mib) = (cpu_ms(pid), memory_mib(pid, shape));
+    let (worker_cpu_ms, memory) = (cpu_ms(pid), Memory::of(pid, shape));
 
     let deleting = Instant::now();
     host.server.delete(name).await;
@@ -104,7 +111,7 @@ pub(crate) async fn boot(host: &TestHost, name: &str, shape: Shape) -> Boot {
         delete_ms,
         server_cpu_ms: server_cpu.as_secs_f64() * 1e3,
         worker_cpu_ms,
-        memory_mib,
+        memory,
         exits,
     }
 }
@@ -151,26 +158,27 @@ fn cpu_ms(pid: u32) -> f64 {
     times.sum::<f64>() / 1e6
 }
 
-/// Resident memory of a worker, guest memory left out: that is what is mapped in the largest
-/// ranges, of which the worker itself has none that it touches.
-fn memory_mib(pid: u32, shape: Shape) -> f64 {
-    let guest_bytes = u64::from(shape.memory_mib) << 20;
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("root reads smaps");
-    let (mut is_guest, mut kib) = (false, 0.0);
-    for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        match words.next() {
-            Some("Rss:") if !is_guest => {
-                kib += words.next().and_then(|word| word.parse::<f64>().ok()).unwrap_or(0.0);
+impl Memory {
+    /// Guest memory is left out: that is what is mapped in the largest ranges, of which the worker
+    /// itself has none that it touches.
+    fn of(pid: u32, shape: Shape) -> Self {
+        // What does not fit below the devices' addresses is a range of its own.
+        let guest_bytes = (u64::from(shape.memory_mib) << 20).min(1 << 30);
+        let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("root reads smaps");
+        let (mut is_guest, mut resident_kib, mut own_kib) = (false, 0.0, 0.0);
+        for line in smaps.lines() {
+            let mut words = line.split_whitespace();
+            let Some(first) = words.next() else { continue };
+            let kib = words.next().and_then(|word| word.parse::<f64>().ok()).unwrap_or(0.0);
+            match first {
+                "Rss:" if !is_guest => resident_kib += kib,
+                "Private_Clean:" | "Private_Dirty:" if !is_guest => own_kib += kib,
+                _ if first.contains('-') => is_guest = bytes(first) >= guest_bytes,
+                _ => {}
             }
-            // What does not fit below the devices' addresses is a range of its own.
-            Some(first) if first.contains('-') => {
-                is_guest = bytes(first) >= guest_bytes.min(1 << 30)
-            }
-            _ => {}
         }
+        Self { resident_mib: resident_kib / 1024.0, own_mib: own_kib / 1024.0 }
     }
-    kib / 1024.0
 }
 
 /// The length of a range that is written as in /proc/PID/smaps: `start-end`.

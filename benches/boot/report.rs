@@ -18,6 +18,8 @@ pub(crate) struct Report {
     pub(crate) shapes: Vec<ShapeReport>,
     /// Many at once.
     pub(crate) crowd: Vec<Row>,
+    /// What the guest kernel's dearest calls took, in ms.
+    pub(crate) initcalls: Vec<(String, f64)>,
 }
 
 /// Guests of one size.
@@ -44,6 +46,7 @@ impl Report {
         counts_instructions: bool,
         shapes: Vec<ShapeReport>,
         crowd: Vec<Row>,
+        initcalls: Vec<(String, f64)>,
     ) -> Self {
         let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let name = cpus.lines().find_map(|line| line.strip_prefix("model name"));
@@ -53,6 +56,7 @@ impl Report {
             counts_instructions,
             shapes,
             crowd,
+            initcalls,
         }
     }
 
@@ -84,7 +88,12 @@ impl Display for Report {
             table(formatter, rows, unit)?;
         }
         writeln!(formatter, "\nmany at once")?;
-        table(formatter, &self.crowd, unit)
+        table(formatter, &self.crowd, unit)?;
+        writeln!(formatter, "\nthe guest kernel's dearest calls")?;
+        for (name, took) in &self.initcalls {
+            writeln!(formatter, "{name:<55}{took:>10.1} {unit}")?;
+        }
+        Ok(())
     }
 }
 

@@ -2,14 +2,18 @@
 //! makes boots dearer without saying so here.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use ovum_test_host::{BUSYBOX, TestHost, kvm_counter, root};
+use ovum_test_host::{BUSYBOX, TestHost, kvm_counter, root, worker_pids};
 use serde_json::json;
 
 use crate::cases;
 
-cases![a_boot_costs_no_more_exits_than_it_did, what_is_loaded_has_not_grown];
+cases![
+    a_boot_costs_no_more_exits_than_it_did,
+    a_boot_asks_no_more_of_the_host_than_it_did,
+    what_is_loaded_has_not_grown
+];
 
 /// Exits that the guest waits for, from its first instruction to the workload's first output, on
 /// one vCPU.
@@ -20,6 +24,26 @@ const EXITS_MAX: [(&str, u64, &str); 2] = [
         520,
         "registers of virtio devices: found once, then one for each interrupt; three of each \
          vacant slot",
+    ),
+];
+
+/// Events of the host's kernel in a worker's threads, which of them, how many there may be from its
+/// start to its workload's first output, and why they are as many as they are. A timer's are left
+/// out: there are more the longer a boot takes.
+const EVENTS_MAX: [(&str, &str, u64, &str); 4] = [
+    ("kvm/kvm_cpuid", "", 250, "the kernel looks for what it may use, and so does each program"),
+    ("kvm/kvm_msr", "ecx != 0x6e0 && ecx != 0x80b", 100, "the local APIC's, mostly, each once"),
+    (
+        "kvm/kvm_mmio",
+        "gpa >= 0xfec00000 && gpa < 0xfec01000",
+        120,
+        "the I/O APIC: two for each pin, and some for each that is used; a read counts twice",
+    ),
+    (
+        "raw_syscalls/sys_enter",
+        "",
+        1300,
+        "to build a machine, to enter it again after each exit, and for what its devices move",
     ),
 ];
 
@@ -50,6 +74,70 @@ async fn a_boot_costs_no_more_exits_than_it_did(host: &TestHost) {
         println!("{counter}: {count} of at most {max}");
         assert!(count > 0, "{counter} does not count: is another guest's end in the way?");
         assert!(count <= max, "{counter}: {count}, {max} allowed: {why}");
+    }
+}
+
+async fn a_boot_asks_no_more_of_the_host_than_it_did(host: &TestHost) {
+    let server = &host.server;
+    let tallies = EVENTS_MAX.map(|(event, filter, ..)| Tally::begin(event, filter));
+    server
+        .create(json!({
+            "name": "tallied", "image": BUSYBOX, "size": "128MB", "vcpus": 1,
+            "cmd": ["sh", "-c", "echo first; exec sleep 1000"],
+        }))
+        .await;
+    server.follow_until("tallied", "first").await;
+
+    let [worker] = worker_pids()[..] else { panic!("another guest's end is in the way") };
+    let counts: Vec<_> = tallies.iter().map(|tally| tally.of(worker)).collect();
+
+    server.delete("tallied").await;
+    for ((event, _, max, why), count) in EVENTS_MAX.into_iter().zip(counts) {
+        println!("{event}: {count} of at most {max}");
+        assert!(count > 0, "{event} was not counted");
+        assert!(count <= max, "{event}: {count}, {max} allowed: {why}");
+    }
+}
+
+/// Where the kernel counts its events (Documentation/trace/histogram.rst).
+const EVENTS: &str = "/sys/kernel/debug/tracing/events";
+
+/// An event that the kernel counts, for each thread, until this is dropped.
+struct Tally {
+    event: &'static str,
+    trigger: String,
+}
+
+impl Tally {
+    fn begin(event: &'static str, filter: &str) -> Self {
+        let condition = if filter.is_empty() { String::new() } else { format!(" if {filter}") };
+        let tally = Self { event, trigger: format!("hist:keys=common_pid{condition}") };
+        fs::write(tally.file("trigger"), &tally.trigger).expect("the host's kernel counts events");
+        tally
+    }
+
+    /// How often it was in any thread of this process.
+    fn of(&self, pid: u32) -> u64 {
+        let counts = fs::read_to_string(self.file("hist")).expect("it is being counted");
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("the process runs");
+        let threads: Vec<_> = threads.flatten().map(|thread| thread.file_name()).collect();
+        let count = |line: &str| {
+            let line = line.strip_prefix("{ common_pid:")?;
+            let (thread, count) = line.split_once("} hitcount:")?;
+            let is_its = threads.iter().any(|its| its == thread.trim());
+            is_its.then(|| count.trim().parse::<u64>().expect("a count is a number"))
+        };
+        counts.lines().filter_map(count).sum()
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        Path::new(EVENTS).join(self.event).join(name)
+    }
+}
+
+impl Drop for Tally {
+    fn drop(&mut self) {
+        let _ = fs::write(self.file("trigger"), format!("!{}", self.trigger));
     }
 }
 

@@ -1,7 +1,9 @@
 //! What CPUID tells a vCPU: what KVM supports, with the topology of this machine.
 //!
 //! One socket, a core for each vCPU, one thread in each core. APIC ids are vCPU indexes. There are
-//! no performance counters: they would be more state to carry and a probe at each boot.
+//! no performance counters: they would be more state to carry and a probe at each boot. There are
+//! no MTRRs: all memory is write-back, a BAR is what the guest's PAT makes of it, and a kernel that
+//! finds some reads 88 registers one by one, an exit each, and turns its caches off to set them.
 //! Leaves as in SDM volume 2, "CPUID", and AMD's "CPUID Specification".
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
@@ -26,6 +28,8 @@ const HYPERVISOR: u32 = 1 << 31;
 const COUNTER_CAPABILITIES: u32 = 1 << 15;
 /// Leaf 1, EDX: the count of logical processors is valid.
 const HYPER_THREADING: u32 = 1 << 28;
+/// Leaf 1, EDX, and the same bit of AMD's leaf 0x80000001: memory type range registers.
+const MEMORY_TYPE_RANGES: u32 = 1 << 12;
 /// Leaf 6, ECX: the APERF and MPERF counters, which KVM does not give to guests.
 const APERF_MPERF: u32 = 1;
 /// AMD, leaf 0x80000001, ECX: the logical processors are cores, not threads.
@@ -58,11 +62,12 @@ fn adapt(entry: &mut kvm_cpuid_entry2, index: u8, vcpus: u8) {
             entry.ebx = entry.ebx & 0xffff | vcpus << 16 | index << 24;
             entry.ecx |= TSC_DEADLINE | HYPERVISOR;
             entry.ecx &= !COUNTER_CAPABILITIES;
-            entry.edx = with_bit(entry.edx, HYPER_THREADING, vcpus > 1);
+            entry.edx = with_bit(entry.edx, HYPER_THREADING, vcpus > 1) & !MEMORY_TYPE_RANGES;
         }
         AMD_FEATURES => {
             entry.ecx = with_bit(entry.ecx, CORES_ONLY, vcpus > 1);
             entry.ecx &= !AMD_EXTRA_COUNTERS;
+            entry.edx &= !MEMORY_TYPE_RANGES;
         }
         // Both makers have who shares the cache in 25:14; Intel has the package's cores above.
         CACHES | AMD_CACHES if entry.eax & 0x1f != 0 => {
@@ -122,11 +127,11 @@ mod tests {
         let entry = |function, eax| kvm_cpuid_entry2 { function, eax, ..Default::default() };
         let entries = [
             entry(0, 0x1f),
-            entry(1, 0),
+            kvm_cpuid_entry2 { edx: u32::MAX, ..entry(FEATURES, 0) },
             entry(4, 0x63),
             entry(0xa, 0x0730_0802),
             entry(0xb, 0xffff),
-            kvm_cpuid_entry2 { ecx: u32::MAX, ..entry(AMD_FEATURES, 0) },
+            kvm_cpuid_entry2 { ecx: u32::MAX, edx: u32::MAX, ..entry(AMD_FEATURES, 0) },
             entry(AMD_SIZES, 0x3030),
             entry(AMD_CACHES, 0x0fff_c121),
             entry(AMD_TOPOLOGY, 0xff),
@@ -167,6 +172,14 @@ mod tests {
 
         assert_eq!(leaf(&entries, COUNTERS, 0).eax, 0);
         assert_eq!(leaf(&entries, AMD_FEATURES, 0).ecx & AMD_EXTRA_COUNTERS, 0);
+    }
+
+    #[test]
+    fn there_are_no_registers_for_memory_types() {
+        let entries = for_vcpu(&supported(), 0, 2);
+
+        assert_eq!(leaf(&entries, FEATURES, 0).edx & MEMORY_TYPE_RANGES, 0);
+        assert_eq!(leaf(&entries, AMD_FEATURES, 0).edx & MEMORY_TYPE_RANGES, 0);
     }
 
     #[test]

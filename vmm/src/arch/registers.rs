@@ -31,9 +31,6 @@ const GDT: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
 
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const FAST_STRINGS: u64 = 1;
-const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
-/// Variable ranges on, write-back by default: without it all memory is uncached where MTRRs count.
-const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
 
 /// Writes GDT and page tables, which map the first GiB one to one.
 ///
@@ -74,8 +71,8 @@ pub fn enter_kernel(vcpu: &VcpuFd, entry: u64) -> Result<(), kvm_ioctls::Error> 
 /// What KVM says.
 pub fn set_firmware_msrs(vcpu: &VcpuFd) -> Result<(), kvm_ioctls::Error> {
     let entry = |index, data| kvm_msr_entry { index, data, ..kvm_msr_entry::default() };
-    let entries = [entry(MSR_MISC_ENABLE, FAST_STRINGS), entry(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)];
-    let msrs = Msrs::from_entries(&entries).expect("two entries are below the limit");
+    let entries = [entry(MSR_MISC_ENABLE, FAST_STRINGS)];
+    let msrs = Msrs::from_entries(&entries).expect("one entry is below the limit");
     // A register that this host's KVM does not take is one that its guests do not need.
     vcpu.set_msrs(&msrs).map(|_taken| ())
 }

@@ -1,0 +1,36 @@
+//! What the guest kernel calls one after the other as it starts, and how long each call took, by
+//! its own word (`initcall_debug`).
+
+use std::process::{Command, Stdio};
+
+use ovum_test_host::{ovum, root};
+
+/// How many are reported: all others are small.
+const SHOWN_MAX: usize = 12;
+
+/// What has the kernel say it, all of it kept until there is a console.
+const CMDLINE: &str = "initcall_debug loglevel=8 log_buf_len=1M";
+
+/// The dearest of one boot of a bare kernel, which ends where it finds no root; in milliseconds.
+///
+/// The first calls, before the kernel's clock runs, are in whole ticks.
+pub(crate) fn dearest() -> Vec<(String, f64)> {
+    #[expect(clippy::disallowed_methods, reason = "the program under test")]
+    let mut command = Command::new(ovum());
+    command.arg("boot").arg("--kernel").arg(root().join("target/kernel/vmlinux"));
+    command.args(["--memory-mib", "128", "--cmdline", CMDLINE]).stderr(Stdio::null());
+    let console = command.output().unwrap().stdout;
+    let console = String::from_utf8_lossy(&console);
+    let mut calls: Vec<_> = console.lines().filter_map(call).collect();
+    assert!(calls.len() > SHOWN_MAX, "the kernel did not say what it called: {console}");
+    calls.sort_by(|(_, one), (_, other)| other.total_cmp(one));
+    calls.truncate(SHOWN_MAX);
+    calls
+}
+
+/// `... initcall NAME+0x0/0x10 returned 0 after 123 usecs`
+fn call(line: &str) -> Option<(String, f64)> {
+    let (name, rest) = line.split_once("initcall ")?.1.split_once('+')?;
+    let took = rest.split_once(" after ")?.1.strip_suffix(" usecs")?;
+    Some((name.to_owned(), took.parse::<f64>().ok()? / 1e3))
+}
