@@ -106,6 +106,8 @@ pub struct Device {
     pub group: u32,
     /// Whether it can be given to a machine, or is.
     pub is_bound: bool,
+    /// Whether nothing is at its address any more.
+    pub is_gone: bool,
     /// The instance that has it, running or not.
     pub attached_to: Option<String>,
     /// When it was registered.
@@ -404,6 +406,7 @@ impl Device {
             is_gpu,
             group: function.and_then(|function| function.group).unwrap_or(group),
             is_bound: driver == Some(VFIO_PCI),
+            is_gone: function.is_none(),
             attached_to,
             created_at,
             tags,

@@ -20,16 +20,27 @@ pub(crate) const PLUG_BYTES: u64 = 1 << 30;
 /// The disk's serial number.
 pub(crate) const DATA: &str = "data";
 
-/// Prints `NAME=FIGURE` for each of [`MEASURES`]. Of fio's terse lines fields 7 and 8 are
-/// KiB/s and operations of reads, 48 and 49 of writes.
-const WORK: &str = r#"
+/// Finds the disk of its own.
+const OWN_DISK: &str = r#"
+seconds=2
 for disk in /sys/block/vd*; do
     if [ "$(cat "$disk/serial")" = data ]; then disk=/dev/${disk##*/}; break; fi
 done
+"#;
+
+/// Waits for the one that it was lent: the kernel looks for it while programs run already.
+const LENT_DISK: &str = "
+seconds=1 disk=/dev/nvme0n1
+until [ -b $disk ]; do sleep 0.01; done
+";
+
+/// Prints `NAME=FIGURE` for each of [`DISK_MEASURES`]. Of fio's terse lines fields 7 and 8 are
+/// KiB/s and operations of reads, 48 and 49 of writes.
+const DISK_WORK: &str = r#"
 job() {
     name=$1; field=$2; shift 2
     line=$(fio --minimal --name=job --filename="$disk" --direct=1 --ioengine=libaio \
-        --time_based --runtime=2 "$@" | grep '^3;' | cut -d';' -f"$field")
+        --time_based --runtime="$seconds" "$@" | grep '^3;' | cut -d';' -f"$field")
     echo "$name=$line"
 }
 job 'random reads, depth 1' 8 --rw=randread --bs=4k --iodepth=1
@@ -38,6 +49,10 @@ job 'random writes, depth 1' 49 --rw=randwrite --bs=4k --iodepth=1
 job 'random writes, depth 32' 49 --rw=randwrite --bs=4k --iodepth=32
 job 'reads of 1 MiB' 7 --rw=read --bs=1M --iodepth=4
 job 'writes of 1 MiB' 48 --rw=write --bs=1M --iodepth=4
+"#;
+
+/// Prints them for each of [`LINK_MEASURES`].
+const LINK_WORK: &str = r#"
 echo "to the host=$(iperf3 -f m -t 2 -c "$GATEWAY" | awk '/receiver/ { print $7 }')"
 echo "from the host=$(iperf3 -f m -t 2 -R -c "$GATEWAY" | awk '/receiver/ { print $7 }')"
 echo "round trip=$(ping -q -A -c 200 "$GATEWAY" | awk -F/ '/^rtt/ { print $5 }')"
@@ -54,20 +69,24 @@ const fn more(name: &'static str, unit: &'static str) -> Measure {
     Measure { name, unit, more_is_better: true }
 }
 
-/// What [`WORK`] prints.
-pub(crate) const MEASURES: &[Measure] = &[
+/// What a disk is worth.
+pub(crate) const DISK_MEASURES: [Measure; 6] = [
     more("random reads, depth 1", "IOPS"),
     more("random reads, depth 32", "IOPS"),
     more("random writes, depth 1", "IOPS"),
     more("random writes, depth 32", "IOPS"),
     more("reads of 1 MiB", "KiB/s"),
     more("writes of 1 MiB", "KiB/s"),
+];
+
+/// What a way to the host is worth.
+pub(crate) const LINK_MEASURES: [Measure; 3] = [
     more("to the host", "Mbit/s"),
     more("from the host", "Mbit/s"),
     Measure { name: "round trip", unit: "ms", more_is_better: false },
 ];
 
-/// Figures of one guest, by the names of [`MEASURES`].
+/// Figures of one subject, by the names of its measures.
 pub(crate) type Figures = BTreeMap<&'static str, f64>;
 
 /// A guest to be: what does not differ between subjects.
@@ -75,7 +94,37 @@ pub(crate) struct Guest {
     /// EROFS with what the work needs.
     pub(crate) root: PathBuf,
     /// Its other disk, whose serial is [`DATA`].
-    pub(crate) disk: PathBuf,
+    pub(crate) disk: Option<PathBuf>,
+    /// The device of the host that it is lent, as sysfs lists it.
+    pub(crate) lent: Option<PathBuf>,
+}
+
+/// What a guest does.
+#[derive(Clone, Copy)]
+pub(crate) enum Task {
+    /// [`DISK_MEASURES`] of its own disk, and [`LINK_MEASURES`].
+    Own(Link),
+    /// [`DISK_MEASURES`] of the disk that it is lent.
+    Lent,
+    /// Waits for memory.
+    Wait,
+}
+
+impl Task {
+    pub(crate) fn script(self) -> String {
+        match self {
+            Self::Own(_) => [OWN_DISK, DISK_WORK, LINK_WORK].concat(),
+            Self::Lent => [LENT_DISK, DISK_WORK].concat(),
+            Self::Wait => "echo ready; sleep 1000".to_owned(),
+        }
+    }
+
+    fn link(self) -> Option<Link> {
+        match self {
+            Self::Own(link) => Some(link),
+            Self::Lent | Self::Wait => None,
+        }
+    }
 }
 
 /// Its way to the host.
@@ -104,11 +153,10 @@ pub(crate) fn ip(args: &[&str]) {
     assert!(Command::new("ip").args(args).status().unwrap().success(), "ip {args:?}");
 }
 
-/// Initramfs for a guest that does the work over `link`, or for one that waits for memory if there
-/// is none. Its root is the first disk.
-pub(crate) fn initramfs(link: Option<Link>) -> Vec<u8> {
+/// Initramfs for a guest that does `task`. Its root is the first disk.
+pub(crate) fn initramfs(task: Task) -> Vec<u8> {
     let agent = fs::read(root().join("target/agent/ovum-agent")).unwrap();
-    let script = if link.is_some() { WORK } else { "echo ready; sleep 1000" };
+    let link = task.link();
     let mut env = vec![("PATH".to_owned(), "/usr/sbin:/usr/bin:/sbin:/bin".to_owned())];
     env.extend(link.map(|link| ("GATEWAY".to_owned(), link.address(1).to_string())));
     let config = GuestConfig {
@@ -122,7 +170,7 @@ pub(crate) fn initramfs(link: Option<Link>) -> Vec<u8> {
             gateway: link.address(1),
             dns: Vec::new(),
         }),
-        argv: ["bash", "-c", script].map(str::to_owned).to_vec(),
+        argv: ["bash", "-c", &task.script()].map(str::to_owned).to_vec(),
         env,
         working_dir: "/".to_owned(),
         listen: false,
@@ -140,15 +188,14 @@ pub(crate) fn kernel() -> PathBuf {
     root().join("target/kernel/vmlinux")
 }
 
-/// What a guest that did the work said, as figures.
-pub(crate) fn figures(console: &Path) -> Figures {
-    let said = fs::read_to_string(console).unwrap();
+/// What was said by who did the work, as figures.
+pub(crate) fn figures<'m>(said: &str, measures: impl IntoIterator<Item = &'m Measure>) -> Figures {
     let figure = |name: &str| {
         let line = said.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
         let figure = line.and_then(|text| text.trim().parse().ok());
         figure.unwrap_or_else(|| panic!("{name} is not there: {said}"))
     };
-    MEASURES.iter().map(|measure| (measure.name, figure(measure.name))).collect()
+    measures.into_iter().map(|measure| (measure.name, figure(measure.name))).collect()
 }
 
 /// Where a file of the bench lies: on the emulated host's disk, which has a real file system.

@@ -1,5 +1,7 @@
 //! `/devices`: what of the host could be given to instances, and what was registered for that.
 
+use std::ops::Not;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
@@ -51,6 +53,9 @@ pub struct DeviceView {
     pub iommu_group: u32,
     /// Whether vfio-pci has it, as it has while an instance runs with it.
     pub bound_to_vfio: bool,
+    /// Nothing is at its address any more: it was pulled out. Left out while it is there.
+    #[serde(default, skip_serializing_if = "Not::not")]
+    pub gone: bool,
     /// The instance that has it, running or not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attached_to: Option<String>,
@@ -94,6 +99,7 @@ impl From<Device> for DeviceView {
             device_id: digits(device.device),
             iommu_group: device.group,
             bound_to_vfio: device.is_bound,
+            gone: device.is_gone,
             attached_to: device.attached_to,
             created_at: device.created_at,
             tags: device.tags,

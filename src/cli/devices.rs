@@ -120,7 +120,11 @@ async fn list(args: ListArgs) -> anyhow::Result<()> {
                 device.id,
                 device.name,
                 device.kind,
-                device.pci_address,
+                if device.gone {
+                    format!("{} (gone)", device.pci_address)
+                } else {
+                    device.pci_address
+                },
                 device.attached_to.unwrap_or_default(),
                 output::ago(device.created_at),
             ]

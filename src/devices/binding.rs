@@ -91,8 +91,10 @@ impl Sysfs {
                     return Ok(());
                 }
                 let before = driver_override.as_deref().unwrap_or_default();
-                set(&folder.join("driver_override"), before)?;
-                self.rebind(address, driver.as_deref())
+                let undone = set(&folder.join("driver_override"), before)
+                    .and_then(|()| self.rebind(address, driver.as_deref()));
+                // One that is pulled out meanwhile needs nothing more.
+                if folder.is_dir() { undone } else { Ok(()) }
             }
         }
     }

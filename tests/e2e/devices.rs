@@ -12,9 +12,11 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
+use ovum_test_host::lent::nvme;
 use ovum_test_host::{BUSYBOX, Server, TestHost, ovum, worker_pids, workers};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use tokio::task::spawn_blocking;
 use tokio::time;
 
 use crate::cases;
@@ -30,6 +32,7 @@ cases![
     a_server_killed_while_it_lends_or_takes_back_leaves_nothing_lent,
     a_device_is_lent_whole_or_not_at_all,
     a_device_is_taken_back_whole_in_the_end,
+    a_device_that_is_pulled_out_ends_its_instance_and_is_shown_as_gone,
     what_the_host_lives_on_is_not_given_away,
     devices_that_cannot_be_had_are_refused_by_name,
     devices_of_a_group_are_one_instances,
@@ -39,9 +42,6 @@ cases![
 
 /// The name that a device is registered by.
 pub(crate) const NAME: &str = "disk";
-
-/// NVMe controllers in sysfs.
-const NVME_CLASS: &str = "0x010802";
 
 /// The kernel of a guest looks for disks while programs run already.
 const WAIT_FOR_DISK: &str = "until [ -b /dev/nvme0n1 ]; do usleep 1000; done";
@@ -55,17 +55,6 @@ const PROFILE: &str = "Single port serial";
 /// Where sysfs lists devices.
 const PCI: &str = "/sys/bus/pci/devices";
 const MEDIATED: &str = "/sys/bus/mdev/devices";
-
-/// The address of the NVMe controller.
-pub(crate) fn nvme() -> String {
-    let is_nvme = |path: &Path| {
-        fs::read_to_string(path.join("class")).is_ok_and(|class| class.trim() == NVME_CLASS)
-    };
-    let found = fs::read_dir(PCI).unwrap().map(|entry| entry.unwrap().path());
-    let found = found.into_iter().find(|path| is_nvme(path));
-    let found = found.expect("these cases need devices to lend: dev/in-host --vfio");
-    found.file_name().unwrap().to_str().unwrap().to_owned()
-}
 
 /// Who drives a device.
 fn driver(address: &str) -> Option<String> {
@@ -309,6 +298,40 @@ async fn a_device_is_lent_whole_or_not_at_all(_: &TestHost) {
 
 async fn a_device_is_taken_back_whole_in_the_end(_: &TestHost) {
     survives_a_kill_at_every_change(Operation::Return).await;
+}
+
+async fn a_device_that_is_pulled_out_ends_its_instance_and_is_shown_as_gone(host: &TestHost) {
+    let server = &host.server;
+    let address = nvme();
+    register(server, &address).await;
+    let script = format!(
+        "{WAIT_FOR_DISK}; echo has it
+        while :; do dd if=/dev/nvme0n1 of=/dev/null bs=4k iflag=direct 2> /dev/null; done"
+    );
+    server.create(body("bereft", &script)).await;
+    server.follow_until("bereft", "has it").await;
+
+    let path = Path::new(PCI).join(&address).join("remove");
+    spawn_blocking(|| fs::write(path, "1")).await.unwrap().unwrap();
+    let stopped = server.wait("bereft", "Stopped").await;
+    let (status, refused) = server.call(Method::POST, "/instances/bereft/start", None).await;
+    let gone = server.get("/devices/disk").await;
+    let listed = text(&said(server, &["device", "list"]));
+    fs::write("/sys/bus/pci/rescan", "1").unwrap();
+    await_return(&address).await;
+    let (started, answer) = server.call(Method::POST, "/instances/bereft/start", None).await;
+    let again = server.get("/devices/disk").await;
+
+    let why = format!("The machine failed: Its host takes device {address} away");
+    assert_eq!(stopped["state_error"], why, "{stopped}");
+    assert!(!status.is_success() && refused.to_string().contains(&address), "{refused}");
+    assert_eq!((&gone["gone"], &gone["bound_to_vfio"]), (&json!(true), &json!(false)), "{gone}");
+    assert!(listed.contains(&format!("{address} (gone)")), "{listed}");
+    assert_eq!(started, StatusCode::OK, "{answer}");
+    assert_eq!((&again["gone"], &again["bound_to_vfio"]), (&Value::Null, &json!(true)), "{again}");
+    server.delete("bereft").await;
+    await_return(&address).await;
+    forget(server, "disk").await;
 }
 
 /// The address of the device below which a thing of a class is.

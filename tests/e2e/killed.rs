@@ -5,6 +5,7 @@ use std::env;
 use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use ovum_test_host::lent::nvme;
 use ovum_test_host::trap::{Sprung, Trap, places};
 use ovum_test_host::{BUSYBOX, Server, TestHost, workers};
 use reqwest::{Method, StatusCode};
@@ -115,7 +116,7 @@ impl Operation {
             Self::Create => drop(server.pull(BUSYBOX).await),
             Self::Borrow | Self::Return => {
                 server.pull(BUSYBOX).await;
-                devices::register(server, &devices::nvme()).await;
+                devices::register(server, &nvme()).await;
                 if self == Self::Return {
                     assert!(Self::Borrow.run(server).await);
                     server.wait(NAME, "Running").await;
@@ -169,7 +170,7 @@ impl Operation {
             assert_eq!(status, StatusCode::NO_CONTENT, "{answer}");
         }
         if matches!(self, Self::Borrow | Self::Return) {
-            devices::await_return(&devices::nvme()).await;
+            devices::await_return(&nvme()).await;
             devices::forget(server, devices::NAME).await;
         }
         assert_eq!(workers(), Vec::<String>::new());
@@ -223,7 +224,7 @@ pub(crate) async fn survives_a_kill_at_every_change(operation: Operation) {
         let list = settle(&server).await;
         assert!(!acknowledged || operation.is_done(&list), "{place}, lost: {list:?}");
         if matches!(operation, Operation::Borrow | Operation::Return) && list.is_empty() {
-            devices::await_return(&devices::nvme()).await;
+            devices::await_return(&nvme()).await;
         }
         until_settled(&server).await;
         let images = server.get("/images").await;

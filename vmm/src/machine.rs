@@ -148,7 +148,9 @@ impl Machine {
             tasks.push(task);
             registers.push(behind);
         }
-        let reactor = Reactor::start(tasks, orders.clone(), inbox, Arc::clone(&events))
+        let recalls = pci.as_ref().map_or(Ok(Vec::new()), PciBus::recalls);
+        let recalls = recalls.map_err(BuildError::Thread)?;
+        let reactor = Reactor::start(tasks, orders.clone(), inbox, recalls, Arc::clone(&events))
             .map_err(BuildError::Thread)?;
 
         let windows = pci.as_ref().map(PciBus::windows);

@@ -9,12 +9,13 @@ pub mod bars;
 pub mod config;
 pub mod msi;
 
+use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::layout::{
     ECAM_BYTES, ECAM_START, PCI_LOW_BYTES, PCI_LOW_START, PCI_PORTS, PCI_PORTS_START, pci_high,
 };
-use crate::vfio::passthrough::Passthrough;
+use crate::vfio::passthrough::{Passthrough, Recall};
 use bars::{Space, Windows};
 
 /// Most devices of the host in a machine: a bus has 32, and the first is the host bridge.
@@ -63,6 +64,16 @@ impl PciBus {
             function.place_bars(places.by_ref().take(count));
         }
         Ok(Self { functions: functions.into_iter().map(Mutex::new).collect(), windows })
+    }
+
+    /// How the host asks for its functions back.
+    ///
+    /// # Errors
+    ///
+    /// If this process has no descriptor left.
+    pub fn recalls(&self) -> io::Result<Vec<Recall>> {
+        let recalls = self.functions.iter().map(|function| lock(function).recall());
+        recalls.filter_map(Result::transpose).collect()
     }
 
     /// Where its BARs can be.

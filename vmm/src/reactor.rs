@@ -5,6 +5,8 @@
 //! out, pauses, saves and ends. A kick is no order but an ioeventfd, an interrupt an irqfd, so a
 //! request costs no vCPU an exit to this process.
 //!
+//! The host is waited for, too: when it wants a device back that it has lent, the machine ends.
+//!
 //! Lock order: a vCPU holds the lock of its slot's registers while it waits for an order to be
 //! carried out. That cannot deadlock, because this thread waits for no vCPU and takes only locks
 //! that are held for a few instructions: of a configuration space, of a rate limit.
@@ -22,6 +24,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::events::{self, MachineEventKind, StopReason};
 use crate::layout::MMIO_SLOTS;
 use crate::memory::Mem;
+use crate::vfio::passthrough::Recall;
 use crate::virtio::task::{Activation, Task, TaskState};
 use crate::virtio::{Interest, TOKEN_MAX, Watch};
 
@@ -135,8 +138,8 @@ pub struct Reactor {
 }
 
 impl Reactor {
-    /// Starts the thread: `tasks` are the devices of slots 0 and on. Should it ever fail, the
-    /// machine ends, which it tells `machine`.
+    /// Starts the thread: `tasks` are the devices of slots 0 and on. Should it ever fail, or should
+    /// the host want a device back, the machine ends, which it tells `machine`.
     ///
     /// # Errors
     ///
@@ -145,12 +148,15 @@ impl Reactor {
         tasks: Vec<Task>,
         orders: Orders,
         inbox: Inbox,
+        recalls: Vec<Recall>,
         machine: Arc<events::Events>,
     ) -> io::Result<Self> {
         let mut manager = EventManager::new().map_err(io::Error::other)?;
         let mem = tasks.first().map(|task| Arc::clone(task.mem()));
         let tasks = (0..).zip(tasks).collect();
-        let board = Board { tasks, mem, inbox, failed: None, ended: false };
+        let events = Arc::clone(&machine);
+        let board =
+            Board { tasks, mem, inbox, recalls, machine: events, failed: None, ended: false };
         let board = manager.add_subscriber(board);
         let failed = manager.subscriber_mut(board).map_err(io::Error::other)?.failed.take();
         if let Some(error) = failed {
@@ -189,6 +195,10 @@ struct Board {
     /// Guest memory as all devices know it.
     mem: Option<Arc<Mem>>,
     inbox: Inbox,
+    /// By their place here.
+    recalls: Vec<Recall>,
+    /// Where the end of the machine is told.
+    machine: Arc<events::Events>,
     failed: Option<event_manager::Error>,
     ended: bool,
 }
@@ -196,7 +206,10 @@ struct Board {
 impl MutEventSubscriber for Board {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         let kicks = self.tasks.iter().flat_map(|(&slot, task)| kicks(slot, task));
-        for (file, token) in kicks.chain([(&*self.inbox.signal, Token::Orders)]) {
+        let recalls = (0..).zip(&self.recalls);
+        let recalls = recalls.map(|(index, recall)| (&recall.event, Token::Recall { index }));
+        let orders = [(&*self.inbox.signal, Token::Orders)];
+        for (file, token) in kicks.chain(recalls).chain(orders) {
             if let Err(error) = ops.add(Events::with_data(file, token.pack(), EventSet::IN)) {
                 self.failed = Some(error);
             }
@@ -212,6 +225,9 @@ impl MutEventSubscriber for Board {
                 self.obey(order, ops);
             }
         }
+        if let Token::Recall { index } = token {
+            self.end_without(index, ops);
+        }
         let (Token::Kick { slot, .. } | Token::Device { slot, .. }) = token else { return };
         // One that was taken out may have been kicked before.
         let Some(task) = self.tasks.get_mut(&slot) else { return };
@@ -219,7 +235,7 @@ impl MutEventSubscriber for Board {
         match token {
             Token::Kick { queue, .. } => task.serve(queue, watch),
             Token::Device { token, .. } => task.wake(token, watch),
-            Token::Orders => {}
+            Token::Orders | Token::Recall { .. } => {}
         }
         self.share_memory(slot);
     }
@@ -261,6 +277,16 @@ impl Board {
             Order::Resume => {}
             Order::End => self.ended = true,
         }
+    }
+
+    /// The host wants a device back and waits for it. A guest cannot be told to do without: its bus
+    /// has no way to say so.
+    fn end_without(&mut self, index: u16, ops: &mut EventOps<'_>) {
+        let Some(recall) = self.recalls.get(usize::from(index)) else { return };
+        // It is asked for again and again, and once is enough.
+        let _ = ops.remove(Events::empty(&recall.event));
+        let reason = StopReason::Fault(format!("Its host takes device {} away", recall.name));
+        self.machine.push(MachineEventKind::Stopped { reason });
     }
 
     fn put(
@@ -349,27 +375,32 @@ enum Token {
     Kick { slot: u8, queue: u16 },
     /// The device in `slot` waits for a file, for which it has a token of its own.
     Device { slot: u8, token: u32 },
+    /// The host wants a device back.
+    Recall { index: u16 },
 }
 
-/// The top byte: a slot, a slot that was kicked, or all ones.
+/// The top byte: a slot, a slot that was kicked, or one of the last two.
 const KICKED: u32 = 0x80;
+const RECALL: u32 = 0xfe;
 const ORDERS: u32 = 0xff;
-const _: () = assert!(TOKEN_MAX == 1 << 24 && MMIO_SLOTS < (ORDERS - KICKED) as u64);
+const _: () = assert!(TOKEN_MAX == 1 << 24 && MMIO_SLOTS < (RECALL - KICKED) as u64);
 
 impl Token {
     fn pack(self) -> u32 {
         match self {
             Self::Orders => ORDERS << 24,
+            Self::Recall { index } => (RECALL << 24) | u32::from(index),
             Self::Kick { slot, queue } => ((KICKED | u32::from(slot)) << 24) | u32::from(queue),
             Self::Device { slot, token } => (u32::from(slot) << 24) | (token % TOKEN_MAX),
         }
     }
 
     fn unpack(packed: u32) -> Self {
-        let [top, _, queue @ ..] = packed.to_be_bytes();
+        let [top, _, low @ ..] = packed.to_be_bytes();
         match u32::from(top) {
             ORDERS => Self::Orders,
-            KICKED.. => Self::Kick { slot: top & 0x7f, queue: u16::from_be_bytes(queue) },
+            RECALL => Self::Recall { index: u16::from_be_bytes(low) },
+            KICKED.. => Self::Kick { slot: top & 0x7f, queue: u16::from_be_bytes(low) },
             _ => Self::Device { slot: top, token: packed % TOKEN_MAX },
         }
     }
@@ -417,6 +448,8 @@ mod tests {
         let last = u8::try_from(MMIO_SLOTS - 1).unwrap();
         for token in [
             Token::Orders,
+            Token::Recall { index: 0 },
+            Token::Recall { index: u16::MAX },
             Token::Kick { slot: 0, queue: 0 },
             Token::Kick { slot: last, queue: u16::MAX },
             Token::Device { slot: 0, token: 0 },

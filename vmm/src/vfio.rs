@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
-use vfio_ioctls::{VfioContainer, VfioDevice, VfioDeviceFd, VfioError as Refusal, VfioOps};
+use vfio_ioctls::{VfioContainer, VfioDeviceFd, VfioError as Refusal, VfioOps};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::{MemoryListener, MemoryRange};
@@ -99,7 +99,7 @@ pub trait Backend: Debug + Send {
     fn interrupts(&self, index: u32) -> u32;
 
     /// Lets it raise `events`, the first interrupts of the kind `index` and no more than it has;
-    /// none are none.
+    /// none are none. One kind is the host's own: it wants the device back.
     ///
     /// # Errors
     ///
@@ -159,19 +159,25 @@ impl Container {
     ///
     /// [`VfioError`].
     pub fn open(&self, path: &Path) -> Result<HostDevice, VfioError> {
-        let failed = |source| match source {
-            Refusal::GroupViable => VfioError::NotViable { path: path.into() },
+        HostDevice::open(path, self)
+    }
+}
+
+impl VfioError {
+    /// Why the device at `path` could not be opened.
+    fn open(path: &Path, source: Refusal) -> Self {
+        let path = path.into();
+        match source {
+            Refusal::GroupViable => Self::NotViable { path },
             Refusal::OpenGroup(error, _) if error.kind() == io::ErrorKind::ResourceBusy => {
-                VfioError::InUse { path: path.into() }
+                Self::InUse { path }
             }
             // There is no file of a group in which vfio-pci has no device.
             Refusal::OpenGroup(error, _) if error.kind() == io::ErrorKind::NotFound => {
-                VfioError::NotViable { path: path.into() }
+                Self::NotViable { path }
             }
-            source => VfioError::Open { path: path.into(), source },
-        };
-        let device = VfioDevice::new(path, Arc::clone(&self.0), true).map_err(failed)?;
-        HostDevice::new(device, path)
+            source => Self::Open { path, source },
+        }
     }
 }
 

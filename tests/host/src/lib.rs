@@ -18,6 +18,7 @@ use tokio::time;
 pub use socket::{Frame, Ran, Socket};
 
 pub mod image;
+pub mod lent;
 pub mod qemu;
 mod socket;
 #[expect(unsafe_code, reason = "ptrace(2), which rustix does not have")]

@@ -7,16 +7,17 @@
 //!   whose reset is under way elsewhere; ours comes on top.
 //! - A region that the kernel cannot describe is left out, and those after it move up. So
 //!   configuration space is asked whether it has the size of one.
-//! - A device that is dropped looks for its group in sysfs once more, and panics if it is gone.
+//! - Its destructor looks for the group in sysfs once more, and panics if the device was pulled out
+//!   meanwhile. So it never runs.
 
 use std::fmt::{self, Debug, Formatter};
-use std::fs;
 use std::io;
 use std::iter;
 use std::mem::ManuallyDrop;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
@@ -26,19 +27,18 @@ use vfio_ioctls::{VfioDevice, VfioRegionInfoCap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mapping::Mapping;
-use super::{Backend, VfioError};
+use super::{Backend, Container, VfioError};
 use crate::pci::config::{CONFIG_BYTES_MAX, HEADER_BYTES};
 
 /// Most areas of a region that are mapped one by one.
 const AREAS_MAX: usize = 64;
 
-/// The link to a device's group, in its directory.
-const GROUP: &str = "iommu_group";
-
 /// An open device.
+///
+/// Invariant: `device` has a share in `container`, beside that of this field.
 pub struct HostDevice {
     device: ManuallyDrop<VfioDevice>,
-    path: PathBuf,
+    container: Container,
     name: String,
 }
 
@@ -64,10 +64,13 @@ pub struct Region {
 }
 
 impl HostDevice {
-    /// Takes a device as it is, and puts it into the state that it has after power-on.
-    pub(super) fn new(device: VfioDevice, path: &Path) -> Result<Self, VfioError> {
+    /// Opens a device as it is, and puts it into the state that it has after power-on.
+    pub(super) fn open(path: &Path, container: &Container) -> Result<Self, VfioError> {
+        let device = VfioDevice::new(path, Arc::clone(&container.0), true);
+        let device = device.map_err(|source| VfioError::open(path, source))?;
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let device = Self { device: ManuallyDrop::new(device), path: path.into(), name };
+        let container = container.clone();
+        let device = Self { device: ManuallyDrop::new(device), container, name };
         let bytes = device.region(VFIO_PCI_CONFIG_REGION_INDEX).bytes;
         let has_config = (HEADER_BYTES as u64..=CONFIG_BYTES_MAX as u64).contains(&bytes);
         if !has_config || device.device.get_irq_info(VFIO_PCI_INTX_IRQ_INDEX).is_none() {
@@ -140,13 +143,14 @@ impl Drop for HostDevice {
     fn drop(&mut self) {
         // The next who has it resets it, too, and the kernel does when it is closed.
         self.device.reset();
-        // Without the link it would panic; so it is the kernel's to close, when this process ends.
-        if fs::read_link(self.path.join(GROUP)).is_ok() {
-            // SAFETY: nothing uses it after this.
-            #[expect(unsafe_code, reason = "it is dropped only if it can be")]
-            unsafe {
-                ManuallyDrop::drop(&mut self.device);
-            }
+        // SAFETY: the descriptor is the device's own, and whoever would close it never runs.
+        #[expect(unsafe_code, reason = "the crate gives its descriptor away only as a number")]
+        drop(unsafe { OwnedFd::from_raw_fd(self.device.as_raw_fd()) });
+        // SAFETY: by the invariant there is a share beside ours, which nobody would give back. The
+        // groups are closed with the last, and a group that is closed leaves its container.
+        #[expect(unsafe_code, reason = "a destructor that does not run gives nothing back")]
+        unsafe {
+            Arc::decrement_strong_count(Arc::as_ptr(&self.container.0));
         }
     }
 }

@@ -12,8 +12,9 @@ use std::sync::Arc;
 
 use vfio_bindings::bindings::vfio::{
     VFIO_PCI_BAR0_REGION_INDEX, VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_MSI_IRQ_INDEX,
-    VFIO_PCI_MSIX_IRQ_INDEX,
+    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX,
 };
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::Region;
 use super::mapping::Mapping;
@@ -53,6 +54,15 @@ pub struct Passthrough {
     config_region: Region,
     device: Box<dyn Backend>,
     place: Place,
+}
+
+/// A device that is asked for by its host, which wants to take it away.
+#[derive(Debug)]
+pub struct Recall {
+    /// What the host calls it.
+    pub name: String,
+    /// Raised when it is asked for.
+    pub event: EventFd,
 }
 
 /// How the guest hears of interrupts.
@@ -123,6 +133,23 @@ impl Passthrough {
             device,
             place,
         })
+    }
+
+    /// How its host asks for it back; None if that is nothing that its kernel asks for. It waits
+    /// until the device is closed.
+    ///
+    /// # Errors
+    ///
+    /// If this process has no descriptor left.
+    pub fn recall(&self) -> io::Result<Option<Recall>> {
+        if self.device.interrupts(VFIO_PCI_REQ_IRQ_INDEX) == 0 {
+            return Ok(None);
+        }
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        let raised = self.device.raise(VFIO_PCI_REQ_IRQ_INDEX, &[&event]);
+        let name = self.device.name().to_owned();
+        // A driver of mediated devices may count it and not have it.
+        Ok(raised.is_ok().then_some(Recall { name, event }))
     }
 
     /// Its BARs.
@@ -443,3 +470,6 @@ fn shapes(regions: &[Region], config: &[u8]) -> Result<[Option<BarShape>; BARS_M
     }
     Ok(shapes)
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use ovum_vmm::machine::{Machine, StopReason};
@@ -321,6 +322,37 @@ fn a_device_that_is_not_free_is_refused_and_stays_as_it_was() {
     assert!(matches!(bound, VfioError::NotViable { .. }), "{bound:?}");
     assert!(matches!(vanished, VfioError::Open { .. }), "{vanished:?}");
     on_host(|disk| disk.read_exact_at(&mut [0; 512], 0));
+}
+
+/// The kernel asks for it, and waits until it is closed; what it finds again there is whole.
+#[test]
+fn a_device_that_is_pulled_out_ends_its_machine_and_is_let_go_of() {
+    on_host(|disk| disk.write_all_at(&[b"from the host\n", &[0; 498][..]].concat(), 0));
+    let script = format!(
+        "{WAIT_FOR_DISK}; echo found
+        while :; do dd if=/dev/nvme0n1 of=/dev/null bs=4k iflag=direct 2> /dev/null; done"
+    );
+    let lent = Lent::take(NVME_CLASS);
+    let path = lent.path.clone();
+    let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+    let mut guest = guest(&script).device(&lent).boot();
+    guest.says("found");
+
+    let remover = thread::spawn(move || fs::write(path.join("remove"), "1"));
+    let (reason, said) = guest.end();
+    let waits = lent.path.exists();
+    guest.cut();
+    remover.join().unwrap().unwrap();
+
+    assert_eq!(reason, StopReason::Fault(format!("Its host takes device {name} away")), "{said}");
+    assert!(waits, "it is not gone before it was closed");
+    assert!(!lent.path.exists());
+    fs::write("/sys/bus/pci/rescan", "1").unwrap();
+    on_host(|disk| disk.read_exact_at(&mut [0; 512], 0));
+    let script = format!("{WAIT_FOR_DISK}; head -n 1 /dev/nvme0n1");
+    lent.bind("vfio-pci");
+    let (reason, said) = self::guest(&script).device(&lent).boot().end();
+    assert_eq!((reason, said.as_str()), (StopReason::PowerOff, "from the host\n"));
 }
 
 /// What is in a device nobody can save, and its memory stays where it is.

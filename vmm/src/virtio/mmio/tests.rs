@@ -56,7 +56,8 @@ impl Driver {
         let (task, registers) = parts(device, guest, &irq, &orders);
         let kick = task.kicks()[0].try_clone().unwrap();
         let events = Arc::new(Events::new().unwrap());
-        let reactor = Reactor::start(vec![task], orders.clone(), inbox, events).unwrap();
+        let reactor =
+            Reactor::start(vec![task], orders.clone(), inbox, Vec::new(), events).unwrap();
         Self { slots: Slots::new(vec![registers], 0), kick, irq, orders, _reactor: reactor }
     }
 
