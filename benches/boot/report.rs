@@ -87,8 +87,10 @@ impl Display for Report {
             writeln!(formatter, "\n{vcpus} vCPU, {memory_mib} MiB")?;
             table(formatter, rows, unit)?;
         }
-        writeln!(formatter, "\nmany at once")?;
-        table(formatter, &self.crowd, unit)?;
+        if !self.crowd.is_empty() {
+            writeln!(formatter, "\nmany at once")?;
+            table(formatter, &self.crowd, unit)?;
+        }
         writeln!(formatter, "\nthe guest kernel's dearest calls")?;
         for (name, took) in &self.initcalls {
             writeln!(formatter, "{name:<55}{took:>10.1} {unit}")?;
