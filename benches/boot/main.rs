@@ -29,10 +29,8 @@ use tokio::runtime::Builder;
 use crate::qemu::Qemu;
 use crate::report::{Report, Row, ShapeReport};
 
-/// Boots of each subject and shape: enough for a median of times, and fewer of counts, which hardly
-/// differ.
+/// Boots of each subject and shape.
 const ROUNDS: usize = 15;
-const ROUNDS_COUNTED: usize = 3;
 
 /// Guests that start at the same time, and how often. By time only: their instructions add up.
 const CROWD: usize = 20;
@@ -75,25 +73,24 @@ async fn measure() -> Report {
     let qemu = Qemu::new();
     // By time the larger size would take as long again and say the same.
     let counts = env::var("OVUM_BENCH_CLOCK").is_ok_and(|clock| clock == "instructions");
-    let (sizes, rounds) =
-        if counts { (&SHAPES[..], ROUNDS_COUNTED) } else { (&SHAPES[..1], ROUNDS) };
+    let sizes = if counts { &SHAPES[..] } else { &SHAPES[..1] };
     let mut shapes = Vec::new();
     for shape in sizes {
-        shapes.push(measure_shape(&host, &qemu, *shape, rounds).await);
+        shapes.push(measure_shape(&host, &qemu, *shape).await);
     }
     let crowd = if counts { Vec::new() } else { measure_crowd(&host, &qemu).await };
     host.stop().await;
     Report::new(counts, shapes, crowd, initcalls::dearest())
 }
 
-async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape, rounds: usize) -> ShapeReport {
+async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape) -> ShapeReport {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-    for round in 1..=rounds {
+    for round in 1..=ROUNDS {
         ours.push(ours::boot(host, &format!("bench-{round}"), shape).await);
         let started = Instant::now();
         qemu.boot(shape);
         theirs.push(started.elapsed().as_secs_f64() * 1e3);
-        eprintln!("{} vCPUs, {} MiB: {round} of {rounds}", shape.vcpus, shape.memory_mib);
+        eprintln!("{} vCPUs, {} MiB: {round} of {ROUNDS}", shape.vcpus, shape.memory_mib);
     }
     let of = |figure: fn(&ours::Boot) -> f64| ours.iter().map(figure).collect();
     let mut rows = vec![

@@ -88,12 +88,12 @@ impl Boot {
 
 /// Boots one, measures it and deletes it.
 pub(crate) async fn boot(host: &TestHost, name: &str, shape: Shape) -> Boot {
-    let server_before = host.server.cpu_time();
+    let server_before_ms = cpu_ms(host.server.pid());
     let asked_ns = monotonic_ns();
     let instance = host.server.create(body(name, shape)).await;
     host.server.follow_until(name, "first").await;
     let exits = EXITS.iter().map(|counter| kvm_counter(counter) as f64).collect();
-    let server_cpu = host.server.cpu_time() - server_before;
+    let server_cpu_ms = cpu_ms(host.server.pid()) - server_before_ms;
     let id = instance["id"].as_str().expect("an instance has an id");
     let events = host.server.data_dir.join("instances").join(id).join("events");
     let events = events_until(&events, Phase::FirstOutput).await;
@@ -106,14 +106,7 @@ pub(crate) async fn boot(host: &TestHost, name: &str, shape: Shape) -> Boot {
 
     let mut moments = vec![("asked", asked_ns)];
     moments.extend(PHASES.iter().map(|(name, ending)| (*name, ending.of(&events))));
-    Boot {
-        moments,
-        delete_ms,
-        server_cpu_ms: server_cpu.as_secs_f64() * 1e3,
-        worker_cpu_ms,
-        memory,
-        exits,
-    }
+    Boot { moments, delete_ms, server_cpu_ms, worker_cpu_ms, memory, exits }
 }
 
 /// Boots so many at the same time; returns how many milliseconds it took until all had spoken.
@@ -150,7 +143,7 @@ fn only_worker() -> u32 {
 
 /// Time that all threads of a process have had on processors.
 fn cpu_ms(pid: u32) -> f64 {
-    let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("the worker runs");
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).expect("the process runs");
     let times = threads.flatten().filter_map(|thread| {
         let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
         text.split(' ').next()?.parse::<f64>().ok()
