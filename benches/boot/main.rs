@@ -84,8 +84,9 @@ async fn measure() -> Report {
 }
 
 async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape) -> ShapeReport {
-    let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+    let (mut ours, mut runs, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
     for round in 1..=ROUNDS {
+        runs.push(ours::run(host, shape));
         ours.push(ours::boot(host, &format!("bench-{round}"), shape).await);
         let started = Instant::now();
         qemu.boot(shape);
@@ -98,6 +99,7 @@ async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape) -> ShapeRepor
         Row::new("ovum, worker start to first user instruction", "ms", of(ours::Boot::first_user)),
         Row::new("ovum, POST to first output", "ms", of(ours::Boot::first_output)),
         Row::new("ovum, POST to Running", "ms", of(ours::Boot::running)),
+        Row::new("ovum run, all of it, with a guest that says a word", "ms", runs),
         Row::new("ovum, delete", "ms", of(|boot| boot.delete_ms)),
         Row::new("CPU time of the server, POST to first output", "ms", of(|b| b.server_cpu_ms)),
         Row::new("CPU time of the worker, guest included", "ms", of(|b| b.worker_cpu_ms)),

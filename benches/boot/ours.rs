@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use ovum_agent_proto::report::{Phase, Report};
-use ovum_test_host::{BUSYBOX, TestHost, kvm_counter, median, worker_pids};
+use ovum_test_host::{BUSYBOX, TestHost, kvm_counter, median, ovum, worker_pids};
 use reqwest::Method;
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
@@ -107,6 +108,20 @@ pub(crate) async fn boot(host: &TestHost, name: &str, shape: Shape) -> Boot {
     let mut moments = vec![("asked", asked_ns)];
     moments.extend(PHASES.iter().map(|(name, ending)| (*name, ending.of(&events))));
     Boot { moments, delete_ms, server_cpu_ms, worker_cpu_ms, memory, exits }
+}
+
+/// `ovum run` of a guest that says a word, from the command's start to its end, in milliseconds.
+pub(crate) fn run(host: &TestHost, shape: Shape) -> f64 {
+    #[expect(clippy::disallowed_methods, reason = "the program under test")]
+    let mut command = Command::new(ovum());
+    command.args(["run", "--rm", "--cpus", &shape.vcpus.to_string()]);
+    command.args(["--memory", &format!("{}MB", shape.memory_mib)]);
+    command.args(["--base-url", &host.server.base_url, "--token", host.server.token()]);
+    let started = Instant::now();
+    let output = command.args([BUSYBOX, "--", "echo", "first"]).output().expect("ovum runs");
+    let took_ms = started.elapsed().as_secs_f64() * 1e3;
+    assert_eq!(output.stdout, b"first\n", "{}", String::from_utf8_lossy(&output.stderr));
+    took_ms
 }
 
 /// Boots so many at the same time; returns how many milliseconds it took until all had spoken.
