@@ -8,7 +8,7 @@ use ovum_test_host::{ovum, root};
 /// How many are reported: all others are small.
 const SHOWN_MAX: usize = 12;
 
-/// Until the kernel has its clock, it measures in ticks; what seems to take so many microseconds, or
+/// Until the kernel has its clock it measures in ticks: what seems to take so many microseconds, or
 /// none, was not measured.
 const TICK_MICROS: u32 = 10_000;
 
