@@ -3,7 +3,7 @@
 //! One socket, a core for each vCPU, one thread in each core. APIC ids are vCPU indexes. There are
 //! no performance counters: they would be more state to carry and a probe at each boot. There are
 //! no MTRRs: all memory is write-back, a BAR is what the guest's PAT makes of it, and a kernel that
-//! finds some reads 88 registers one by one, an exit each, and turns its caches off to set them.
+//! finds some reads 28 registers three times, an exit each, and turns its caches off to set them.
 //! Leaves as in SDM volume 2, "CPUID", and AMD's "CPUID Specification".
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
