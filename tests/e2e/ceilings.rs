@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use ovum_test_host::{BUSYBOX, TestHost, kvm_counter, root, worker_pids};
+use ovum_test_host::{BUSYBOX, Server, TestHost, kvm_counter, root, worker_pids};
 use serde_json::json;
 
 use crate::cases;
@@ -57,19 +57,23 @@ const BYTES_MAX: [(&str, u64, &str); 3] = [
 /// Functions that the kernel calls one after the other as it starts.
 const INITCALLS_MAX: u64 = 460;
 
-async fn a_boot_costs_no_more_exits_than_it_did(host: &TestHost) {
-    let server = &host.server;
+/// Boots a guest of one vCPU, until its workload has spoken.
+async fn boot(server: &Server, name: &str) {
     server
         .create(json!({
-            "name": "counted", "image": BUSYBOX, "size": "128MB", "vcpus": 1,
+            "name": name, "image": BUSYBOX, "size": "128MB", "vcpus": 1,
             "cmd": ["sh", "-c", "echo first; exec sleep 1000"],
         }))
         .await;
-    server.follow_until("counted", "first").await;
+    server.follow_until(name, "first").await;
+}
+
+async fn a_boot_costs_no_more_exits_than_it_did(host: &TestHost) {
+    boot(&host.server, "counted").await;
 
     let counted = EXITS_MAX.map(|(counter, max, why)| (counter, kvm_counter(counter), max, why));
 
-    server.delete("counted").await;
+    host.server.delete("counted").await;
     for (counter, count, max, why) in counted {
         println!("{counter}: {count} of at most {max}");
         assert!(count > 0, "{counter} does not count: is another guest's end in the way?");
@@ -78,20 +82,13 @@ async fn a_boot_costs_no_more_exits_than_it_did(host: &TestHost) {
 }
 
 async fn a_boot_asks_no_more_of_the_host_than_it_did(host: &TestHost) {
-    let server = &host.server;
     let tallies = EVENTS_MAX.map(|(event, filter, ..)| Tally::begin(event, filter));
-    server
-        .create(json!({
-            "name": "tallied", "image": BUSYBOX, "size": "128MB", "vcpus": 1,
-            "cmd": ["sh", "-c", "echo first; exec sleep 1000"],
-        }))
-        .await;
-    server.follow_until("tallied", "first").await;
+    boot(&host.server, "tallied").await;
 
     let [worker] = worker_pids()[..] else { panic!("another guest's end is in the way") };
     let counts: Vec<_> = tallies.iter().map(|tally| tally.of(worker)).collect();
 
-    server.delete("tallied").await;
+    host.server.delete("tallied").await;
     for ((event, _, max, why), count) in EVENTS_MAX.into_iter().zip(counts) {
         println!("{event}: {count} of at most {max}");
         assert!(count > 0, "{event} was not counted");

@@ -12,7 +12,7 @@ use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
-use ovum_test_host::lent::nvme;
+use ovum_test_host::lent::{PCI, nvme};
 use ovum_test_host::{BUSYBOX, Server, TestHost, ovum, worker_pids, workers};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
@@ -53,7 +53,6 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const PROFILE: &str = "Single port serial";
 
 /// Where sysfs lists devices.
-const PCI: &str = "/sys/bus/pci/devices";
 const MEDIATED: &str = "/sys/bus/mdev/devices";
 
 /// Who drives a device.

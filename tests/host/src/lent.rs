@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const NVME_CLASS: &str = "0x010802";
 
 /// Where sysfs lists devices.
-const PCI: &str = "/sys/bus/pci/devices";
+pub const PCI: &str = "/sys/bus/pci/devices";
 
 /// Its address.
 pub fn nvme() -> String {
@@ -23,8 +23,7 @@ pub fn nvme() -> String {
 /// The controller, bound to vfio-pci; dropped, it is its driver's again.
 #[derive(Debug)]
 pub struct Lent {
-    /// Its address.
-    pub address: String,
+    address: String,
 }
 
 impl Lent {

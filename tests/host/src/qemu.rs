@@ -1,7 +1,9 @@
 //! QEMU, beside which benches measure.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
+
+use ovum_agent_proto::report::{Phase, REPORT_PORT, Report};
 
 use crate::root;
 
@@ -23,6 +25,18 @@ pub fn q35(vcpus: u8, memory_mib: u32, initramfs: &Path, cmdline: &str) -> Comma
     );
     command.args(["-bios", "qboot.rom"]);
     command
+}
+
+/// Has a guest end at its first user instruction: the agent's first report, a write to the report
+/// port, where an `isa-debug-exit` device sits.
+pub fn end_at_first_user(command: &mut Command) {
+    command.args(["-device", &format!("isa-debug-exit,iobase={REPORT_PORT:#x},iosize=4")]);
+}
+
+/// Whether a guest that was to end there did.
+pub fn has_begun(status: ExitStatus) -> bool {
+    let word = Report::Phase(Phase::AgentStarted).encode();
+    status.code() == i32::try_from((word << 1 | 1) & 0xff).ok()
 }
 
 fn machine(kind: &str, vcpus: u8, memory_mib: u32, initramfs: &Path, cmdline: &str) -> Command {
