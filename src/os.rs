@@ -6,6 +6,7 @@ pub mod log;
 pub mod netlink;
 pub mod packets;
 pub mod process;
+pub mod program;
 pub mod readable;
 pub mod room;
 pub mod spawn;

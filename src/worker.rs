@@ -25,13 +25,14 @@ use ovum_agent_proto::report::{MemoryReport, Phase, REPORT_PORT as AGENT_REPORT_
 use ovum_vmm::layout::REPORT_PORT;
 use ovum_vmm::machine::{Machine, MachineEvent, MachineEventKind, StopReason};
 use ovum_vmm::virtio::balloon::BalloonHandle;
-use rustix::event::{self, PollFd, PollFlags};
+use rustix::event::{self, PollFd, PollFlags, Timespec};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
 
 use crate::control::{
     Event, Happening, HotplugPolicy, LAUNCH_FD, Launch, Order, Reply, Status, StopCause, now_ns,
 };
 use crate::os::packets::{Packet, PacketListener, PacketSocket};
+use crate::os::program;
 use demand::{Demand, DemandSpec};
 use files::Files;
 use journal::Journal;
@@ -43,6 +44,9 @@ const CONNECTIONS_MAX: usize = 8;
 
 /// Most report words of a guest that are kept: a boot writes fewer than ten.
 const REPORTS_MAX: usize = 64;
+
+/// How long nothing has to happen after a boot until what was mapped for it is let go.
+const SETTLED: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 // The machine listens where the agent writes.
 const _: () = assert!(REPORT_PORT == AGENT_REPORT_PORT);
@@ -57,6 +61,8 @@ struct Worker {
     /// The process that the machine does not outlive, if there is one and it runs.
     lifeline: Option<OwnedFd>,
     running: bool,
+    /// Whether the boot is over, and the code that it took is still mapped.
+    settling: bool,
     reports: usize,
     growth: Growth,
 }
@@ -121,6 +127,7 @@ fn start(packet: Packet, launched_ns: u64) -> anyhow::Result<(Worker, [Event; 2]
         connections: Vec::new(),
         lifeline,
         running: true,
+        settling: false,
         reports: 0,
         growth: Growth::new(&launch),
     };
@@ -194,6 +201,7 @@ impl Worker {
             }
             if report == Some(Report::Phase(Phase::WorkloadStarted)) {
                 self.extend_memory();
+                self.settling = true;
             }
         }
         let last = matches!(what, Happening::Stopped { .. });
@@ -310,12 +318,17 @@ impl Worker {
         })
     }
 
-    fn wait(&self) -> anyhow::Result<Ready> {
+    fn wait(&mut self) -> anyhow::Result<Ready> {
         let watched = |file| PollFd::from_borrowed_fd(file, PollFlags::IN);
         let mut files = vec![watched(self.machine.events_fd()), watched(self.control.as_fd())];
         files.extend(self.connections.iter().map(|connection| watched(connection.as_fd())));
         files.extend(self.lifeline.iter().map(|process| watched(process.as_fd())));
-        match event::poll(&mut files, None) {
+        match event::poll(&mut files, self.settling.then_some(&SETTLED)) {
+            Ok(0) => {
+                program::release_pages();
+                self.settling = false;
+                return Ok(Ready::default());
+            }
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(Ready::default()),
             Err(error) => return Err(error).context("Failed to wait for events"),

@@ -103,7 +103,7 @@ async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape) -> ShapeRepor
         Row::new("ovum, delete", "ms", of(|boot| boot.delete_ms)),
         Row::new("CPU time of the server, POST to first output", "ms", of(|b| b.server_cpu_ms)),
         Row::new("CPU time of the worker, guest included", "ms", of(|b| b.worker_cpu_ms)),
-        Row::new("worker's memory outside guest RAM", "MiB", of(|boot| boot.memory.resident_mib)),
+        Row::new("worker's memory outside guest RAM", "MiB", of(|boot| boot.memory.mib)),
         Row::new("  of it its own, the rest is the program", "MiB", of(|boot| boot.memory.own_mib)),
     ];
     for (nth, counter) in ours::EXITS.iter().enumerate() {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use ovum_agent_proto::report::{Phase, Report};
+use ovum_test_host::resident::Resident;
 use ovum_test_host::{BUSYBOX, TestHost, kvm_counter, median, ovum, worker_pids};
 use reqwest::Method;
 use rustix::time::{ClockId, clock_gettime};
@@ -22,6 +23,9 @@ pub(crate) const EXITS: [&str; 6] =
 /// How long a report may take after the output that it reports.
 const REPORT_PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long a guest has been idle when its worker's memory is measured.
+const IDLE: Duration = Duration::from_secs(3);
+
 /// What one boot took.
 pub(crate) struct Boot {
     /// When what ended, in nanoseconds, beginning with the request.
@@ -29,15 +33,8 @@ pub(crate) struct Boot {
     pub(crate) delete_ms: f64,
     pub(crate) server_cpu_ms: f64,
     pub(crate) worker_cpu_ms: f64,
-    pub(crate) memory: Memory,
+    pub(crate) memory: Resident,
     pub(crate) exits: Vec<f64>,
-}
-
-/// What a worker has in memory beside its guest's.
-pub(crate) struct Memory {
-    pub(crate) resident_mib: f64,
-    /// What no other process has as well.
-    pub(crate) own_mib: f64,
 }
 
 /// What follows the request, and the event with which it ends.
@@ -99,7 +96,9 @@ pub(crate) async fn boot(host: &TestHost, name: &str, shape: Shape) -> Boot {
     let events = host.server.data_dir.join("instances").join(id).join("events");
     let events = events_until(&events, Phase::FirstOutput).await;
     let pid = only_worker();
-    let (worker_cpu_ms, memory) = (cpu_ms(pid), Memory::of(pid, shape));
+    let worker_cpu_ms = cpu_ms(pid);
+    time::sleep(IDLE).await;
+    let memory = Resident::of(pid, shape.memory_mib);
 
     let deleting = Instant::now();
     host.server.delete(name).await;
@@ -164,36 +163,6 @@ fn cpu_ms(pid: u32) -> f64 {
         text.split(' ').next()?.parse::<f64>().ok()
     });
     times.sum::<f64>() / 1e6
-}
-
-impl Memory {
-    /// Guest memory is left out: that is what is mapped in the largest ranges, of which the worker
-    /// itself has none that it touches.
-    fn of(pid: u32, shape: Shape) -> Self {
-        // What does not fit below the devices' addresses is a range of its own.
-        let guest_bytes = (u64::from(shape.memory_mib) << 20).min(1 << 30);
-        let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("root reads smaps");
-        let (mut is_guest, mut resident_kib, mut own_kib) = (false, 0.0, 0.0);
-        for line in smaps.lines() {
-            let mut words = line.split_whitespace();
-            let Some(first) = words.next() else { continue };
-            let kib = words.next().and_then(|word| word.parse::<f64>().ok()).unwrap_or(0.0);
-            match first {
-                "Rss:" if !is_guest => resident_kib += kib,
-                "Private_Clean:" | "Private_Dirty:" if !is_guest => own_kib += kib,
-                _ if first.contains('-') => is_guest = bytes(first) >= guest_bytes,
-                _ => {}
-            }
-        }
-        Self { resident_mib: resident_kib / 1024.0, own_mib: own_kib / 1024.0 }
-    }
-}
-
-/// The length of a range that is written as in /proc/PID/smaps: `start-end`.
-fn bytes(range: &str) -> u64 {
-    let ends = range.split('-').map(|end| u64::from_str_radix(end, 16));
-    let [Ok(start), Ok(end)] = ends.collect::<Vec<_>>()[..] else { return 0 };
-    end - start
 }
 
 /// The events of an instance once `phase` is among them: the agent passes output on, then reports.

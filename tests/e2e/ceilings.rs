@@ -3,15 +3,19 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+use ovum_test_host::resident::Resident;
 use ovum_test_host::{BUSYBOX, Server, TestHost, kvm_counter, root, worker_pids};
 use serde_json::json;
+use tokio::time;
 
 use crate::cases;
 
 cases![
     a_boot_costs_no_more_exits_than_it_did,
     a_boot_asks_no_more_of_the_host_than_it_did,
+    an_idle_worker_is_small,
     what_is_loaded_has_not_grown
 ];
 
@@ -47,6 +51,13 @@ const EVENTS_MAX: [(&str, &str, u64, &str); 4] = [
     ),
 ];
 
+/// Most memory of an idle worker outside its guest's, in MiB: what it has of its own, a third of
+/// that being addresses that the loader filled in, and what it runs to wait.
+const IDLE_MIB_MAX: f64 = 4.0;
+
+/// How long a worker has to become idle.
+const IDLE_PATIENCE: Duration = Duration::from_secs(30);
+
 /// Bytes of what is started or copied for each boot.
 const BYTES_MAX: [(&str, u64, &str); 3] = [
     ("target/release/ovum", 20 << 20, "a worker is this program, and touches as little of it"),
@@ -57,11 +68,14 @@ const BYTES_MAX: [(&str, u64, &str); 3] = [
 /// Functions that the kernel calls one after the other as it starts.
 const INITCALLS_MAX: u64 = 460;
 
+/// Memory of the guest that is booted.
+const MEMORY_MIB: u32 = 128;
+
 /// Boots a guest of one vCPU, until its workload has spoken.
 async fn boot(server: &Server, name: &str) {
     server
         .create(json!({
-            "name": name, "image": BUSYBOX, "size": "128MB", "vcpus": 1,
+            "name": name, "image": BUSYBOX, "size": format!("{MEMORY_MIB}MB"), "vcpus": 1,
             "cmd": ["sh", "-c", "echo first; exec sleep 1000"],
         }))
         .await;
@@ -94,6 +108,23 @@ async fn a_boot_asks_no_more_of_the_host_than_it_did(host: &TestHost) {
         assert!(count > 0, "{event} was not counted");
         assert!(count <= max, "{event}: {count}, {max} allowed: {why}");
     }
+}
+
+async fn an_idle_worker_is_small(host: &TestHost) {
+    boot(&host.server, "idle").await;
+
+    let [worker] = worker_pids()[..] else { panic!("another guest's end is in the way") };
+    let deadline = Instant::now() + IDLE_PATIENCE;
+    let mut resident = Resident::of(worker, MEMORY_MIB);
+    while resident.mib > IDLE_MIB_MAX && Instant::now() < deadline {
+        time::sleep(Duration::from_millis(200)).await;
+        resident = Resident::of(worker, MEMORY_MIB);
+    }
+
+    host.server.delete("idle").await;
+    println!("{resident:?} of at most {IDLE_MIB_MAX}");
+    assert!(resident.own_mib > 0.1, "nothing was measured");
+    assert!(resident.mib <= IDLE_MIB_MAX, "{resident:?}, {IDLE_MIB_MAX} allowed");
 }
 
 /// Where the kernel counts its events (Documentation/trace/histogram.rst).

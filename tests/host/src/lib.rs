@@ -20,6 +20,7 @@ pub use socket::{Frame, Ran, Socket};
 pub mod image;
 pub mod lent;
 pub mod qemu;
+pub mod resident;
 mod socket;
 #[expect(unsafe_code, reason = "ptrace(2), which rustix does not have")]
 pub mod trap;
