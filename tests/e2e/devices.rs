@@ -461,7 +461,7 @@ async fn devices_of_a_group_are_one_instances(host: &TestHost) {
 fn load_sample() {
     if !Path::new("/sys/class/mtty").exists() {
         let module = env::var_os("OVUM_TEST_MDEV").map(PathBuf::from);
-        let module = module.expect("OVUM_TEST_MDEV is what dev/test-mdev says");
+        let module = module.expect("OVUM_TEST_MDEV is what dev/host-modules built");
         assert!(Command::new("insmod").arg(module).status().unwrap().success());
     }
 }

@@ -87,7 +87,7 @@ impl Mediated {
     fn create() -> Self {
         if !Path::new("/sys/class/mtty").exists() {
             let module = env::var_os("OVUM_TEST_MDEV");
-            let module = module.expect("OVUM_TEST_MDEV is what dev/test-mdev says");
+            let module = module.expect("OVUM_TEST_MDEV is what dev/host-modules built");
             assert!(Command::new("insmod").arg(module).status().unwrap().success());
         }
         let kind = "/sys/devices/virtual/mtty/mtty/mdev_supported_types/mtty-1";
