@@ -122,7 +122,8 @@ impl Machine {
         let pci = if spec.devices.is_empty() {
             None
         } else {
-            let container = Container::new(&vm)?;
+            let paths = spec.devices.iter().map(|device| device.path.as_path());
+            let container = Container::new(&vm, paths)?;
             let pci = bus(spec, &container, &vm, slots)?;
             // After the first device, without which a container has no IOMMU to map with.
             listeners.push(Box::new(DmaMap(container)));

@@ -1,27 +1,34 @@
 //! Devices of the host, lent to a guest (Documentation/driver-api/vfio.rst of Linux 6.12).
 //!
 //! The host gives devices away in groups: those that its IOMMU cannot tell apart. A [`Container`]
-//! is the address space that the devices of some groups see: guest memory, at the addresses that
-//! the guest has it. All of it is mapped, and so pinned, for nobody knows where a device will
-//! write next. [`Container::open`] opens a device, and its group with it.
+//! is the address space that the devices of a machine see: guest memory, at the addresses that the
+//! guest has it. All of it is mapped, and so pinned, for nobody knows where a device will write
+//! next. [`Container::open`] opens a device, and its group with it.
 //!
-//! The kernel is asked by `vfio-ioctls`, which opens `/dev/vfio/vfio` and the groups itself: this
-//! is the one place of this crate that reaches files by their path.
+//! Kernels have one or both of two ways to do so: a file for each group, and `/dev/vfio/vfio` for
+//! the address space; or a file for each device, and iommufd. Where both are, it is iommufd: the
+//! other way is what the kernel keeps for programs that do not know it yet. All devices of a
+//! machine go the same way, mediated ones too, for a kernel that has files has one for each device.
+//!
+//! The kernel is asked by `vfio-ioctls`, which opens all those files itself: this is the one place
+//! of this crate that reaches files by their path.
 
 pub mod device;
 pub mod mapping;
 pub mod passthrough;
 
 use std::fmt::{self, Debug, Formatter};
+use std::fs;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::Arc;
 
+use iommufd_ioctls::IommuFd;
 use kvm_bindings::{kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO};
 use kvm_ioctls::VmFd;
-use vfio_ioctls::{VfioContainer, VfioDeviceFd, VfioError as Refusal, VfioOps};
+use vfio_ioctls::{VfioContainer, VfioDeviceFd, VfioError as Refusal, VfioIommufd, VfioOps};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::{MemoryListener, MemoryRange};
@@ -34,6 +41,13 @@ pub const NAME_BYTES_MAX: usize = 64;
 /// Where sysfs lists the devices that can be lent.
 const LISTS: [&str; 2] = ["/sys/bus/pci/devices", "/sys/bus/mdev/devices"];
 
+/// Address spaces for groups of devices.
+const GROUPS: &str = "/dev/vfio/vfio";
+
+/// Address spaces for devices that have files of their own, and where those are.
+const IOMMUFD: &str = "/dev/iommu";
+const DEVICE_FILES: &str = "/dev/vfio/devices";
+
 /// Why a device cannot be lent.
 #[derive(Debug, thiserror::Error)]
 pub enum VfioError {
@@ -41,8 +55,14 @@ pub enum VfioError {
     #[error("KVM cannot be told of devices of the host")]
     Kvm(#[source] kvm_ioctls::Error),
     /// The kernel has no IOMMU that can be used this way, or the file is not there.
-    #[error("/dev/vfio/vfio cannot map memory for devices")]
-    Container(#[source] Refusal),
+    #[error("{file} cannot map memory for devices")]
+    Container {
+        /// The file.
+        file: &'static str,
+        /// What is the matter.
+        #[source]
+        source: Refusal,
+    },
     /// Someone else has a device of its group.
     #[error(
         "The IOMMU group of device {path} is not free: each device in it has to be bound to \
@@ -130,27 +150,61 @@ pub fn is_device_path(path: &Path) -> bool {
 
 /// The memory that devices see. Its devices keep it.
 #[derive(Clone)]
-pub struct Container(Arc<dyn VfioOps>);
+pub struct Container {
+    ops: Arc<dyn VfioOps>,
+    way: Way,
+}
+
+/// How the kernel gives devices away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// A file for each group.
+    Groups,
+    /// A file for each device.
+    Files,
+}
 
 impl Debug for Container {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Container").finish_non_exhaustive()
+        f.debug_struct("Container").field("way", &self.way).finish_non_exhaustive()
     }
 }
 
 impl Container {
-    /// One without devices, of which KVM will know: it has to, whether a device looks into caches.
+    /// One for the devices at `paths` in sysfs, without any yet, of which KVM will know: it has to,
+    /// whether a device looks into caches.
     ///
     /// # Errors
     ///
     /// [`VfioError`].
-    pub fn new(vm: &VmFd) -> Result<Self, VfioError> {
+    pub fn new<'a>(
+        vm: &VmFd,
+        mut paths: impl Iterator<Item = &'a Path>,
+    ) -> Result<Self, VfioError> {
         let mut create =
             kvm_create_device { type_: kvm_device_type_KVM_DEV_TYPE_VFIO, fd: 0, flags: 0 };
         let kvm = vm.create_device(&mut create).map_err(VfioError::Kvm)?;
         let kvm = Arc::new(VfioDeviceFd::new_from_kvm(kvm));
-        let container = VfioContainer::new(Some(kvm)).map_err(VfioError::Container)?;
-        Ok(Self(Arc::new(container)))
+        if Path::new(IOMMUFD).exists() && paths.all(has_file) {
+            Self::of_files(kvm)
+        } else {
+            Self::of_groups(Some(kvm))
+        }
+    }
+
+    fn of_groups(kvm: Option<Arc<VfioDeviceFd>>) -> Result<Self, VfioError> {
+        let container = VfioContainer::new(kvm);
+        let container =
+            container.map_err(|source| VfioError::Container { file: GROUPS, source })?;
+        Ok(Self { ops: Arc::new(container), way: Way::Groups })
+    }
+
+    fn of_files(kvm: Arc<VfioDeviceFd>) -> Result<Self, VfioError> {
+        let iommufd = IommuFd::new().map_err(Refusal::NewVfioIommufd);
+        let container = iommufd.and_then(|fd| VfioIommufd::new(Arc::new(fd), None, Some(kvm)));
+        let container =
+            container.map_err(|source| VfioError::Container { file: IOMMUFD, source })?;
+        Ok(Self { ops: Arc::new(container), way: Way::Files })
     }
 
     /// Opens the device at `path` in sysfs. Memory can be mapped once the first is open.
@@ -161,6 +215,14 @@ impl Container {
     pub fn open(&self, path: &Path) -> Result<HostDevice, VfioError> {
         HostDevice::open(path, self)
     }
+}
+
+/// Whether there is a file for the device at `path` (Documentation/driver-api/vfio.rst, "VFIO
+/// Device cdev").
+fn has_file(path: &Path) -> bool {
+    let mut entries = fs::read_dir(path.join("vfio-dev")).into_iter().flatten().flatten();
+    let is_there = |name| Path::new(DEVICE_FILES).join(name).exists();
+    entries.next().is_some_and(|entry| is_there(entry.file_name()))
 }
 
 impl VfioError {
@@ -176,7 +238,17 @@ impl VfioError {
             Refusal::OpenGroup(error, _) if error.kind() == io::ErrorKind::NotFound => {
                 Self::NotViable { path }
             }
+            Refusal::VfioDeviceBindIommufd(_) => Self::refused(path, source),
             source => Self::Open { path, source },
+        }
+    }
+
+    /// Why a device cannot be had by its file, of which the kernel says that it is not permitted or
+    /// not valid, whatever the reason. To whoever asks by the group it says more.
+    fn refused(path: PathBuf, source: Refusal) -> Self {
+        match Container::of_groups(None).and_then(|groups| groups.open(&path)) {
+            Err(known @ (Self::NotViable { .. } | Self::InUse { .. })) => known,
+            _nothing_known => Self::Open { path, source },
         }
     }
 }
@@ -194,14 +266,14 @@ impl MemoryListener for DmaMap {
         // points; the kernel keeps its pages until they are unmapped or the container is closed,
         // whatever this process does with its mapping.
         #[expect(unsafe_code, reason = "devices may write to this memory from now on")]
-        let mapped = unsafe { self.0.0.vfio_dma_map(range.guest_start, bytes, start) };
+        let mapped = unsafe { self.0.ops.vfio_dma_map(range.guest_start, bytes, start) };
         mapped.map_err(io::Error::other)
     }
 
     fn removed(&mut self, range: MemoryRange) {
         // The kernel refuses only what is not mapped, or not any more.
         if let Ok(bytes) = usize::try_from(range.bytes) {
-            let _ = self.0.0.vfio_dma_unmap(range.guest_start, bytes);
+            let _ = self.0.ops.vfio_dma_unmap(range.guest_start, bytes);
         }
     }
 

@@ -8,7 +8,7 @@
 //! - A region that the kernel cannot describe is left out, and those after it move up. So
 //!   configuration space is asked whether it has the size of one.
 //! - Its destructor looks for the group in sysfs once more, and panics if the device was pulled out
-//!   meanwhile. So it never runs.
+//!   meanwhile; and it panics if the kernel refuses to detach a device. So it never runs.
 
 use std::fmt::{self, Debug, Formatter};
 use std::io;
@@ -27,7 +27,7 @@ use vfio_ioctls::{VfioDevice, VfioRegionInfoCap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::mapping::Mapping;
-use super::{Backend, Container, VfioError};
+use super::{Backend, Container, VfioError, Way};
 use crate::pci::config::{CONFIG_BYTES_MAX, HEADER_BYTES};
 
 /// Most areas of a region that are mapped one by one.
@@ -66,7 +66,7 @@ pub struct Region {
 impl HostDevice {
     /// Opens a device as it is, and puts it into the state that it has after power-on.
     pub(super) fn open(path: &Path, container: &Container) -> Result<Self, VfioError> {
-        let device = VfioDevice::new(path, Arc::clone(&container.0), true);
+        let device = VfioDevice::new(path, Arc::clone(&container.ops), true);
         let device = device.map_err(|source| VfioError::open(path, source))?;
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let container = container.clone();
@@ -143,14 +143,21 @@ impl Drop for HostDevice {
     fn drop(&mut self) {
         // The next who has it resets it, too, and the kernel does when it is closed.
         self.device.reset();
+        if self.container.way == Way::Files {
+            // Now, for KVM has its file, too, and so keeps it open until the container goes, which
+            // could not give back an address space that a device has. The kernel refuses only one
+            // that is not attached.
+            let _ = self.device.detach_hwpt();
+        }
         // SAFETY: the descriptor is the device's own, and whoever would close it never runs.
         #[expect(unsafe_code, reason = "the crate gives its descriptor away only as a number")]
         drop(unsafe { OwnedFd::from_raw_fd(self.device.as_raw_fd()) });
-        // SAFETY: by the invariant there is a share beside ours, which nobody would give back. The
-        // groups are closed with the last, and a group that is closed leaves its container.
+        // SAFETY: by the invariant there is a share beside ours, which nobody would give back. With
+        // the last, what KVM has of devices is closed and so are they, as are groups and what maps
+        // memory; a group that is closed leaves its container.
         #[expect(unsafe_code, reason = "a destructor that does not run gives nothing back")]
         unsafe {
-            Arc::decrement_strong_count(Arc::as_ptr(&self.container.0));
+            Arc::decrement_strong_count(Arc::as_ptr(&self.container.ops));
         }
     }
 }

@@ -17,6 +17,9 @@ use crate::archive::Archive;
 use crate::guest::{file, guest};
 use crate::program::serial_setter;
 
+/// Where sysfs lists devices.
+const PCI: &str = "/sys/bus/pci/devices";
+
 /// NVMe controllers in sysfs.
 const NVME_CLASS: &str = "0x010802";
 
@@ -46,7 +49,7 @@ impl Lent {
     }
 
     fn take_with(signs: &[(&str, &str)]) -> Self {
-        let devices = fs::read_dir("/sys/bus/pci/devices").unwrap().map(|entry| entry.unwrap());
+        let devices = fs::read_dir(PCI).unwrap().map(|entry| entry.unwrap());
         let has = |path: &Path, (file, value): &(&str, &str)| {
             fs::read_to_string(path.join(file)).unwrap().trim() == *value
         };
@@ -104,6 +107,26 @@ impl Drop for Mediated {
     }
 }
 
+/// What this process has open of VFIO, by path.
+fn open_files() -> Vec<String> {
+    let open = fs::read_dir("/proc/self/fd").unwrap();
+    let paths = open.filter_map(|entry| fs::read_link(entry.unwrap().path()).ok());
+    let mut paths: Vec<_> = paths.map(|path| path.to_str().unwrap().to_owned()).collect();
+    paths.retain(|path| path.starts_with("/dev/vfio/") || path == "/dev/iommu");
+    paths.sort();
+    paths
+}
+
+/// Why a machine with the device at `path` cannot be built.
+fn refused(path: &Path) -> VfioError {
+    let lent = Lent { path: path.into(), driver: None };
+    let spec = guest("").device(&lent);
+    match Machine::build(&spec.spec, spec.files().0).unwrap_err() {
+        BuildError::Vfio(error) => error,
+        error => panic!("{error:?}"),
+    }
+}
+
 /// Says `heard` once an interrupt of that name was counted more than twice.
 fn has_interrupts(name: &str) -> String {
     format!(
@@ -139,11 +162,18 @@ fn a_guest_reads_and_writes_an_nvme_disk_of_the_host() {
     let lent = Lent::take(NVME_CLASS);
 
     let mut guest = guest(&script).vcpus(2).device(&lent).boot();
+    let open = open_files();
     let (reason, said) = guest.end();
 
     assert_eq!(reason, StopReason::PowerOff, "{said}");
     assert_eq!(said, "from the host\n100000\n3\nheard\n2\n");
     guest.cut();
+    // By a file of its own where the host has one; and nothing stays open.
+    let has_iommufd = Path::new("/dev/iommu").exists();
+    let by_file = open.iter().any(|path| path.starts_with("/dev/vfio/devices/"));
+    assert_eq!((open.len(), by_file), (2, has_iommufd), "{open:?}");
+    assert_eq!(open.iter().any(|path| path == "/dev/iommu"), has_iommufd, "{open:?}");
+    assert_eq!(open_files(), [""; 0]);
     drop(lent);
     let found = on_host(|disk| {
         let mut found = [0; 8];
@@ -288,14 +318,6 @@ fn a_guest_that_is_an_enemy_breaks_its_device_for_itself_only() {
 /// Whoever asks first has it, and it is whole afterwards.
 #[test]
 fn a_device_that_is_not_free_is_refused_and_stays_as_it_was() {
-    let refused = |path: &Path| {
-        let lent = Lent { path: path.into(), driver: None };
-        let spec = guest("").device(&lent);
-        match Machine::build(&spec.spec, spec.files().0).unwrap_err() {
-            BuildError::Vfio(error) => error,
-            error => panic!("{error:?}"),
-        }
-    };
     // More memory is its sign to go on.
     let script = format!(
         "{WAIT_FOR_DISK}; echo found
@@ -322,6 +344,33 @@ fn a_device_that_is_not_free_is_refused_and_stays_as_it_was() {
     assert!(matches!(bound, VfioError::NotViable { .. }), "{bound:?}");
     assert!(matches!(vanished, VfioError::Open { .. }), "{vanished:?}");
     on_host(|disk| disk.read_exact_at(&mut [0; 512], 0));
+}
+
+/// Functions of the emulated host's chipset share a group, and nothing drives them.
+#[test]
+fn a_device_whose_group_another_machine_has_is_refused() {
+    let peers = fs::read_dir("/sys/kernel/iommu_groups").unwrap().find_map(|group| {
+        let devices = fs::read_dir(group.unwrap().path().join("devices")).unwrap();
+        let paths = devices.map(|device| Path::new(PCI).join(device.unwrap().file_name()));
+        let is_bridge =
+            |path: &Path| fs::read_to_string(path.join("class")).unwrap().starts_with("0x06");
+        let peers: Vec<_> = paths.filter(|path| !is_bridge(path)).collect();
+        (peers.len() > 1).then_some(peers)
+    });
+    let take = |path: &PathBuf| {
+        let lent = Lent { path: path.clone(), driver: Some("") };
+        lent.bind("vfio-pci");
+        lent
+    };
+    let peers: Vec<_> = peers.expect("functions of the chipset share a group");
+    let [first, second] = [&peers[0], &peers[1]].map(take);
+    let mut guest = guest("echo ready; while :; do :; done").device(&first).boot();
+    guest.says("ready");
+
+    let error = refused(&second.path);
+
+    assert!(matches!(error, VfioError::InUse { .. }), "{error:?}");
+    guest.cut();
 }
 
 /// The kernel asks for it, and waits until it is closed; what it finds again there is whole.
