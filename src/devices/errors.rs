@@ -230,11 +230,11 @@ pub enum LendError {
         #[source]
         source: io::Error,
     },
-    /// The file that stands for the group is missing.
-    #[error("There is no /dev/vfio/{group}, by which a machine would get its device")]
-    NoGroupFile {
-        /// Which.
-        group: u32,
+    /// The file that stands for the device or its group is missing.
+    #[error("Device {name} has no file in /dev/vfio, by which a machine would get it")]
+    NoFile {
+        /// A PCI address, or the UUID of a mediated device.
+        name: String,
     },
     /// What an earlier machine had was not given back.
     #[error(transparent)]

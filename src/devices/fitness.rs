@@ -29,11 +29,10 @@ impl Sysfs {
         if !groups.is_ok_and(|groups| !groups.is_empty()) {
             return Some(Lack::Iommu);
         }
-        let has_driver = self.driver(VFIO_PCI).is_dir();
-        if !has_driver || !self.root.join("dev/vfio/vfio").exists() {
-            return Some(Lack::Driver);
-        }
-        None
+        // Groups and a container, or files of devices and iommufd: a machine takes what is there.
+        let has_files = ["dev/vfio/vfio", "dev/iommu"].iter().any(|f| self.root.join(f).exists());
+        let is_there = self.driver(VFIO_PCI).is_dir() && has_files;
+        (!is_there).then_some(Lack::Driver)
     }
 
     /// The function at `address`, if it could be given away.
@@ -143,8 +142,11 @@ mod tests {
         assert_eq!(tree.sysfs().lack(), Some(Lack::Driver));
         tree.file("sys/bus/pci/drivers/vfio-pci/bind", "");
         assert_eq!(tree.sysfs().lack(), Some(Lack::Driver), "modules that map memory are others");
-        tree.file("dev/vfio/vfio", "");
-        assert_eq!(tree.sysfs().lack(), None);
+        for maps_memory in ["dev/vfio/vfio", "dev/iommu"] {
+            tree.file(maps_memory, "");
+            assert_eq!(tree.sysfs().lack(), None, "{maps_memory} is enough");
+            fs::remove_file(tree.root().join(maps_memory)).unwrap();
+        }
     }
 
     #[test]

@@ -7,7 +7,6 @@ use crate::devices::binding::Change;
 use crate::devices::errors::{GiveBackError, HostError, LendError, UnfitError, WantError};
 use crate::devices::loans::{Lent, Rows};
 use crate::devices::mediated::{MediatedType, profiles};
-use crate::devices::sysfs::Function;
 use crate::devices::{Device, Devices, Loan, NewLoan, Shared, Wanted};
 
 /// Who borrows what.
@@ -26,7 +25,7 @@ impl Devices {
     /// [`WantError`].
     pub fn want(&self, keys: &[String]) -> Result<Vec<Wanted>, WantError> {
         let found = self.shared.want(keys)?;
-        Ok(found.into_iter().map(|(wanted, _, _)| wanted).collect())
+        Ok(found.into_iter().map(|(wanted, _)| wanted).collect())
     }
 
     /// Whether a part of a GPU could be made now.
@@ -76,7 +75,7 @@ impl Wanted {
 }
 
 impl Shared {
-    fn want(&self, keys: &[String]) -> Result<Vec<(Wanted, Device, Function)>, WantError> {
+    fn want(&self, keys: &[String]) -> Result<Vec<(Wanted, Device)>, WantError> {
         let (mut devices, mut addresses) = (Vec::new(), BTreeSet::new());
         for key in keys {
             let device = self.find(key)?;
@@ -90,7 +89,7 @@ impl Shared {
             let function = self.sysfs.fit(&device.address)?;
             let peers = self.sysfs.free_group(&function, &addresses)?;
             let want = Wanted { id: device.id.clone(), name: device.name.clone(), peers };
-            wanted.push((want, device, function));
+            wanted.push((want, device));
         }
         Ok(wanted)
     }
@@ -133,14 +132,17 @@ impl Shared {
             // Of a machine that never ran, or whose instance is gone.
             self.give_back(Rows::Device(address.as_str()))?;
         }
-        for (_, Device { address, .. }, function) in self.want(&borrower.devices)? {
+        for (_, Device { address, .. }) in self.want(&borrower.devices)? {
             let failed = |source| LendError::Bind { address: address.clone(), source };
             if let Some(change) = self.sysfs.binding(&address).map_err(failed)? {
                 note(&lent(loan, change))?;
                 self.sysfs.bind(&address).map_err(failed)?;
             }
-            self.check_group(function.group)?;
-            loan.paths.push(self.sysfs.folder(&address));
+            let folder = self.sysfs.folder(&address);
+            if !self.sysfs.has_file(&folder).map_err(failed)? {
+                return Err(LendError::NoFile { name: address.to_string() });
+            }
+            loan.paths.push(folder);
         }
         if let Some(profile) = &borrower.profile {
             let failed = |source| LendError::Make { profile: profile.clone(), source };
@@ -149,17 +151,13 @@ impl Shared {
             note(&lent(loan, Change::Made { uuid: uuid.clone() }))?;
             self.sysfs.make_mediated(&slot, &uuid).map_err(failed)?;
             let path = self.sysfs.mediated(&uuid);
-            self.check_group(self.sysfs.group(&path).map_err(failed)?)?;
+            if !self.sysfs.has_file(&path).map_err(failed)? {
+                return Err(LendError::NoFile { name: uuid });
+            }
             loan.paths.push(path);
             loan.mdev_uuid = Some(uuid);
         }
         Ok(())
-    }
-
-    fn check_group(&self, group: Option<u32>) -> Result<(), LendError> {
-        let group = group.unwrap_or_default();
-        let is_there = self.sysfs.group_file(group).exists();
-        if is_there { Ok(()) } else { Err(LendError::NoGroupFile { group }) }
     }
 
     /// Undoes what was changed, the last first, and forgets it.

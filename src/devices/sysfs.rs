@@ -144,9 +144,18 @@ impl Sysfs {
         Ok(peers)
     }
 
-    /// The file that stands for a group, once its devices are given away.
-    pub(super) fn group_file(&self, group: u32) -> PathBuf {
-        self.root.join("dev/vfio").join(group.to_string())
+    /// Whether there is a file by which a machine can have the device in `folder`, once that is
+    /// given away: its group's, or its own, as kernels with iommufd have them.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    pub(super) fn has_file(&self, folder: &Path) -> io::Result<bool> {
+        let files = self.root.join("dev/vfio");
+        let group = self.group(folder)?.map(|group| files.join(group.to_string()));
+        let own = names_in(&folder.join("vfio-dev"))?.into_iter();
+        let own = own.map(|name| files.join("devices").join(name));
+        Ok(group.into_iter().chain(own).any(|file| file.exists()))
     }
 
     /// The group of the device in `folder`.
@@ -286,6 +295,22 @@ mod tests {
 
         assert_eq!(peers, functions[1..2]);
         assert_eq!(tree.sysfs().peers(&functions[2]).unwrap(), []);
+    }
+
+    #[test]
+    fn a_device_is_had_by_a_file_of_its_group_or_its_own() {
+        for file in ["dev/vfio/4", "dev/vfio/devices/vfio1"] {
+            let tree = Tree::new();
+            tree.function("0000:01:00.0", "8086", "10d3", "0x020000").group("0000:01:00.0", 4);
+            let folder = tree.sysfs().folder(&"0000:01:00.0".parse().unwrap());
+            tree.file("dev/vfio/vfio", "").file("dev/vfio/devices/vfio0", "");
+            tree.file("sys/bus/pci/devices/0000:01:00.0/vfio-dev/vfio1/dev", "");
+            assert!(!tree.sysfs().has_file(&folder).unwrap(), "those are others'");
+
+            tree.file(file, "");
+
+            assert!(tree.sysfs().has_file(&folder).unwrap(), "{file}");
+        }
     }
 
     #[test]

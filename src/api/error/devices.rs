@@ -99,7 +99,7 @@ impl From<LendError> for ApiError {
             LendError::GiveBack(error) => error.into(),
             LendError::Bind { .. }
             | LendError::Make { .. }
-            | LendError::NoGroupFile { .. }
+            | LendError::NoFile { .. }
             | LendError::Records(_)
             | LendError::Stuck { .. } => Self::internal(&error),
         }
