@@ -91,7 +91,7 @@ fn body(name: &str, script: &str) -> Value {
     })
 }
 
-fn idle(name: &str) -> Value {
+pub(crate) fn idle(name: &str) -> Value {
     body(name, "sleep 100000")
 }
 
@@ -118,12 +118,12 @@ fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-fn kill_worker() {
+pub(crate) fn kill_worker() {
     let worker = worker_pids().pop().unwrap();
     assert!(Command::new("kill").args(["-9", &worker.to_string()]).status().unwrap().success());
 }
 
-async fn a_disk_of_the_host_is_a_guests_and_comes_back(host: &TestHost) {
+pub(crate) async fn a_disk_of_the_host_is_a_guests_and_comes_back(host: &TestHost) {
     let server = &host.server;
     let address = nvme();
     on_host(|disk| disk.write_all_at(&[b"from the host\n", &[0; 498][..]].concat(), 0));
@@ -299,7 +299,9 @@ async fn a_device_is_taken_back_whole_in_the_end(_: &TestHost) {
     survives_a_kill_at_every_change(Operation::Return).await;
 }
 
-async fn a_device_that_is_pulled_out_ends_its_instance_and_is_shown_as_gone(host: &TestHost) {
+pub(crate) async fn a_device_that_is_pulled_out_ends_its_instance_and_is_shown_as_gone(
+    host: &TestHost,
+) {
     let server = &host.server;
     let address = nvme();
     register(server, &address).await;
@@ -420,7 +422,7 @@ async fn devices_that_cannot_be_had_are_refused_by_name(host: &TestHost) {
 }
 
 /// Functions of the emulated host's chipset share a group, and nothing drives them.
-async fn devices_of_a_group_are_one_instances(host: &TestHost) {
+pub(crate) async fn devices_of_a_group_are_one_instances(host: &TestHost) {
     let server = &host.server;
     let available = server.get("/devices/available").await;
     let mut groups: BTreeMap<u64, Vec<&str>> = BTreeMap::new();
@@ -479,7 +481,7 @@ fn with_part(name: &str) -> Value {
     body
 }
 
-async fn a_part_of_a_device_is_made_for_each_start(host: &TestHost) {
+pub(crate) async fn a_part_of_a_device_is_made_for_each_start(host: &TestHost) {
     load_sample();
     let server = &host.server;
     let slots = async || {

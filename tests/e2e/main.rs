@@ -20,6 +20,7 @@ mod disk;
 mod exec;
 mod headers;
 mod images;
+mod iommufd;
 mod killed;
 mod kvm;
 mod lifecycle;
@@ -108,13 +109,20 @@ fn main() -> ExitCode {
     };
     let runtime = Builder::new_current_thread().enable_all().build();
     let failed = runtime.expect("a runtime needs only memory").block_on(run(&chosen));
+    let once_more = match part {
+        Part::Devices if filters.is_empty() => {
+            iommufd::replace_vfio();
+            kvm::run(&["vfio::"])
+        }
+        Part::Share { .. } | Part::Devices => Tally { passed: 0, failed: 0 },
+    };
     println!();
     for name in &failed {
         println!("failed: {name}");
     }
     let Tally { passed, failed } = Tally {
-        passed: monitor.passed + chosen.len() - failed.len(),
-        failed: monitor.failed + failed.len(),
+        passed: monitor.passed + once_more.passed + chosen.len() - failed.len(),
+        failed: monitor.failed + once_more.failed + failed.len(),
     };
     println!("{passed} passed, {failed} failed");
     if failed == 0 && passed > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
@@ -148,7 +156,7 @@ fn chosen(part: Part, filters: &[String]) -> Vec<&'static Case> {
     ];
     let suites = match part {
         Part::Share { .. } => for_any_host.as_slice(),
-        Part::Devices => &[devices::CASES],
+        Part::Devices => &[devices::CASES, iommufd::CASES],
     };
     suites
         .iter()
