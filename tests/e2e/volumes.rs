@@ -235,13 +235,15 @@ async fn what_a_guest_frees_is_given_back(host: &TestHost) {
     let file = server.data_dir.join("volumes/sparse/data.ext4");
     let used_bytes = || fs::metadata(&file).unwrap().blocks() * 512;
     let script = "dd if=/dev/urandom of=/data/big bs=1M count=64 2>/dev/null; sync; echo written; \
-        while [ ! -e /go ]; do sleep 0.1; done; rm /data/big; sync; sleep 100000";
+        while [ ! -e /go ]; do sleep 0.1; done; rm /data/big; sync; echo removed; \
+        sleep 100000";
     let at = json!([{ "volume_id": "sparse", "mount_path": "/data" }]);
     server.create(body("frees", &at, script)).await;
     server.follow_until("frees", "written").await;
     let full = used_bytes();
 
     server.sh("frees", "touch /go").await;
+    server.follow_until("frees", "removed").await;
     server.call(Method::POST, "/instances/frees/stop", None).await;
     let freed = used_bytes();
 
