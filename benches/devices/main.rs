@@ -143,15 +143,31 @@ fn rounds<const N: usize>(
 }
 
 fn title(peer: &str) {
-    println!("medians of {ROUNDS}, 1 vCPU, 256 MiB{:>22}{peer:>12}{:>12}", "ovum", "ratio");
+    println!(
+        "medians of {ROUNDS}, 1 vCPU, 256 MiB{:>22}{peer:>12}{:>12}  of a round",
+        "ovum", "ratio"
+    );
 }
 
-/// Above 1 we are ahead, whichever way the figure counts.
+/// Above 1 we are ahead, whichever way the figure counts. Beside the ratio of the medians are the
+/// lowest and the highest of a round.
 fn row(measure: &Measure, ours: &[Figures], theirs: &[Figures]) {
-    let of = |figures: &[Figures]| median(figures.iter().map(|of| of[measure.name]).collect());
+    let of = |figures: &[Figures]| figures.iter().map(|of| of[measure.name]).collect::<Vec<_>>();
     let (ours, theirs) = (of(ours), of(theirs));
-    let ratio = if measure.more_is_better { ours / theirs } else { theirs / ours };
-    println!("{:<36}{:<9}{ours:>12.2}{theirs:>12.2}{ratio:>12.2}", measure.name, measure.unit);
+    let ratio = |ours: f64, theirs: f64| {
+        if measure.more_is_better { ours / theirs } else { theirs / ours }
+    };
+    let mut ratios: Vec<_> = ours.iter().zip(&theirs).map(|(o, t)| ratio(*o, *t)).collect();
+    ratios.sort_by(f64::total_cmp);
+    let (ours, theirs) = (median(ours), median(theirs));
+    println!(
+        "{:<36}{:<9}{ours:>12.2}{theirs:>12.2}{:>12.2}  {:.2} to {:.2}",
+        measure.name,
+        measure.unit,
+        ratio(ours, theirs),
+        ratios[0],
+        ratios[ROUNDS - 1]
+    );
 }
 
 /// What guests measure the network against, listening at all addresses of the host.
