@@ -14,3 +14,6 @@ pub mod spawn;
 pub mod tap;
 pub mod tool;
 pub mod usage;
+
+/// Page of x86-64: what is mapped, and what /proc counts in.
+const PAGE_BYTES: u64 = 4096;

@@ -181,6 +181,10 @@ impl Worker {
                 self.lifeline = None;
                 self.machine.stop();
             }
+            if ready.settled {
+                program::release_pages();
+                self.settling = false;
+            }
         }
     }
 
@@ -318,17 +322,13 @@ impl Worker {
         })
     }
 
-    fn wait(&mut self) -> anyhow::Result<Ready> {
+    fn wait(&self) -> anyhow::Result<Ready> {
         let watched = |file| PollFd::from_borrowed_fd(file, PollFlags::IN);
         let mut files = vec![watched(self.machine.events_fd()), watched(self.control.as_fd())];
         files.extend(self.connections.iter().map(|connection| watched(connection.as_fd())));
         files.extend(self.lifeline.iter().map(|process| watched(process.as_fd())));
         match event::poll(&mut files, self.settling.then_some(&SETTLED)) {
-            Ok(0) => {
-                program::release_pages();
-                self.settling = false;
-                return Ok(Ready::default());
-            }
+            Ok(0) => return Ok(Ready { settled: true, ..Ready::default() }),
             Ok(_) => {}
             Err(Errno::INTR) => return Ok(Ready::default()),
             Err(error) => return Err(error).context("Failed to wait for events"),
@@ -339,7 +339,7 @@ impl Worker {
         let connections = ready.by_ref().take(self.connections.len()).enumerate();
         let connections = connections.filter(|(_, is)| *is).map(|(index, _)| index).collect();
         let lifeline = ready.next().unwrap_or_default();
-        Ok(Ready { machine, control, connections, lifeline })
+        Ok(Ready { machine, control, connections, lifeline, settled: false })
     }
 }
 
@@ -367,6 +367,8 @@ struct Ready {
     control: bool,
     connections: Vec<usize>,
     lifeline: bool,
+    /// Nothing, for as long as [`SETTLED`].
+    settled: bool,
 }
 
 fn send(connection: &PacketSocket, reply: &Reply) -> io::Result<()> {

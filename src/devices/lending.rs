@@ -1,6 +1,8 @@
 //! Lending devices to a machine, and getting them back.
 
 use std::collections::BTreeSet;
+use std::io;
+use std::path::Path;
 
 use crate::causes::chain;
 use crate::devices::binding::Change;
@@ -138,11 +140,9 @@ impl Shared {
                 note(&lent(loan, change))?;
                 self.sysfs.bind(&address).map_err(failed)?;
             }
-            let folder = self.sysfs.folder(&address);
-            if !self.sysfs.has_file(&folder).map_err(failed)? {
-                return Err(LendError::NoFile { name: address.to_string() });
-            }
-            loan.paths.push(folder);
+            let path = self.sysfs.folder(&address);
+            self.check_file(&path, address.as_str(), failed)?;
+            loan.paths.push(path);
         }
         if let Some(profile) = &borrower.profile {
             let failed = |source| LendError::Make { profile: profile.clone(), source };
@@ -151,13 +151,22 @@ impl Shared {
             note(&lent(loan, Change::Made { uuid: uuid.clone() }))?;
             self.sysfs.make_mediated(&slot, &uuid).map_err(failed)?;
             let path = self.sysfs.mediated(&uuid);
-            if !self.sysfs.has_file(&path).map_err(failed)? {
-                return Err(LendError::NoFile { name: uuid });
-            }
+            self.check_file(&path, &uuid, failed)?;
             loan.paths.push(path);
             loan.mdev_uuid = Some(uuid);
         }
         Ok(())
+    }
+
+    /// Whether a machine can get the device at `path`, which is given away.
+    fn check_file(
+        &self,
+        path: &Path,
+        name: &str,
+        failed: impl FnOnce(io::Error) -> LendError,
+    ) -> Result<(), LendError> {
+        let is_there = self.sysfs.has_file(path).map_err(failed)?;
+        if is_there { Ok(()) } else { Err(LendError::NoFile { name: name.to_owned() }) }
     }
 
     /// Undoes what was changed, the last first, and forgets it.

@@ -11,8 +11,7 @@ use std::slice;
 use libc::{PF_W, PT_LOAD, dl_phdr_info, size_t};
 use rustix::mm::{Advice, madvise};
 
-/// Page of x86-64.
-const PAGE_BYTES: u64 = 4096;
+use crate::os::PAGE_BYTES;
 
 /// Lets go of every mapped page of the program and its libraries that is only ever read or run.
 /// What is used again is mapped again, without a disk: it is in the page cache.
@@ -40,8 +39,8 @@ extern "C" fn release_object(info: *mut dl_phdr_info, _: size_t, _: *mut c_void)
         if header.p_type != PT_LOAD || header.p_flags & PF_W != 0 {
             continue;
         }
-        let start = info.dlpi_addr.wrapping_add(header.p_vaddr) & !(PAGE_BYTES - 1);
-        let end = info.dlpi_addr.wrapping_add(header.p_vaddr).wrapping_add(header.p_memsz);
+        let segment = info.dlpi_addr.wrapping_add(header.p_vaddr);
+        let (start, end) = (segment & !(PAGE_BYTES - 1), segment.wrapping_add(header.p_memsz));
         let Ok(bytes) = usize::try_from(end.wrapping_sub(start)) else { continue };
         let Ok(address) = usize::try_from(start) else { continue };
         // SAFETY: what is mapped of a segment that cannot be written are pages of the page cache;

@@ -4,13 +4,11 @@ use std::fs;
 use std::io;
 use std::time::Duration;
 
+use crate::os::PAGE_BYTES;
 use crate::os::spawn::Identity;
 
 /// Length of a clock tick in /proc: USER_HZ is 100 on every x86-64 kernel.
 const TICK: Duration = Duration::from_millis(10);
-
-/// The page that /proc counts in on x86-64.
-const PAGE_BYTES: u64 = 4096;
 
 // Places among the fields after the name in /proc/PID/stat (proc_pid_stat(5): 14th, 15th, 23rd and
 // 24th of all, the name being the 2nd).
