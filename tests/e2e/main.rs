@@ -33,6 +33,7 @@ mod sdk;
 mod systemd;
 mod volumes;
 
+use std::any::Any;
 use std::env;
 use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
@@ -53,6 +54,13 @@ const CASE_TIMEOUT: Duration = Duration::from_secs(600);
 struct Case {
     name: &'static str,
     run: for<'h> fn(&'h TestHost) -> LocalBoxFuture<'h, ()>,
+}
+
+/// A case that did not hold, told once more at the end of all that was said.
+struct Failure {
+    name: &'static str,
+    /// What its panic said.
+    reason: String,
 }
 
 /// Some of the cases, where other hosts run the rest.
@@ -117,8 +125,8 @@ fn main() -> ExitCode {
         Part::Share { .. } | Part::Devices => Tally { passed: 0, failed: 0 },
     };
     println!();
-    for name in &failed {
-        println!("failed: {name}");
+    for Failure { name, reason } in &failed {
+        println!("failed: {name}: {reason}");
     }
     let Tally { passed, failed } = Tally {
         passed: monitor.passed + once_more.passed + chosen.len() - failed.len(),
@@ -168,26 +176,33 @@ fn chosen(part: Part, filters: &[String]) -> Vec<&'static Case> {
         .collect()
 }
 
-async fn run(chosen: &[&Case]) -> Vec<&'static str> {
+async fn run(chosen: &[&Case]) -> Vec<Failure> {
     let host = TestHost::start().await;
     let mut failed = Vec::new();
-    for case in chosen {
+    for Case { name, run } in chosen {
         let started = Instant::now();
-        let outcome = time::timeout(CASE_TIMEOUT, async {
-            AssertUnwindSafe((case.run)(&host)).catch_unwind().await.is_ok()
-                && AssertUnwindSafe(host.check_nothing_is_left()).catch_unwind().await.is_ok()
+        let outcome = AssertUnwindSafe(async {
+            run(&host).await;
+            host.check_nothing_is_left().await;
         });
-        let verdict = match outcome.await {
-            Ok(true) => "ok",
-            Ok(false) => "FAILED",
-            Err(_) => "FAILED (timed out)",
+        let reason = match time::timeout(CASE_TIMEOUT, outcome.catch_unwind()).await {
+            Ok(Ok(())) => None,
+            Ok(Err(panic)) => Some(reason(panic.as_ref())),
+            Err(_) => Some("It timed out".to_owned()),
         };
-        println!("test {} ... {verdict} ({:.1} s)", case.name, started.elapsed().as_secs_f32());
-        if verdict != "ok" {
-            failed.push(case.name);
+        let verdict = if reason.is_none() { "ok" } else { "FAILED" };
+        println!("test {name} ... {verdict} ({:.1} s)", started.elapsed().as_secs_f32());
+        if let Some(reason) = reason {
+            failed.push(Failure { name, reason });
             host.clear().await;
         }
     }
     host.stop().await;
     failed
+}
+
+/// What a panic said.
+fn reason(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("It panicked").to_owned()
 }

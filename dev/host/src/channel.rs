@@ -10,12 +10,15 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::Sender;
 use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::io::FdFlags;
 
-/// How many ports there are: stdout, stderr, stdin, status and job, numbered from 1.
-pub const PORTS: usize = 5;
+/// How many ports there are: stdout, stderr, stdin, status, job and beat, numbered from 1.
+pub const PORTS: usize = 6;
+/// How often [`beat`] does so.
+const BEAT: Duration = Duration::from_secs(1);
 /// Bytes moved at once.
 const CHUNK_BYTES: usize = 64 << 10;
 
@@ -168,8 +171,23 @@ pub fn feed(port: UnixStream) {
     }
 }
 
+/// Writes a byte every now and then, which is an interrupt inside.
+///
+/// QEMU before 10.2 can lose an interrupt of its emulated processor: each exit of a guest inside
+/// clears a flag without a lock, and with it one that another thread sets at that moment
+/// (`do_vmexit` of svm_helper.c). If that was the timer's, the processor stands still until the
+/// next interrupt from somewhere else, which brings the lost one along. Without this it took
+/// minutes, once in some hundred boots of a guest.
+pub fn beat(mut port: UnixStream) {
+    thread::spawn(move || {
+        while port.write_all(b".").is_ok() {
+            thread::sleep(BEAT);
+        }
+    });
+}
+
 /// Keeps ports open, and silent, as long as we live.
-pub fn hold(ports: [UnixStream; 2]) {
+pub fn hold<const N: usize>(ports: [UnixStream; N]) {
     thread::spawn(move || {
         let _ports = ports;
         thread::park();

@@ -23,6 +23,7 @@ const OUTER: &str = "local,id=outer,path=/,security_model=none,readonly=on,multi
 #[derive(Debug, Hash)]
 pub struct Hardware {
     arguments: Vec<String>,
+    counts: bool,
 }
 
 impl Hardware {
@@ -30,7 +31,7 @@ impl Hardware {
     #[must_use]
     pub fn new(options: &Options, kernel: &Path) -> Self {
         let vfio = options.vfio;
-        let mut hardware = Self { arguments: Vec::new() };
+        let mut hardware = Self { arguments: Vec::new(), counts: options.count };
         hardware.add(&["-cpu", "EPYC,+svm,+npt"]);
         if options.count {
             hardware.add(&["-accel", "tcg,thread=single", "-icount", "shift=0"]);
@@ -64,6 +65,12 @@ impl Hardware {
             hardware.add(&["-device", &format!("virtserialport,nr={nr},chardev=port{nr}")]);
         }
         hardware
+    }
+
+    /// Whether its instructions are counted, so that nothing may come between them by chance.
+    #[must_use]
+    pub fn counts(&self) -> bool {
+        self.counts
     }
 
     #[must_use]

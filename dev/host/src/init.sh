@@ -53,6 +53,7 @@ exec 9> "${2}4"
 cat < out > "${2}1" & out=$!
 cat < err > "${2}2" & err=$!
 cat "${2}3" > in &
+cat "${2}6" > /dev/null &
 ulimit -Hn 1048576
 echo started >&9
 setsid /bin/sh job < in > out 2> err 9>&- &

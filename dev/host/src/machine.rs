@@ -74,7 +74,8 @@ impl Machine {
     /// If a file cannot be made or QEMU cannot be started. Nothing is left running.
     pub fn start(hardware: &Hardware, supplies: Supplies<'_>) -> Result<Self> {
         let console = files::console()?;
-        let ports = [Port::new()?, Port::new()?, Port::new()?, Port::new()?, Port::new()?];
+        let port = Port::new;
+        let ports = [port()?, port()?, port()?, port()?, port()?, port()?];
         let mut command = Command::new(QEMU);
         command.args(hardware.arguments());
         for (nr, port) in (1..).zip(&ports) {
@@ -95,7 +96,7 @@ impl Machine {
         let qemu = command.spawn().with_context(|| {
             format!("Failed to start {QEMU}; `dev/in-host --packages` names what to install")
         })?;
-        let [stdout, stderr, stdin, status, job] = ports.map(Port::started);
+        let [stdout, stderr, stdin, status, job, beat] = ports.map(Port::started);
         let (sender, events) = mpsc::channel();
         channel::pass(Stream::Stdout, stdout, sender.clone());
         channel::pass(Stream::Stderr, stderr, sender.clone());
@@ -106,6 +107,11 @@ impl Machine {
                 channel::feed(stdin);
             }
             None => channel::hold([job, stdin]),
+        }
+        if hardware.counts() {
+            channel::hold([beat])
+        } else {
+            channel::beat(beat)
         }
         Ok(Self { qemu, events, console, heard: Heard::default() })
     }
