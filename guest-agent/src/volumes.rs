@@ -12,13 +12,14 @@ use std::os::fd::OwnedFd;
 use ovum_agent_proto::config::{VolumeMode, VolumeMount};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{FsPickFlags, MountFlags, MoveMountFlags};
+use rustix::mount::{FsPickFlags, MountFlags, MoveMountFlags, UnmountFlags};
 use rustix::{fs, mount};
 
 use crate::console;
 use crate::root::directory;
 
 mod change;
+mod mounts;
 
 /// What a guest frees is given back to the host. For the rest see the root's layer.
 const WRITABLE: &str = "discard,noinit_itable,no_prefetch_block_bitmaps";
@@ -95,7 +96,12 @@ impl Volumes {
                     "lowerdir={base},upperdir={changes},workdir={scratch},metacopy=on,\
                      redirect_dir=on"
                 );
-                attach("overlay", &merged, "overlay", MountFlags::empty(), &options)?;
+                // The volume's disk is its source, by which it is known when it has to go.
+                attach(&volume.device, &merged, "overlay", MountFlags::empty(), &options)?;
+                // It has mounts of its own of both: with it they go, too.
+                for part in [&base, &layer] {
+                    mount::unmount(part.as_str(), UnmountFlags::DETACH)?;
+                }
                 handle(&merged)
             }
         }
@@ -151,7 +157,7 @@ fn attach(
     mount::mount(source, target, kind, flags, options.as_c_str())
 }
 
-/// A mount by its root, wherever it moves.
+/// A mount by its root, wherever it moves, and if it is nowhere.
 fn handle(path: &str) -> Result<OwnedFd, Errno> {
     fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
 }

@@ -5,7 +5,8 @@
 //! each with its own layer behind it if it has one. What is attached later has no place in it: the
 //! guest finds that by its serial number, which is the same for a volume wherever it is.
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use ovum_agent_proto::config::{VolumeMode as GuestMode, VolumeMount as GuestMount};
@@ -13,10 +14,14 @@ use sha2::{Digest as _, Sha256};
 
 use crate::disks::{self, DiskError, Disks};
 use crate::instances::Shared;
+use crate::instances::record::Record;
 use crate::instances::spec::{InstanceSpec, VolumeMode, VolumeMount};
 
 /// The writable layer's file in an instance's folder.
 const OVERLAY: &str = "overlay.ext4";
+
+/// What names of layers above volumes begin with.
+const LAYER_FILE: &str = "volume-";
 
 /// The image's disk, the first of the machine.
 pub(super) const ROOT_DEVICE: &str = "/dev/vda";
@@ -26,6 +31,10 @@ pub(super) const OVERLAY_DEVICE: &str = "/dev/vdb";
 
 /// The first of a volume.
 const FIRST_VOLUME: u8 = b'c';
+
+/// What serial numbers of volumes begin with, and of the layers above some of them.
+const VOLUME: char = 'v';
+const LAYER: char = 'l';
 
 /// Bytes of a volume's key in a serial number, of which its hexadecimal digits, a letter and a dash
 /// are all.
@@ -62,7 +71,8 @@ pub(super) async fn create(
     for mount in &spec.volumes {
         disks.push(volume(shared, mount).await?);
         if let VolumeMode::Overlay { size_bytes } = mount.mode {
-            disks.push(make(serial('l', mount), layer_path(dir, mount), size_bytes).await?);
+            let serial = serial(LAYER, mount);
+            disks.push(make(serial, layer_path(dir, mount), size_bytes).await?);
         }
     }
     Ok(disks)
@@ -96,9 +106,9 @@ pub(super) async fn reopen(
     let mut disks = vec![writable("overlay".to_owned(), overlay)];
     for mount in &spec.volumes {
         disks.push(volume(shared, mount).await?);
-        if let VolumeMode::Overlay { .. } = mount.mode {
+        if let Some(serial) = layer_serial(mount) {
             let file = Disks::reopen(&layer_path(dir, mount)).await?;
-            disks.push(writable(serial('l', mount), file));
+            disks.push(writable(serial, file));
         }
     }
     Ok(disks)
@@ -106,7 +116,27 @@ pub(super) async fn reopen(
 
 /// Where the layer of a volume lies in the folder of the instance that has it.
 pub(super) fn layer_path(dir: &Path, mount: &VolumeMount) -> PathBuf {
-    dir.join(format!("volume-{}.ext4", mount.volume))
+    dir.join(format!("{LAYER_FILE}{}.ext4", mount.volume))
+}
+
+/// Removes the layers of an instance that are above none of its volumes: one that leaves does so
+/// in the records first. What cannot be removed goes with the instance.
+pub(super) fn remove_stray_layers(shared: &Shared, record: &Record) {
+    if let Err(error) = remove_others(&record.spec.volumes, &shared.dir_of(&record.id)) {
+        tracing::warn!(id = record.id, %error, "A layer above no volume could not be removed");
+    }
+}
+
+fn remove_others(volumes: &[VolumeMount], dir: &Path) -> io::Result<()> {
+    let kept: Vec<_> = volumes.iter().map(|mount| layer_path(dir, mount)).collect();
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let is_layer = entry.file_name().as_encoded_bytes().starts_with(LAYER_FILE.as_bytes());
+        if is_layer && !kept.contains(&entry.path()) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 /// What the guest is told of its volumes.
@@ -141,7 +171,13 @@ pub(super) async fn volume(
 
 /// The serial number of a volume's disk.
 pub(super) fn volume_serial(mount: &VolumeMount) -> String {
-    serial('v', mount)
+    serial(VOLUME, mount)
+}
+
+/// The serial number of the disk of the layer above a volume, if it has one.
+pub(super) fn layer_serial(mount: &VolumeMount) -> Option<String> {
+    let has_layer = matches!(mount.mode, VolumeMode::Overlay { .. });
+    has_layer.then(|| serial(LAYER, mount))
 }
 
 /// A serial number made of the volume's id, which may be too long for one.
@@ -183,11 +219,27 @@ mod tests {
     }
 
     #[test]
+    fn a_layer_above_no_volume_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let layered = mount("/a", VolumeMode::Overlay { size_bytes: 1 << 30 });
+        let gone = VolumeMount { volume: "gone".to_owned(), ..layered.clone() };
+        let [kept, stray] = [&layered, &gone].map(|mount| layer_path(dir.path(), mount));
+        for path in [&kept, &stray, &dir.path().join(OVERLAY)] {
+            fs::write(path, []).unwrap();
+        }
+
+        remove_others(&[layered], dir.path()).unwrap();
+
+        assert!(kept.exists() && dir.path().join(OVERLAY).exists());
+        assert!(!stray.exists());
+    }
+
+    #[test]
     fn a_serial_number_is_the_volumes_own_and_fits() {
         let named = |volume: &str| {
             let mount =
                 VolumeMount { volume: volume.to_owned(), ..mount("/a", VolumeMode::ReadOnly) };
-            [volume_serial(&mount), serial('l', &mount)]
+            [volume_serial(&mount), serial(LAYER, &mount)]
         };
         let all = [named("a"), named("b"), named(&"x".repeat(63))].concat();
 

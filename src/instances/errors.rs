@@ -324,12 +324,6 @@ pub enum VolumeError {
         /// Where.
         path: String,
     },
-    /// Its layer is mounted with it, where nobody can unmount it.
-    #[error("Volume {volume} has a layer of its own in the guest: stop the instance first")]
-    HasLayer {
-        /// Which.
-        volume: String,
-    },
     /// The guest has the volume as before.
     #[error("The volume is in use in the guest: {message}")]
     InUse {

@@ -25,6 +25,7 @@ use futures_util::future::join_all;
 
 use crate::devices::Loan;
 use crate::fleet::journal;
+use crate::instances::disks::remove_stray_layers;
 use crate::instances::owner::Owner;
 use crate::instances::record::{Phase, Record};
 use crate::instances::{OpenError, Shared, remove_folder};
@@ -63,17 +64,15 @@ async fn settle(shared: &Arc<Shared>, record: Record) {
     if record.spec.ends_with_server {
         return clear(shared, &record.id).await;
     }
-    match record.phase {
-        Phase::Creating | Phase::Deleting => clear(shared, &record.id).await,
+    let owner = match record.phase {
+        Phase::Creating | Phase::Deleting => return clear(shared, &record.id).await,
         Phase::Kept | Phase::Stopping => {
-            let owner = revive(shared, record).await;
-            Shared::add(shared, owner);
+            remove_stray_layers(shared, &record);
+            revive(shared, record).await
         }
-        Phase::Starting => {
-            let owner = undo_start(shared, record).await;
-            Shared::add(shared, owner);
-        }
-    }
+        Phase::Starting => undo_start(shared, record).await,
+    };
+    Shared::add(shared, owner);
 }
 
 /// Ends the machine that nobody was told of. What its disk has of it stays, as after a fall.

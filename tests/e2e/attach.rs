@@ -14,6 +14,7 @@ use crate::volumes::{body, make, remove, said};
 cases![
     a_volume_goes_from_one_running_guest_to_another,
     a_volume_in_use_stays_where_it_is,
+    a_layer_leaves_a_running_guest_with_its_volume,
     readers_that_run_share_a_volume,
     what_is_attached_outlives_server_and_guest,
     a_running_guest_has_as_many_volumes_as_it_has_slots,
@@ -109,10 +110,15 @@ async fn a_volume_in_use_stays_where_it_is(host: &TestHost) {
     let server = &host.server;
     make(server, "early").await;
     make(server, "late").await;
-    // One that it was started with, and one that came later.
-    start(server, "busy", json!([{ "volume_id": "early", "mount_path": "/early" }])).await;
+    make(server, "under").await;
+    // Two that it was started with, one below a layer, and one that came later.
+    let volumes = json!([
+        { "volume_id": "early", "mount_path": "/early" },
+        { "volume_id": "under", "mount_path": "/under", "overlay": true, "overlay_size": "64MB" },
+    ]);
+    start(server, "busy", volumes).await;
     assert_done(&attach(server, "busy", "late", "/late").await);
-    for volume in ["early", "late"] {
+    for volume in ["early", "late", "under"] {
         let script = format!(
             "cd /{volume}; echo one > file; mkdir -p /bind-{volume}; \
              sleep 9999 < file > /dev/null 2>&1 & echo $! > /tmp/pid"
@@ -126,14 +132,48 @@ async fn a_volume_in_use_stays_where_it_is(host: &TestHost) {
         sh(server, "busy", &format!("mount -o bind /{volume} /bind-{volume}")).await;
         assert_refused(detach(server, "busy", volume).await, "conflict", "mounted it, too");
         sh(server, "busy", &format!("umount /bind-{volume}; cat /{volume}/file")).await;
+        // In a namespace of its own, where a container would have it.
+        sh(server, "busy", "unshare -m sleep 9999 > /dev/null 2>&1 & echo $! > /tmp/pid").await;
+        assert_refused(detach(server, "busy", volume).await, "conflict", "mounted it, too");
+        sh(server, "busy", &format!("kill -9 $(cat /tmp/pid); echo x > /{volume}/file")).await;
         assert_eq!(users(server, volume).await, 1);
 
         assert_done(&detach(server, "busy", volume).await);
         assert_eq!(users(server, volume).await, 0);
     }
     server.delete("busy").await;
-    remove(server, "early").await;
-    remove(server, "late").await;
+    for volume in ["early", "late", "under"] {
+        remove(server, volume).await;
+    }
+}
+
+async fn a_layer_leaves_a_running_guest_with_its_volume(host: &TestHost) {
+    let server = &host.server;
+    make(server, "base").await;
+    let at = json!([{ "volume_id": "base", "mount_path": "/data" }]);
+    said(server, "first", at.clone(), "echo base > /data/file").await;
+    let volumes = json!([{
+        "volume_id": "base", "mount_path": "/data", "overlay": true, "overlay_size": "64MB",
+    }]);
+    start(server, "above", volumes).await;
+    let all = sh(server, "above", "echo changed > /data/file; ls /sys/block | grep -c vd").await;
+    let id = server.get("/instances/above").await["id"].as_str().unwrap().to_owned();
+    let layer = server.data_dir.join(format!("instances/{id}/volume-base.ext4"));
+    assert_eq!((all.as_str(), layer.exists()), ("5\n", true));
+
+    let left = detach(server, "above", "base").await;
+    let seen = sh(server, "above", "ls /data; ls /sys/block | grep -c vd").await;
+    let (gone, users) = (!layer.exists(), users(server, "base").await);
+    let given = attach(server, "above", "base", "/data").await;
+    let base = sh(server, "above", "cat /data/file").await;
+
+    assert_done(&left);
+    assert!(left.1.get("volumes").is_none(), "{}", left.1);
+    assert_eq!((seen.as_str(), gone, users), ("3\n", true, 0));
+    assert_done(&given);
+    assert_eq!(base, "base\n");
+    server.delete("above").await;
+    remove(server, "base").await;
 }
 
 async fn readers_that_run_share_a_volume(host: &TestHost) {
@@ -235,13 +275,10 @@ async fn a_running_guest_has_as_many_volumes_as_it_has_slots(host: &TestHost) {
 
 async fn what_a_running_guest_cannot_do_is_refused_and_changes_nothing(host: &TestHost) {
     let server = &host.server;
-    for id in ["free", "inner", "layered"] {
+    for id in ["free", "inner"] {
         make(server, id).await;
     }
-    let volumes = json!([
-        { "volume_id": "inner", "mount_path": "/data/inner" },
-        { "volume_id": "layered", "mount_path": "/l", "overlay": true, "overlay_size": "64MB" },
-    ]);
+    let volumes = json!([{ "volume_id": "inner", "mount_path": "/data/inner" }]);
     start(server, "picky", volumes).await;
     let mut alone = body("alone", &json!([]), IDLE);
     alone["skip_guest_agent"] = json!(true);
@@ -253,9 +290,8 @@ async fn what_a_running_guest_cannot_do_is_refused_and_changes_nothing(host: &Te
         (attach(server, "alone", "free", "/data").await, "invalid_state", "without its agent"),
         (attach(server, "picky", "free", "/data").await, "invalid_state", "hide"),
         (attach(server, "picky", "free", "/file").await, "conflict", "mount the volume on /file"),
-        (detach(server, "picky", "layered").await, "invalid_state", "layer"),
     ];
-    let (there, _) = attach(server, "picky", "free", "/l").await;
+    let (there, _) = attach(server, "picky", "free", "/data/inner").await;
     let (not_there, _) = detach(server, "picky", "free").await;
 
     for (answer, code, why) in answers {
@@ -270,7 +306,7 @@ async fn what_a_running_guest_cannot_do_is_refused_and_changes_nothing(host: &Te
     for name in ["alone", "picky"] {
         server.delete(name).await;
     }
-    for id in ["free", "inner", "layered"] {
+    for id in ["free", "inner"] {
         remove(server, id).await;
     }
 }

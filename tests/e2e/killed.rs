@@ -49,24 +49,22 @@ pub(crate) enum Operation {
     Return,
 }
 
+fn instance() -> Value {
+    json!({
+        "name": NAME, "image": BUSYBOX, "size": "128MB", "vcpus": 1, "cmd": ["sleep", "9999"],
+    })
+}
+
 impl Operation {
     /// Does it; true if the server said that it is done.
     async fn run(self, server: &Server) -> bool {
         let (method, path, body) = match self {
-            Self::Create => {
-                let body = json!({
-                    "name": NAME, "image": BUSYBOX, "size": "128MB", "vcpus": 1,
-                    "cmd": ["sleep", "9999"],
-                });
-                (Method::POST, "/instances".to_owned(), body.to_string())
-            }
+            Self::Create => (Method::POST, "/instances".to_owned(), instance().to_string()),
             Self::Stop => (Method::POST, format!("/instances/{NAME}/stop"), String::new()),
             Self::Start => (Method::POST, format!("/instances/{NAME}/start"), String::new()),
             Self::Borrow => {
-                let body = json!({
-                    "name": NAME, "image": BUSYBOX, "size": "128MB", "vcpus": 1,
-                    "cmd": ["sleep", "9999"], "devices": [devices::NAME],
-                });
+                let mut body = instance();
+                body["devices"] = json!([devices::NAME]);
                 (Method::POST, "/instances".to_owned(), body.to_string())
             }
             Self::Delete | Self::Return => {
@@ -135,11 +133,16 @@ impl Operation {
                 let body = json!({ "name": VOLUME, "id": VOLUME, "size_gb": 1 });
                 let (status, answer) = server.call(Method::POST, "/volumes", Some(body)).await;
                 assert_eq!(status, StatusCode::CREATED, "{answer}");
-                assert!(Self::Create.run(server).await);
-                server.wait(NAME, "Running").await;
+                let mut body = instance();
                 if self == Self::Detach {
-                    assert!(Self::Attach.run(server).await);
+                    // With a layer: two disks leave, and a file.
+                    body["volumes"] = json!([{
+                        "volume_id": VOLUME, "mount_path": "/data", "overlay": true,
+                        "overlay_size": "64MB",
+                    }]);
                 }
+                server.create(body).await;
+                server.wait(NAME, "Running").await;
             }
         }
     }
@@ -235,9 +238,12 @@ pub(crate) async fn survives_a_kill_at_every_change(operation: Operation) {
         let list = settle(&server).await;
         assert!(operation.is_done(&list), "{place}: {list:?}");
         if matches!(operation, Operation::Attach | Operation::Detach) {
-            let found = server.sh(NAME, "grep -c ' /data ext4 ' /proc/mounts; ls /sys/block").await;
+            let found = server.sh(NAME, "grep -c ' /data ' /proc/mounts; ls /sys/block").await;
             let is_there = found.text().starts_with("1\n");
             assert_eq!(is_there, operation == Operation::Attach, "{place}: {}", found.text());
+            let id = list[0]["id"].as_str().unwrap();
+            let layer = dir.join(format!("instances/{id}/volume-{VOLUME}.ext4"));
+            assert!(!layer.exists(), "{place}: a layer is left");
         }
         operation.clear(&server).await;
     }

@@ -20,7 +20,13 @@ cases![
 
 /// An instance of the image's own command, which is /sbin/init.
 async fn boot(server: &Server, name: &str) -> Value {
-    let body = json!({ "name": name, "image": DEBIAN_SYSTEMD, "size": "512MB", "vcpus": 1 });
+    boot_with(server, name, json!([])).await
+}
+
+async fn boot_with(server: &Server, name: &str, volumes: Value) -> Value {
+    let body = json!({
+        "name": name, "image": DEBIAN_SYSTEMD, "size": "512MB", "vcpus": 1, "volumes": volumes,
+    });
     server.create(body).await;
     server.wait(name, "Running").await
 }
@@ -47,8 +53,12 @@ async fn settled(server: &Server, name: &str) -> String {
 async fn systemd_boots_runs_commands_stops_and_starts_again(host: &TestHost) {
     let server = &host.server;
     server.pull(DEBIAN_SYSTEMD).await;
+    make(server, "under").await;
     let began = Instant::now();
-    boot(server, "unit").await;
+    let volumes = json!([{
+        "volume_id": "under", "mount_path": "/srv/under", "overlay": true, "overlay_size": "64MB",
+    }]);
+    boot_with(server, "unit", volumes).await;
     println!("systemd: agent answers after {:?}", began.elapsed());
     let state = settled(server, "unit").await;
     println!("systemd: at rest after {:?}", began.elapsed());
@@ -57,6 +67,7 @@ async fn systemd_boots_runs_commands_stops_and_starts_again(host: &TestHost) {
     is_as_systemd_expects(server).await;
     agent_survives(server).await;
     a_volume_comes_and_goes(server).await;
+    a_layer_goes(server).await;
     ends_in_order(server).await;
 
     post(server, "/instances/unit/start").await;
@@ -74,6 +85,7 @@ async fn systemd_boots_runs_commands_stops_and_starts_again(host: &TestHost) {
     assert_eq!((&ended["exit_code"], &ended["state_error"]), (&json!(0), &Value::Null), "{ended}");
     server.delete("unit").await;
     remove(server, "unit").await;
+    remove(server, "under").await;
 }
 
 /// Units see a volume that comes, and those with mounts of their own keep nobody from taking it
@@ -97,6 +109,17 @@ async fn a_volume_comes_and_goes(server: &Server) {
     assert_eq!(taken, StatusCode::OK, "{answer}");
     let (given, answer) = attach().await;
     assert_eq!(given, StatusCode::OK, "{answer}");
+}
+
+/// The agent of the unit did not mount it, and finds it all the same.
+async fn a_layer_goes(server: &Server) {
+    sh(server, "unit", "echo above > /srv/under/file; sync").await;
+
+    let path = "/instances/unit/volumes/under";
+    let (taken, answer) = server.call(Method::DELETE, path, None).await;
+
+    assert_eq!(taken, StatusCode::OK, "{answer}");
+    assert_eq!(sh(server, "unit", "ls /srv/under; grep -c under /proc/mounts || true").await, "0");
 }
 
 /// An agent that does not answer in time leaves open what it will do. What it has done in the end

@@ -89,8 +89,7 @@ impl From<VolumeError> for ApiError {
             VolumeError::Refused { .. }
             | VolumeError::NoAgent
             | VolumeError::OldAgent
-            | VolumeError::Hides { .. }
-            | VolumeError::HasLayer { .. } => Self::conflict("invalid_state", &error),
+            | VolumeError::Hides { .. } => Self::conflict("invalid_state", &error),
             VolumeError::NoSlot
             | VolumeError::InUse { .. }
             | VolumeError::Guest { .. }

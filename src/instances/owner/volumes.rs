@@ -9,28 +9,29 @@
 //! detach: record `Detaching` ──> unmounted ──> disk out of the machine ──> record, without it
 //! ```
 //!
+//! A layer above the volume, and its disk, go with it: nobody could find there what was written
+//! without what it was written over.
+//!
 //! Whoever finds such a change (this server after a failure, the next one after a death) takes the
 //! volume away, which can be done at any point of either: the instance does not have it then,
 //! unless the guest uses it and so has it. A guest that ends meanwhile has finished nothing: what
 //! was being attached is not, what was being detached still is.
 
-use std::fs;
-use std::io;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time;
+use tokio::time::{self, Instant};
 
 use crate::agent::{AgentError, AttachSpec, DetachSpec, ErrorCode};
 use crate::control::{DiskSpec, Order, Reply};
 use crate::fleet::files;
 use crate::fleet::worker::OrderError;
-use crate::instances::disks::{layer_path, volume, volume_serial};
+use crate::instances::disks::{layer_serial, remove_stray_layers, volume, volume_serial};
 use crate::instances::owner::Owner;
 use crate::instances::record::{Record, VolumeChange};
-use crate::instances::spec::{VOLUME_DISKS_MAX, VolumeMode, VolumeMount};
+use crate::instances::spec::{VOLUME_DISKS_MAX, VolumeMount};
 use crate::instances::state::State;
 use crate::instances::{Instance, VolumeError};
 use crate::volumes::{self, Attachment};
@@ -93,11 +94,7 @@ impl Owner {
         let Some(mount) = found.find(|mount| mount.volume == volume).cloned() else {
             return Err(VolumeError::NotAttached { volume: volume.to_owned() });
         };
-        let has_layer = matches!(mount.mode, VolumeMode::Overlay { .. });
         if runs {
-            if has_layer {
-                return Err(VolumeError::HasLayer { volume: volume.to_owned() });
-            }
             self.begin_detaching(&mount)?;
             match self.take_away(&mount, DETACH_TIMEOUT).await {
                 Ok(()) => {}
@@ -113,16 +110,6 @@ impl Owner {
             self.record.volume_change = Some(VolumeChange::Detaching(mount.clone()));
         }
         self.end_change(false)?;
-        if has_layer {
-            let path = layer_path(&self.shared.dir_of(&self.record.id), &mount);
-            match fs::remove_file(&path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    // It goes with the instance.
-                    tracing::warn!(path = %path.display(), %error, "A layer could not be removed");
-                }
-                Ok(()) | Err(_) => {}
-            }
-        }
         Ok(self.instance())
     }
 
@@ -184,6 +171,7 @@ impl Owner {
         })?;
         self.record = record;
         self.publish();
+        remove_stray_layers(&self.shared, &self.record);
         Ok(())
     }
 
@@ -206,19 +194,29 @@ impl Owner {
         self.shared.agents.attach(&self.socket(), spec).await.map_err(VolumeError::of_agent)
     }
 
-    /// Has the guest unmount the volume, and takes its disk out of the machine.
+    /// Has the guest unmount the volume, and takes its disk out of the machine, then its layer's.
     async fn take_away(
         &mut self,
         mount: &VolumeMount,
         timeout: Duration,
     ) -> Result<(), VolumeError> {
-        let serial = volume_serial(mount);
-        let spec = DetachSpec { serial: serial.clone() };
-        let socket = self.socket();
-        let detached = time::timeout(timeout, self.shared.agents.detach(&socket, spec)).await;
+        let deadline = Instant::now() + timeout;
         let silent = |_elapsed| AgentError::Silent { after: timeout };
-        detached.map_err(silent).flatten().map_err(VolumeError::of_agent)?;
-        self.withdraw(&serial).await
+        let ask = async |owner: &Self, serial: String| {
+            let socket = owner.socket();
+            let answer = owner.shared.agents.detach(&socket, DetachSpec { serial });
+            let answer = time::timeout_at(deadline, answer).await;
+            answer.map_err(silent).flatten().map_err(VolumeError::of_agent)
+        };
+        let serial = volume_serial(mount);
+        ask(self, serial.clone()).await?;
+        self.withdraw(&serial).await?;
+        let Some(layer) = layer_serial(mount) else { return Ok(()) };
+        match ask(self, layer.clone()).await {
+            // A layer without its volume goes, whatever else a guest has made of it.
+            Err(error) if !error.leaves_it_there() => Err(error),
+            Ok(()) | Err(_) => self.withdraw(&layer).await,
+        }
     }
 
     async fn withdraw(&mut self, serial: &str) -> Result<(), VolumeError> {
@@ -293,7 +291,7 @@ mod tests {
     use crate::images::digest::Digest;
     use crate::instances::record::Phase;
     use crate::instances::restart::RestartStatus;
-    use crate::instances::spec::InstanceSpec;
+    use crate::instances::spec::{InstanceSpec, VolumeMode};
     use crate::timeline::Timeline;
 
     fn mount(volume: &str, path: &str, mode: VolumeMode) -> VolumeMount {
