@@ -330,6 +330,12 @@ pub enum VolumeError {
         /// By what and what to do, as the agent says.
         message: String,
     },
+    /// The guest does not have the volume any more, nor has it let go of it.
+    #[error("The volume leaves as soon as the guest lets it: {message}")]
+    Held {
+        /// Why, as the agent says.
+        message: String,
+    },
     /// The guest has the volumes that it had.
     #[error("The guest refused: {message}")]
     Guest {

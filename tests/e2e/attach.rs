@@ -133,9 +133,18 @@ async fn a_volume_in_use_stays_where_it_is(host: &TestHost) {
         assert_refused(detach(server, "busy", volume).await, "conflict", "mounted it, too");
         sh(server, "busy", &format!("umount /bind-{volume}; cat /{volume}/file")).await;
         // In a namespace of its own, where a container would have it.
-        sh(server, "busy", "unshare -m sleep 9999 > /dev/null 2>&1 & echo $! > /tmp/pid").await;
+        let script = "unshare -m sleep 9999 > /dev/null 2>&1 & echo $! > /tmp/pid; \
+            until [ \"$(readlink /proc/$!/ns/mnt)\" != \"$(readlink /proc/$$/ns/mnt)\" ]; do :; done";
+        sh(server, "busy", script).await;
         assert_refused(detach(server, "busy", volume).await, "conflict", "mounted it, too");
-        sh(server, "busy", &format!("kill -9 $(cat /tmp/pid); echo x > /{volume}/file")).await;
+        let script = format!("grep -c ' /{volume} ' /proc/mounts; cat /{volume}/file");
+        assert_eq!(sh(server, "busy", &script).await, "1\none\ntwo\n");
+        sh(
+            server,
+            "busy",
+            "kill -9 $(cat /tmp/pid); while [ -e /proc/$(cat /tmp/pid) ]; do :; done",
+        )
+        .await;
         assert_eq!(users(server, volume).await, 1);
 
         assert_done(&detach(server, "busy", volume).await);

@@ -105,17 +105,35 @@ async fn a_volume_comes_and_goes(server: &Server) {
     let (held, _) = server.call(Method::DELETE, path, None).await;
     assert_eq!(held, StatusCode::CONFLICT);
     sh(server, "unit", "systemctl stop holds").await;
+    bind_in_unit(server, "/srv/data").await;
+    let (bound, _) = server.call(Method::DELETE, path, None).await;
+    assert_eq!(bound, StatusCode::CONFLICT);
+    assert_eq!(sh(server, "unit", "cat /srv/data/file; systemctl stop binds").await, "unit");
     let (taken, answer) = server.call(Method::DELETE, path, None).await;
     assert_eq!(taken, StatusCode::OK, "{answer}");
     let (given, answer) = attach().await;
     assert_eq!(given, StatusCode::OK, "{answer}");
 }
 
+/// Has a unit mount a folder once more, elsewhere: that does not go with it.
+async fn bind_in_unit(server: &Server, folder: &str) {
+    let script = format!(
+        "systemd-run --quiet --unit binds -p BindPaths={folder}:/mnt sleep 9999; \
+         until grep -q ' /mnt ' /proc/$(systemctl show -P MainPID binds)/mounts; do :; done"
+    );
+    sh(server, "unit", &script).await;
+}
+
 /// The agent of the unit did not mount it, and finds it all the same.
 async fn a_layer_goes(server: &Server) {
     sh(server, "unit", "echo above > /srv/under/file; sync").await;
 
+    bind_in_unit(server, "/srv/under").await;
+
     let path = "/instances/unit/volumes/under";
+    let (bound, answer) = server.call(Method::DELETE, path, None).await;
+    assert_eq!(bound, StatusCode::CONFLICT, "{answer}");
+    assert_eq!(sh(server, "unit", "cat /srv/under/file; systemctl stop binds").await, "above");
     let (taken, answer) = server.call(Method::DELETE, path, None).await;
 
     assert_eq!(taken, StatusCode::OK, "{answer}");

@@ -127,8 +127,10 @@ pub enum ErrorCode {
     NotExecutable = 5,
     /// As much as this agent does at once is being done.
     Busy = 6,
-    /// What was to go is being used.
+    /// What was to go is being used, and stays.
     InUse = 7,
+    /// What was to go is not seen any more, and yet being used: ask again.
+    Held = 8,
 }
 
 impl ToAgent {
@@ -280,7 +282,7 @@ impl ToServer {
 
 impl ErrorCode {
     /// All codes.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Unsupported,
         Self::Malformed,
         Self::System,
@@ -288,6 +290,7 @@ impl ErrorCode {
         Self::NotExecutable,
         Self::Busy,
         Self::InUse,
+        Self::Held,
     ];
 }
 

@@ -1,14 +1,18 @@
 //! Volumes that come to a guest which runs, and go.
 //!
-//! A volume goes only if nothing in the guest uses it: nothing is unmounted by force, and nothing
-//! at all if it is mounted somewhere else, too, in whatever namespace. Whoever is told that it is
-//! in use finds it as it was. A namespace that no process is in is not seen: then the volume is
-//! unmounted, and its disk stays.
+//! A volume goes only if nothing in the guest uses it: nothing is unmounted by force, and a disk is
+//! let go of only if no file system is on it any more, in whatever namespace. What turns out to be
+//! in use after it was unmounted is mounted again, so that whoever is told so finds it as it was.
 //!
-//! A layer above a volume is a disk of its own, which can go once the volume is unmounted.
+//! That cannot be done with a layer above a volume: two overlays on one layer are undefined. So the
+//! other namespaces are looked at before it is unmounted. Where that does not tell (a namespace
+//! that no process is in, an overlay on top of this one), it is unmounted, and its disk held.
+//! The layer's own disk goes after that, and can be held as well.
 
 use std::io;
 use std::os::fd::AsFd;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use ovum_agent_proto::message::ErrorCode;
 use ovum_agent_proto::volumes::{AttachSpec, DetachSpec};
@@ -20,6 +24,10 @@ use super::mounts::{self, Mount};
 use super::{READ_ONLY, Volumes, WRITABLE, attach, directories, handle};
 use crate::disks::{self, Disk};
 
+/// How long a disk may be held by what has ended, and how often it is looked at meanwhile.
+const HOLD_TIME_MAX: Duration = Duration::from_millis(500);
+const HOLD_PAUSE: Duration = Duration::from_millis(20);
+
 /// Why a guest has the volumes that it had.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ChangeError {
@@ -29,6 +37,10 @@ pub(crate) enum ChangeError {
     Busy { path: String },
     #[error("The volume is in use beyond {path}: something else in the guest has mounted it, too")]
     Elsewhere { path: String },
+    #[error("Something else is mounted on {path}: unmount that first")]
+    Covered { path: String },
+    #[error("It is not mounted any more, but something in the guest still has its disk")]
+    Held,
     #[error("Failed to {what}")]
     System {
         what: String,
@@ -59,38 +71,56 @@ impl Volumes {
         let Some(disk) = Disk::find(&spec.serial) else { return Ok(()) };
         let number = disk.number().map_err(failed("look at the volume's disk"))?;
         let device = disk.device();
-        let of_disk = |mount: &Mount| mount.is_of(&number, &device);
-        let all = mounts::seen_by_all().map_err(failed("read what is mounted"))?;
-        let path = match &all.ours.iter().filter(|mount| of_disk(mount)).collect::<Vec<_>>()[..] {
-            [] => None,
-            [mount] if !all.others.iter().any(|other| of_disk(other) && !other.follows(mount)) => {
-                self.unmount(mount, &number)?;
-                Some(&mount.path)
+        let all = mounts::ours().map_err(failed("read what is mounted"))?;
+        let mut its = all.iter().filter(|mount| mount.is_of(&number, &device));
+        match (its.next(), its.next()) {
+            (None, _) => {}
+            (Some(mount), None) => {
+                let path = mount.path.clone();
+                if all.iter().rfind(|other| other.path == path) != Some(mount) {
+                    return Err(ChangeError::Covered { path });
+                }
+                self.unmount(&disk, &number, mount)?;
             }
-            [mount, ..] => return Err(ChangeError::Elsewhere { path: mount.path.clone() }),
-        };
+            (Some(Mount { path, .. }), Some(_)) => {
+                return Err(ChangeError::Elsewhere { path: path.clone() });
+            }
+        }
         // A layer has no path, and is ours to let go of.
         self.forget(&number);
-        if !disk.is_free() {
-            let path = path.cloned().unwrap_or_else(|| "any folder seen from here".to_owned());
-            return Err(ChangeError::Elsewhere { path });
+        if !becomes_free(&disk) {
+            return Err(ChangeError::Held);
         }
         disk.unbind().map_err(failed("let go of the volume's disk"))
     }
 
-    fn unmount(&mut self, mount: &Mount, number: &str) -> Result<(), ChangeError> {
-        let path = mount.path.as_str();
+    fn unmount(&mut self, disk: &Disk, number: &str, mount: &Mount) -> Result<(), ChangeError> {
+        let Mount { path, read_only, .. } = mount;
+        let elsewhere = || ChangeError::Elsewhere { path: path.clone() };
+        if mount.is_layered() {
+            let others = mounts::others().map_err(failed("read what is mounted elsewhere"))?;
+            let mut others = others.iter().filter(|other| other.is_of(number, &disk.device()));
+            if others.any(|other| !other.follows(mount)) {
+                return Err(elsewhere());
+            }
+        }
         // What we have open is in use, too.
         self.forget(number);
-        unmount(path, UnmountFlags::NOFOLLOW).map_err(|errno| {
+        if let Err(errno) = unmount(path.as_str(), UnmountFlags::NOFOLLOW) {
             if !mount.is_layered() {
-                self.keep(path, mount.read_only);
+                self.keep(path, *read_only);
             }
-            match errno {
-                Errno::BUSY => ChangeError::Busy { path: path.to_owned() },
+            return Err(match errno {
+                Errno::BUSY => ChangeError::Busy { path: path.clone() },
                 errno => failed(format!("unmount {path}"))(errno.into()),
-            }
-        })
+            });
+        }
+        if mount.is_layered() || becomes_free(disk) {
+            return Ok(());
+        }
+        let back = self.mount_there(disk, path, *read_only);
+        back.map_err(|errno| failed(format!("mount {path} again"))(errno.into()))?;
+        Err(elsewhere())
     }
 
     fn mount_there(&mut self, disk: &Disk, path: &str, read_only: bool) -> Result<(), Errno> {
@@ -119,12 +149,27 @@ impl Volumes {
     }
 }
 
+/// Whether a disk is free, or will be in a moment: a namespace whose last process has ended lets go
+/// of its mounts a little later.
+#[expect(clippy::disallowed_methods, reason = "nothing tells when a disk is free")]
+fn becomes_free(disk: &Disk) -> bool {
+    let deadline = Instant::now() + HOLD_TIME_MAX;
+    while !disk.is_free() {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        thread::sleep(HOLD_PAUSE);
+    }
+    true
+}
+
 impl ChangeError {
     /// What kind of no that is.
     pub(crate) fn code(&self) -> ErrorCode {
         match self {
             Self::NoDisk { .. } => ErrorCode::NotFound,
-            Self::Busy { .. } | Self::Elsewhere { .. } => ErrorCode::InUse,
+            Self::Busy { .. } | Self::Elsewhere { .. } | Self::Covered { .. } => ErrorCode::InUse,
+            Self::Held => ErrorCode::Held,
             Self::System { .. } => ErrorCode::System,
         }
     }

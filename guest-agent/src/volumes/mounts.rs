@@ -5,6 +5,8 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use rustix::io::Errno;
+
 /// A mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Mount {
@@ -20,28 +22,51 @@ pub(super) struct Mount {
     source: String,
 }
 
-/// The mounts of this process's namespace, and those of others.
-#[derive(Debug, Default)]
-pub(super) struct Mounts {
-    pub(super) ours: Vec<Mount>,
-    pub(super) others: Vec<Mount>,
+/// The mounts of this process's namespace, in their order.
+///
+/// # Errors
+///
+/// Of /proc.
+pub(super) fn ours() -> io::Result<Vec<Mount>> {
+    read(Path::new("/proc/self/mountinfo"))
 }
 
-/// Reads those of each namespace once.
-pub(super) fn seen_by_all() -> io::Result<Mounts> {
+/// The mounts of all other namespaces that have a process. Each is read as often as there are roots
+/// in it: a process is shown what lies below its own.
+///
+/// # Errors
+///
+/// Of /proc.
+pub(super) fn others() -> io::Result<Vec<Mount>> {
     let own = fs::read_link("/proc/self/ns/mnt")?;
-    let ours = parse(&fs::read_to_string("/proc/self/mountinfo")?).collect();
-    let mut mounts = Mounts { ours, others: Vec::new() };
-    let mut seen = BTreeSet::from([own]);
-    for process in fs::read_dir("/proc")?.flatten() {
-        // What is no process has none of it, and one that ends meanwhile has nothing mounted.
-        let Ok(namespace) = fs::read_link(process.path().join("ns/mnt")) else { continue };
-        let Ok(text) = fs::read_to_string(process.path().join("mountinfo")) else { continue };
-        if seen.insert(namespace) {
-            mounts.others.extend(parse(&text));
+    let mut mounts = Vec::new();
+    let mut seen = BTreeSet::new();
+    for process in fs::read_dir("/proc")? {
+        let path = process?.path();
+        // What is no process has none, and one that ends meanwhile has nothing mounted.
+        let (namespace, root) =
+            (fs::read_link(path.join("ns/mnt")), fs::read_link(path.join("root")));
+        let (Ok(namespace), Ok(root)) = (namespace, root) else { continue };
+        if namespace != own && seen.insert((namespace, root)) {
+            match read(&path.join("mountinfo")) {
+                Ok(others) => mounts.extend(others),
+                Err(error) if has_ended(&error) => {}
+                Err(error) => return Err(error),
+            }
         }
     }
     Ok(mounts)
+}
+
+fn read(path: &Path) -> io::Result<Vec<Mount>> {
+    let text = fs::read(path)?;
+    Ok(parse(&String::from_utf8_lossy(&text)).collect())
+}
+
+/// Whether it says that a process is no more.
+fn has_ended(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    matches!(errno, Some(Errno::NOENT | Errno::SRCH | Errno::INVAL))
 }
 
 fn parse(text: &str) -> impl Iterator<Item = Mount> + '_ {
@@ -82,10 +107,13 @@ impl Mount {
         self.kind == "overlay"
     }
 
-    /// Whether it goes with `other`, which is in another namespace.
+    /// Whether it goes with `other`, which is in another namespace: it is there by the same path,
+    /// and what happens to the one happens to the other.
     pub(super) fn follows(&self, other: &Self) -> bool {
         let group = other.shared.as_ref();
-        group.is_some() && (self.shared.as_ref() == group || self.master.as_ref() == group)
+        self.path == other.path
+            && group.is_some()
+            && (self.shared.as_ref() == group || self.master.as_ref() == group)
     }
 }
 
@@ -133,6 +161,7 @@ mod tests {
             ("90 80 254:32 / /data rw shared:9 master:7 - ext4 /dev/vdc rw", true),
             ("90 80 254:32 / /data rw shared:7 - ext4 /dev/vdc rw", true),
             ("90 80 254:32 / /data rw master:9 - ext4 /dev/vdc rw", false),
+            ("90 80 254:32 / /inside rw master:7 - ext4 /dev/vdc rw", false),
             ("90 80 254:32 / /data rw - ext4 /dev/vdc rw", false),
         ] {
             assert_eq!(mount(other).follows(&ours), goes, "{other}");
@@ -142,8 +171,7 @@ mod tests {
 
     #[test]
     fn what_this_process_sees_is_read() {
-        let mounts = seen_by_all().unwrap();
-
-        assert!(mounts.ours.iter().any(|mount| mount.path == "/"));
+        assert!(ours().unwrap().iter().any(|mount| mount.path == "/"));
+        assert!(others().is_ok());
     }
 }

@@ -92,6 +92,7 @@ impl From<VolumeError> for ApiError {
             | VolumeError::Hides { .. } => Self::conflict("invalid_state", &error),
             VolumeError::NoSlot
             | VolumeError::InUse { .. }
+            | VolumeError::Held { .. }
             | VolumeError::Guest { .. }
             | VolumeError::Disk(DiskError::InUse { .. }) => Self::conflict("conflict", &error),
             VolumeError::PathTaken { .. } | VolumeError::TooMany => {

@@ -171,7 +171,8 @@ pub(in crate::api) async fn attach(
     Ok(Json((&*app.instances.attach_volume(&key, mount).await?).into()))
 }
 
-/// Takes a volume from an instance that has stopped, or that runs and does not use it.
+/// Takes a volume from an instance that has stopped, or that runs and does not use it. What was
+/// written into a layer above it is lost.
 #[utoipa::path(
     delete, path = "/instances/{id}/volumes/{volumeId}", tag = "instances",
     params(

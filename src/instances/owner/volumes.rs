@@ -213,9 +213,12 @@ impl Owner {
         self.withdraw(&serial).await?;
         let Some(layer) = layer_serial(mount) else { return Ok(()) };
         match ask(self, layer.clone()).await {
-            // A layer without its volume goes, whatever else a guest has made of it.
-            Err(error) if !error.leaves_it_there() => Err(error),
-            Ok(()) | Err(_) => self.withdraw(&layer).await,
+            Ok(()) => self.withdraw(&layer).await,
+            // The volume is gone, so this is not as before.
+            Err(VolumeError::InUse { message } | VolumeError::Guest { message }) => {
+                Err(VolumeError::Held { message })
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -272,6 +275,7 @@ impl VolumeError {
         match error {
             AgentError::Refused { code: ErrorCode::Unsupported, .. } => Self::OldAgent,
             AgentError::Refused { code: ErrorCode::InUse, message } => Self::InUse { message },
+            AgentError::Refused { code: ErrorCode::Held, message } => Self::Held { message },
             AgentError::Refused { message, .. } => Self::Guest { message },
             error => Self::Silent(error),
         }
@@ -345,13 +349,13 @@ mod tests {
         assert_eq!(serde_json::from_value::<Record>(json).unwrap().volume_change, None);
     }
 
-    /// What an agent says leaves the volume where it was; silence says nothing.
+    /// What an agent says leaves the volume where it was, unless it says else; silence says nothing.
     #[test]
     fn an_agent_that_says_no_has_changed_nothing() {
         let refused =
             |code| VolumeError::of_agent(AgentError::Refused { code, message: "no".to_owned() });
         for code in ErrorCode::ALL {
-            assert!(refused(code).leaves_it_there(), "{code:?}");
+            assert_eq!(refused(code).leaves_it_there(), code != ErrorCode::Held, "{code:?}");
         }
         assert!(matches!(refused(ErrorCode::Unsupported), VolumeError::OldAgent));
         assert!(matches!(refused(ErrorCode::InUse), VolumeError::InUse { .. }));
