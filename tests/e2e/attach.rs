@@ -1,11 +1,12 @@
 //! Volumes that come to guests which run, and go.
 
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ovum_test_host::{BUSYBOX, Server, TestHost, ovum, workers};
 use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
+use tokio::time;
 
 use crate::cases;
 use crate::crash::data_dir;
@@ -15,11 +16,15 @@ cases![
     a_volume_goes_from_one_running_guest_to_another,
     a_volume_in_use_stays_where_it_is,
     a_layer_leaves_a_running_guest_with_its_volume,
+    a_layer_that_is_held_leaves_later,
     readers_that_run_share_a_volume,
     what_is_attached_outlives_server_and_guest,
     a_running_guest_has_as_many_volumes_as_it_has_slots,
     what_a_running_guest_cannot_do_is_refused_and_changes_nothing,
 ];
+
+/// How long what leaves by itself may take, in one of two emulated hosts on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs for ever.
 const IDLE: &str = "sleep 100000";
@@ -134,7 +139,7 @@ async fn a_volume_in_use_stays_where_it_is(host: &TestHost) {
         sh(server, "busy", &format!("umount /bind-{volume}; cat /{volume}/file")).await;
         // In a namespace of its own, where a container would have it.
         let script = "unshare -m sleep 9999 > /dev/null 2>&1 & echo $! > /tmp/pid; \
-            until [ \"$(readlink /proc/$!/ns/mnt)\" != \"$(readlink /proc/$$/ns/mnt)\" ]; do :; done";
+            until [ $(readlink /proc/$!/ns/mnt) != $(readlink /proc/$$/ns/mnt) ]; do :; done";
         sh(server, "busy", script).await;
         assert_refused(detach(server, "busy", volume).await, "conflict", "mounted it, too");
         let script = format!("grep -c ' /{volume} ' /proc/mounts; cat /{volume}/file");
@@ -182,6 +187,34 @@ async fn a_layer_leaves_a_running_guest_with_its_volume(host: &TestHost) {
     assert_done(&given);
     assert_eq!(base, "base\n");
     server.delete("above").await;
+    remove(server, "base").await;
+}
+
+/// Root in the guest looks into the layer by its disk.
+async fn a_layer_that_is_held_leaves_later(host: &TestHost) {
+    let server = &host.server;
+    make(server, "base").await;
+    let volumes = json!([{
+        "volume_id": "base", "mount_path": "/data", "overlay": true, "overlay_size": "64MB",
+    }]);
+    start(server, "holder", volumes).await;
+    let script = "for disk in /sys/block/vd*; do grep -q ^l- $disk/serial && layer=${disk##*/}; \
+        done; mkdir /mnt; mount -t ext4 /dev/$layer /mnt && cd /mnt/changes && \
+        { sleep 9999 > /dev/null 2>&1 & echo $! > /tmp/pid; }";
+    sh(server, "holder", script).await;
+
+    assert_refused(detach(server, "holder", "base").await, "conflict", "as soon as");
+    let taken = attach(server, "holder", "base", "/other").await;
+    assert_refused(taken, "conflict", "as soon as");
+    assert_eq!((users(server, "base").await, sh(server, "holder", "ls /data").await.len()), (1, 0));
+    sh(server, "holder", "kill -9 $(cat /tmp/pid)").await;
+    let began = Instant::now();
+    while users(server, "base").await > 0 {
+        assert!(began.elapsed() < PATIENCE, "it is never found out");
+        time::sleep(Duration::from_millis(200)).await;
+    }
+    assert_done(&attach(server, "holder", "base", "/data").await);
+    server.delete("holder").await;
     remove(server, "base").await;
 }
 
