@@ -32,17 +32,11 @@ const EXITS_MAX: [(&str, u64, &str); 2] = [
 ];
 
 /// Events of the host's kernel in a worker's threads, which of them, what of each is added up, how
-/// much that may be from its start to its workload's first output, and why it is as much as it is. A
-/// timer's are left out: there are more the longer a boot takes.
+/// much that may be from its start to its workload's first output, and why it is as much as it is.
+/// A timer's are left out: there are more the longer a boot takes.
 const EVENTS_MAX: [(&str, &str, &str, u64, &str); 5] = [
     ("kvm/kvm_cpuid", "", HITS, 250, "the kernel looks for what it may use, as each program does"),
-    (
-        "kvm/kvm_msr",
-        "ecx != 0x6e0 && ecx != 0x80b",
-        HITS,
-        100,
-        "mostly the local APIC's, each once",
-    ),
+    ("kvm/kvm_msr", "ecx != 0x6e0 && ecx != 0x80b", HITS, 100, "the local APIC's, each once"),
     (
         "kvm/kvm_mmio",
         "gpa >= 0xfec00000 && gpa < 0xfec01000",

@@ -349,7 +349,7 @@ mod tests {
         assert_eq!(serde_json::from_value::<Record>(json).unwrap().volume_change, None);
     }
 
-    /// What an agent says leaves the volume where it was, unless it says else; silence says nothing.
+    /// What an agent says leaves the volume where it was, but for one word; silence says nothing.
     #[test]
     fn an_agent_that_says_no_has_changed_nothing() {
         let refused =
