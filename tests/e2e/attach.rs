@@ -10,7 +10,7 @@ use tokio::time;
 
 use crate::cases;
 use crate::crash::data_dir;
-use crate::volumes::{body, make, remove, said};
+use crate::volumes::{body, layered, make, remove, said};
 
 cases![
     a_volume_goes_from_one_running_guest_to_another,
@@ -119,7 +119,7 @@ async fn a_volume_in_use_stays_where_it_is(host: &TestHost) {
     // Two that it was started with, one below a layer, and one that came later.
     let volumes = json!([
         { "volume_id": "early", "mount_path": "/early" },
-        { "volume_id": "under", "mount_path": "/under", "overlay": true, "overlay_size": "64MB" },
+        layered("under", "/under"),
     ]);
     start(server, "busy", volumes).await;
     assert_done(&attach(server, "busy", "late", "/late").await);
@@ -144,12 +144,8 @@ async fn a_volume_in_use_stays_where_it_is(host: &TestHost) {
         assert_refused(detach(server, "busy", volume).await, "conflict", "mounted it, too");
         let script = format!("grep -c ' /{volume} ' /proc/mounts; cat /{volume}/file");
         assert_eq!(sh(server, "busy", &script).await, "1\none\ntwo\n");
-        sh(
-            server,
-            "busy",
-            "kill -9 $(cat /tmp/pid); while [ -e /proc/$(cat /tmp/pid) ]; do :; done",
-        )
-        .await;
+        let script = "kill -9 $(cat /tmp/pid); while [ -e /proc/$(cat /tmp/pid) ]; do :; done";
+        sh(server, "busy", script).await;
         assert_eq!(users(server, volume).await, 1);
 
         assert_done(&detach(server, "busy", volume).await);
@@ -166,10 +162,7 @@ async fn a_layer_leaves_a_running_guest_with_its_volume(host: &TestHost) {
     make(server, "base").await;
     let at = json!([{ "volume_id": "base", "mount_path": "/data" }]);
     said(server, "first", at.clone(), "echo base > /data/file").await;
-    let volumes = json!([{
-        "volume_id": "base", "mount_path": "/data", "overlay": true, "overlay_size": "64MB",
-    }]);
-    start(server, "above", volumes).await;
+    start(server, "above", json!([layered("base", "/data")])).await;
     let all = sh(server, "above", "echo changed > /data/file; ls /sys/block | grep -c vd").await;
     let id = server.get("/instances/above").await["id"].as_str().unwrap().to_owned();
     let layer = server.data_dir.join(format!("instances/{id}/volume-base.ext4"));
@@ -194,10 +187,7 @@ async fn a_layer_leaves_a_running_guest_with_its_volume(host: &TestHost) {
 async fn a_layer_that_is_held_leaves_later(host: &TestHost) {
     let server = &host.server;
     make(server, "base").await;
-    let volumes = json!([{
-        "volume_id": "base", "mount_path": "/data", "overlay": true, "overlay_size": "64MB",
-    }]);
-    start(server, "holder", volumes).await;
+    start(server, "holder", json!([layered("base", "/data")])).await;
     let script = "for disk in /sys/block/vd*; do grep -q ^l- $disk/serial && layer=${disk##*/}; \
         done; mkdir /mnt; mount -t ext4 /dev/$layer /mnt && cd /mnt/changes && \
         { sleep 9999 > /dev/null 2>&1 & echo $! > /tmp/pid; }";

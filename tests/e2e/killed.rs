@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use crate::cases;
 use crate::crash::{data_dir, settle};
 use crate::devices;
+use crate::volumes::{layered, make};
 
 cases![
     an_instance_is_created_whole_or_not_at_all,
@@ -130,16 +131,11 @@ impl Operation {
             }
             Self::Attach | Self::Detach => {
                 server.pull(BUSYBOX).await;
-                let body = json!({ "name": VOLUME, "id": VOLUME, "size_gb": 1 });
-                let (status, answer) = server.call(Method::POST, "/volumes", Some(body)).await;
-                assert_eq!(status, StatusCode::CREATED, "{answer}");
+                make(server, VOLUME).await;
                 let mut body = instance();
                 if self == Self::Detach {
                     // With a layer: two disks leave, and a file.
-                    body["volumes"] = json!([{
-                        "volume_id": VOLUME, "mount_path": "/data", "overlay": true,
-                        "overlay_size": "64MB",
-                    }]);
+                    body["volumes"] = json!([layered(VOLUME, "/data")]);
                 }
                 server.create(body).await;
                 server.wait(NAME, "Running").await;

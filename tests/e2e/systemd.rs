@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tokio::time;
 
 use crate::cases;
-use crate::volumes::{make, remove};
+use crate::volumes::{layered, make, remove};
 
 cases![
     // First, for it does least besides to pull the image.
@@ -55,10 +55,7 @@ async fn systemd_boots_runs_commands_stops_and_starts_again(host: &TestHost) {
     server.pull(DEBIAN_SYSTEMD).await;
     make(server, "under").await;
     let began = Instant::now();
-    let volumes = json!([{
-        "volume_id": "under", "mount_path": "/srv/under", "overlay": true, "overlay_size": "64MB",
-    }]);
-    boot_with(server, "unit", volumes).await;
+    boot_with(server, "unit", json!([layered("under", "/srv/under")])).await;
     println!("systemd: agent answers after {:?}", began.elapsed());
     let state = settled(server, "unit").await;
     println!("systemd: at rest after {:?}", began.elapsed());

@@ -37,6 +37,11 @@ pub(crate) async fn remove(server: &Server, id: &str) {
     assert!(!server.data_dir.join("volumes").join(id).exists());
 }
 
+/// The volume at `path`, below a layer of 64 MB.
+pub(crate) fn layered(volume: &str, path: &str) -> Value {
+    json!({ "volume_id": volume, "mount_path": path, "overlay": true, "overlay_size": "64MB" })
+}
+
 pub(crate) fn body(name: &str, volumes: &Value, script: &str) -> Value {
     json!({
         "name": name, "image": BUSYBOX, "size": "128MB", "vcpus": 1, "volumes": volumes,
@@ -141,9 +146,7 @@ async fn an_archive_becomes_a_volume_that_layers_leave_as_it_is(host: &TestHost)
     let script = "mkdir sub; echo base > sub/file; chmod 640 sub/file; ln -s sub/file link; \
         chown 1000:1001 sub/file";
     let packed = archive(script);
-    let above = json!([{
-        "volume_id": "full", "mount_path": "/data", "overlay": true, "overlay_size": "64MB",
-    }]);
+    let above = json!([layered("full", "/data")]);
     let script = "cd /data; cat link; stat -c '%a %u %g' sub/file; echo layer > link; cat link; \
         df -m /data | tail -n 1 | awk '{ print ($2 < 100) }'";
 

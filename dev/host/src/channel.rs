@@ -173,11 +173,11 @@ pub fn feed(port: UnixStream) {
 
 /// Writes a byte every now and then, which is an interrupt inside.
 ///
-/// QEMU before 10.2 can lose an interrupt of its emulated processor: each exit of a guest inside
-/// clears a flag without a lock, and with it one that another thread sets at that moment
-/// (`do_vmexit` of svm_helper.c). If that was the timer's, the processor stands still until the
-/// next interrupt from somewhere else, which brings the lost one along. Without this it took
-/// minutes, once in some hundred boots of a guest.
+/// QEMU 7.2 can lose an interrupt of its emulated processor: each exit of a guest inside clears a
+/// flag without a lock, and with it one that another thread sets at that moment (`do_vmexit` of
+/// svm_helper.c). If that was the timer's, the processor stands still until the next interrupt from
+/// somewhere else, which brings the lost one along. Without this it took minutes, once in some
+/// hundred boots of a guest.
 pub fn beat(mut port: UnixStream) {
     thread::spawn(move || {
         while port.write_all(b".").is_ok() {
