@@ -75,6 +75,10 @@ struct Settings {
     /// Guest kernel: an uncompressed x86-64 ELF
     #[arg(long, env = "OVUM_KERNEL", value_name = "FILE")]
     kernel: Option<PathBuf>,
+    /// Whether guests share the pages of their kernel's code, patched once; what one runs can then
+    /// be guessed by another that measures its cache [default: true]
+    #[arg(long, env = "OVUM_SHARE_KERNEL", value_name = "BOOL")]
+    share_kernel: Option<bool>,
     /// Guest agent: a static x86-64 ELF
     #[arg(long, env = "OVUM_AGENT", value_name = "FILE")]
     agent: Option<PathBuf>,
@@ -169,6 +173,7 @@ impl Settings {
             data_dir: self.data_dir.or(below.data_dir),
             listen: self.listen.or(below.listen),
             kernel: self.kernel.or(below.kernel),
+            share_kernel: self.share_kernel.or(below.share_kernel),
             agent: self.agent.or(below.agent),
             insecure_registries: self.insecure_registries.or(below.insecure_registries),
             image_jobs: self.image_jobs.or(below.image_jobs),
@@ -275,6 +280,8 @@ pub struct Config {
     pub jwt_secret: Option<String>,
     /// The guest kernel.
     pub kernel: PathBuf,
+    /// Whether guests share the pages of its text.
+    pub shares_kernel: bool,
     /// The guest agent.
     pub agent: PathBuf,
     /// The KVM device.
@@ -457,6 +464,7 @@ impl Config {
             data_dir,
             listen,
             kernel,
+            share_kernel,
             agent,
             insecure_registries,
             image_jobs,
@@ -482,6 +490,7 @@ impl Config {
             listen: listen.unwrap_or_else(|| vec![LISTEN]),
             jwt_secret,
             kernel: kernel.unwrap_or_else(|| beside_executable("kernel/vmlinux", "vmlinux")),
+            shares_kernel: share_kernel.unwrap_or(true),
             agent: agent.unwrap_or_else(|| beside_executable("agent/ovum-agent", "ovum-agent")),
             kvm: PathBuf::from(KVM),
             limits: Limits {

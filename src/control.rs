@@ -56,6 +56,8 @@ pub enum FileRole {
     Kvm,
     /// The guest kernel.
     Kernel,
+    /// Where its text is kept, or is to be.
+    KernelText,
     /// One initramfs archive; several are loaded in order.
     Initramfs,
     /// The file behind the next disk.

@@ -39,8 +39,10 @@ use crate::os::spawn::{self, Identity};
 
 pub use crate::os::cgroup::{Cgroups, ROOT as CGROUP_ROOT};
 pub use crate::os::usage::{HostMemory, Usage};
+pub use kernel_texts::KernelTexts;
 
 pub mod journal;
+mod kernel_texts;
 pub mod worker;
 
 /// How long a worker may take to build its machine. Seconds only where memory is short or KVM is
@@ -72,6 +74,8 @@ pub struct Fleet {
     pub kvm: PathBuf,
     /// The guest kernel.
     pub kernel: PathBuf,
+    /// Where that kernel's text is kept for all workers, if they share it.
+    pub kernel_texts: Option<KernelTexts>,
     /// Where workers get their share of the host, if they can.
     pub groups: Option<Cgroups>,
 }
@@ -211,6 +215,10 @@ impl Fleet {
         let mut cargo = Cargo::default();
         cargo.add(FileRole::Kvm, kvm.as_fd());
         cargo.add(FileRole::Kernel, kernel.as_fd());
+        // With devices the machine would not use it, and not fill it.
+        let texts = self.kernel_texts.as_ref().filter(|_| spec.devices.is_empty());
+        let text = texts.and_then(|texts| texts.find(&kernel, spec.vcpus));
+        text.iter().for_each(|file| cargo.add(FileRole::KernelText, file.as_fd()));
         spec.initramfs.iter().for_each(|file| cargo.add(FileRole::Initramfs, file.as_fd()));
         spec.disks.iter().for_each(|disk| cargo.add(FileRole::Disk, disk.file));
         let taps = spec.net.iter().flat_map(|net| &net.taps);

@@ -41,7 +41,7 @@ use crate::config::{Config, HotplugConfig, NetworkConfig};
 use crate::control::HotplugPolicy;
 use crate::devices::{Devices, DevicesSpec};
 use crate::disks::Disks;
-use crate::fleet::{CGROUP_ROOT, Cgroups, Fleet};
+use crate::fleet::{CGROUP_ROOT, Cgroups, Fleet, KernelTexts};
 use crate::images::records::Records;
 use crate::images::{Images, ImagesSpec, Limits};
 use crate::instances::{Instances, InstancesSpec};
@@ -118,6 +118,7 @@ impl Opened {
                 program: PathBuf::from("/proc/self/exe"),
                 kvm: config.kvm.clone(),
                 kernel: config.kernel.clone(),
+                kernel_texts: config.shares_kernel.then(KernelTexts::default),
                 groups: open_groups(dir),
             },
             agent: config.agent.clone(),

@@ -105,6 +105,7 @@ fn build(
     let files = MachineFiles {
         kvm: guest::open(Path::new("/dev/kvm"), true).into(),
         kernel: File::open(kernel()).unwrap(),
+        kernel_text: None,
         initramfs: vec![archive],
         disks: iter::once(root).chain(data.map(|path| guest::open(path, true))).collect(),
         taps: taps.unwrap_or_default(),

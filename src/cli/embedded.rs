@@ -37,7 +37,9 @@ impl Reached {
         if let Some(client) = args.client_elsewhere(&home)? {
             return Ok(Self { args, client, embedded: None });
         }
-        let config = args.home.clone().into_config()?;
+        let mut config = args.home.clone().into_config()?;
+        // Most often it has one guest, and the first of all only has work with that.
+        config.shares_kernel = false;
         let socket = socket(&config.data_dir);
         let deadline = Instant::now() + HANDOVER_TIMEOUT;
         loop {

@@ -27,7 +27,7 @@ use crate::size::{ByteRate, ByteSize, SizeError};
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// All keys there are.
-pub(super) const KEYS: [&str; 27] = [
+pub(super) const KEYS: [&str; 28] = [
     "agent",
     "data_dir",
     "disk_capacity",
@@ -54,6 +54,7 @@ pub(super) const KEYS: [&str; 27] = [
     "overcommit_disk_io",
     "overcommit_memory",
     "overcommit_network",
+    "share_kernel",
     "subnet",
 ];
 
@@ -180,6 +181,7 @@ fn set(settings: &mut Settings, key: &str, value: &Value) -> Result<(), String> 
         "overcommit_memory" => settings.overcommit_memory = Some(ratio(value)?),
         "overcommit_network" => settings.overcommit_network = Some(ratio(value)?),
         "network" => settings.network = Some(flag(value)?),
+        "share_kernel" => settings.share_kernel = Some(flag(value)?),
         "subnet" => settings.subnet = Some(word(value)?),
         _ => return Err("nobody reads it".to_owned()),
     }

@@ -66,6 +66,7 @@ fn everything_can_be_in_the_file() {
         data_dir = "/srv/ovum"
         listen = ["127.0.0.1:1", "[::1]:2"]
         kernel = "/k"
+        share_kernel = false
         agent = "/a"
         insecure_registries = "localhost:5000"
         image_jobs = 3
@@ -97,17 +98,16 @@ fn everything_can_be_in_the_file() {
         listen,
         jwt_secret,
         kernel,
+        shares_kernel,
         agent,
-        kvm: _,
         limits,
         images,
         capacity,
         network,
-        hotplug: _,
+        ..
     } = config;
     assert_eq!([data_dir, kernel, agent], ["/srv/ovum", "/k", "/a"].map(PathBuf::from));
-    assert_eq!(listen.len(), 2);
-    assert_eq!(jwt_secret.as_deref(), Some("s"));
+    assert_eq!((listen.len(), shares_kernel, jwt_secret.as_deref()), (2, false, Some("s")));
     assert_eq!((limits.vcpus_max, limits.memory_bytes_max), (4, 1 << 30));
     assert_eq!(limits.overlay_bytes_max, 2 << 30);
     assert_eq!(limits.disk_io_bps, NonZeroU64::new(512 << 20));

@@ -211,7 +211,13 @@ async fn accept_while(peer: &Peer, worker: &mut Worker) -> PacketSocket {
 
 fn fleet(program: &str) -> Fleet {
     let nowhere = Path::new("/nonexistent").to_owned();
-    Fleet { program: program.into(), kvm: nowhere.clone(), kernel: nowhere, groups: None }
+    Fleet {
+        program: program.into(),
+        kvm: nowhere.clone(),
+        kernel: nowhere,
+        kernel_texts: None,
+        groups: None,
+    }
 }
 
 fn status(pid: u32) -> Status {

@@ -46,6 +46,7 @@ impl Files {
         let machine = MachineFiles {
             kvm: single.take(FileRole::Kvm)?,
             kernel: single.take(FileRole::Kernel)?.into(),
+            kernel_text: single.take(FileRole::KernelText).ok().map(File::from),
             initramfs,
             disks,
             taps,

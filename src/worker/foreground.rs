@@ -108,6 +108,7 @@ fn build(spec: ForegroundSpec) -> anyhow::Result<Machine> {
     let files = MachineFiles {
         kvm: kvm.into(),
         kernel,
+        kernel_text: None,
         initramfs,
         disks: root.into_iter().collect(),
         taps: Vec::new(),

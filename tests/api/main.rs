@@ -144,6 +144,7 @@ fn config(dir: &Path) -> Config {
         listen: Vec::new(),
         jwt_secret: Some(SECRET.to_owned()),
         kernel,
+        shares_kernel: true,
         agent,
         kvm: dir.join("kvm"),
         limits: Limits { body_bytes_max: 64 << 10, has_network: false, ..Limits::default() },

@@ -21,6 +21,7 @@ mod exec;
 mod headers;
 mod images;
 mod iommufd;
+mod kernel_text;
 mod killed;
 mod kvm;
 mod lifecycle;
@@ -157,6 +158,7 @@ fn chosen(part: Part, filters: &[String]) -> Vec<&'static Case> {
         network::CASES,
         refusals::CASES,
         crash::CASES,
+        kernel_text::CASES,
         killed::CASES,
         cli::CASES,
         cli::inside::CASES,

@@ -82,6 +82,12 @@ pub const SERIAL_PORTS: u16 = 8;
 pub const SERIAL_GSI: u32 = 4;
 /// The guest's agent writes 32-bit reports here.
 pub const REPORT_PORT: u16 = 0xb00;
+/// The kernel tells here that it patches its text (`text.patch` of kernel-config).
+pub const TEXT_PORT: u16 = 0xb04;
+/// It is about to.
+pub const TEXT_BEFORE: u8 = 1;
+/// It has.
+pub const TEXT_AFTER: u8 = 2;
 /// ACPI sleep control register (ACPI 6.5, 4.8.3.7): powers the machine off.
 pub const SLEEP_CONTROL_PORT: u16 = 0xb10;
 /// ACPI sleep status register.

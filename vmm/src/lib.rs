@@ -19,6 +19,7 @@ pub mod vcpu;
 pub mod vcpu_state;
 
 pub mod arch;
+pub mod kernel_text;
 pub mod kvm;
 pub mod kvm_slots;
 pub mod layout;

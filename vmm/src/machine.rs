@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
-    kvm_irqchip,
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, kvm_irqchip,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::arch::{acpi, boot, cpuid, registers};
 use crate::events::Events;
 pub use crate::events::{MachineEvent, MachineEventKind, StopReason};
+use crate::kernel_text::{Identity, Image, KernelText};
 use crate::kvm::Vm;
 use crate::kvm_slots::KvmSlots;
 use crate::layout::{KVM_TSS_START, MMIO_SLOTS, SERIAL_GSI, hotplug_start};
@@ -154,17 +155,19 @@ impl Machine {
         let reactor = Reactor::start(tasks, orders.clone(), inbox, recalls, Arc::clone(&events))
             .map_err(BuildError::Thread)?;
 
-        let windows = pci.as_ref().map(PciBus::windows);
-        acpi::write_tables(&mem, spec.vcpus, slot_count as u64, spec.serial, windows)?;
-        let kernel = &mut files.kernel;
+        let (slots, windows) = (slot_count as u64, pci.as_ref().map(PciBus::windows));
+        acpi::write_tables(&mem, spec.vcpus, slots, spec.serial, windows)?;
+        let supported = supported_cpuid(&kvm)?;
+        let text = kernel_text(&kvm, &supported, spec, (files.kernel_text, &files.kernel), &mem);
+        let kernel = &mut Image::new(&mut files.kernel, text.as_ref());
         let entry = boot::load(&mem, kernel, &mut files.initramfs, cmdline(spec).trim_end())?;
         registers::write_tables(&mem).map_err(BuildError::Tables)?;
 
-        let unstarted = vcpus(&kvm, &vm, spec.vcpus, entry)?;
+        let unstarted = vcpus(&vm, &supported, spec.vcpus, entry)?;
         let serial = if spec.serial { Some(serial(&vm, log)?) } else { None };
         let msrs = kvm.get_msr_index_list().map_err(BuildError::kvm("list registers"))?;
         let platform = Arc::new(Platform {
-            ports: Ports::new(Arc::clone(&events), serial),
+            ports: Ports::new(Arc::clone(&events), serial, text.and_then(KernelText::into_keeper)),
             slots: Slots::new(registers, vacant),
             pci,
             events: Arc::clone(&events),
@@ -355,6 +358,26 @@ fn kvm(file: OwnedFd) -> Result<Kvm, BuildError> {
     }
 }
 
+fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, BuildError> {
+    let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
+    supported.map_err(BuildError::kvm("say what CPUs it supports"))
+}
+
+/// The text that the machine starts from or keeps for others. Devices of the host reach memory by
+/// addresses of their own, under which no pages of a file can be put.
+fn kernel_text(
+    kvm: &Kvm,
+    supported: &CpuId,
+    spec: &MachineSpec,
+    (file, kernel): (Option<File>, &File),
+    mem: &Arc<Mem>,
+) -> Option<KernelText> {
+    let file = file.filter(|_| spec.devices.is_empty())?;
+    // Whatever keeps it from sharing a text, the machine can do without.
+    let identity = Identity::of(kernel, kvm, supported, spec.vcpus, &spec.cmdline).ok()?;
+    KernelText::of(file, kernel, &identity, mem).ok()?
+}
+
 fn set_up_interrupts(vm: &VmFd) -> Result<(), BuildError> {
     let tss = usize::try_from(KVM_TSS_START).expect("usize is 64 bits wide");
     vm.set_tss_address(tss).map_err(BuildError::kvm("place its TSS"))?;
@@ -434,16 +457,12 @@ fn add_memory_devices(
 }
 
 /// Creates the vCPUs; the first enters the kernel at `entry`, the others wait for it.
-fn vcpus(kvm: &Kvm, vm: &VmFd, count: u8, entry: u64) -> Result<Vec<VcpuFd>, BuildError> {
-    let supported = kvm
-        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-        .map_err(BuildError::kvm("say what CPUs it supports"))?;
+fn vcpus(vm: &VmFd, supported: &CpuId, count: u8, entry: u64) -> Result<Vec<VcpuFd>, BuildError> {
     let mut vcpus = Vec::with_capacity(usize::from(count));
     for index in 0..count {
         let vcpu = vm.create_vcpu(u64::from(index)).map_err(BuildError::kvm("create a vCPU"))?;
-        let leaves = cpuid::for_vcpu(&supported, index, count);
-        let leaves = kvm_bindings::CpuId::from_entries(&leaves)
-            .map_err(|_too_many| BuildError::TooManyLeaves)?;
+        let leaves = cpuid::for_vcpu(supported, index, count);
+        let leaves = CpuId::from_entries(&leaves).map_err(|_too_many| BuildError::TooManyLeaves)?;
         vcpu.set_cpuid2(&leaves).map_err(BuildError::kvm("set CPUID"))?;
         registers::set_firmware_msrs(&vcpu).map_err(BuildError::kvm("set registers"))?;
         if index == 0 {

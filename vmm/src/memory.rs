@@ -184,8 +184,9 @@ fn range(region: &GuestRegionMmap<()>) -> MemoryRange {
     }
 }
 
-/// Gives the pages of a range of the guest back to the host; the guest reads them as zeroes. What
-/// is not guest memory is left alone, as in [`give_back_slice`]. Returns the bytes given back.
+/// Gives the pages of a range of the guest back to the host; the guest reads them as zeroes, or
+/// as text where its kernel's is mapped (`kernel_text.rs`). What is not guest memory is left alone,
+/// as in [`give_back_slice`]. Returns the bytes given back.
 pub fn give_back(mem: &Mem, guest_start: GuestAddress, bytes: usize) -> usize {
     let slices = GuestMemoryBackend::get_slices(mem, guest_start, bytes);
     slices.map_while(Result::ok).map(|slice| give_back_slice(&slice)).sum()
@@ -201,9 +202,9 @@ pub fn give_back_slice<B: BitmapSlice>(slice: &VolatileSlice<'_, B>) -> usize {
         return 0;
     }
     let pages = start.wrapping_add(skipped).cast();
-    // SAFETY: the pages lie in a mapping that the slice borrows, anonymous and private, so what is
-    // read there next is zeroes; no Rust reference points into guest memory, whose content can
-    // change at any time.
+    // SAFETY: the pages lie in mappings that the slice borrows, private, and anonymous or of a
+    // sealed file: what is read there next is zeroes, or what the file has. No Rust reference
+    // points into guest memory, whose content can change at any time.
     #[expect(unsafe_code, reason = "madvise takes a raw range")]
     let done = unsafe { madvise(pages, length, Advice::LinuxDontNeed) };
     if done.is_ok() { length } else { 0 }

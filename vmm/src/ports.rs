@@ -5,16 +5,17 @@
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::events::{Events, MachineEventKind, StopReason};
+use crate::kernel_text::Keeper;
 use crate::layout::{
     PANIC_EVENT, PANIC_PORT, REPORT_PORT, RESET_PORT, RESET_VALUE, SERIAL_PORT, SERIAL_PORTS,
-    SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT,
+    SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, TEXT_PORT,
 };
 
 /// SLP_EN of the sleep control register (ACPI 6.5, 4.8.3.7). Only S5 is announced.
@@ -26,6 +27,8 @@ pub struct Ports {
     events: Arc<Events>,
     panicked: AtomicBool,
     serial: Option<Mutex<SerialPort>>,
+    /// Who keeps the kernel's text, until it is kept or the guest is past the kernel's start.
+    keeper: Mutex<Option<Keeper>>,
 }
 
 type SerialPort = Serial<SerialInterrupt, NoEvents, File>;
@@ -44,9 +47,14 @@ impl Trigger for SerialInterrupt {
 
 impl Ports {
     /// Ports that report to `events`; with `serial` there is a 16550 that writes to that file.
-    pub fn new(events: Arc<Events>, serial: Option<(SerialInterrupt, File)>) -> Self {
+    /// With a keeper the first guest of this kernel has its text kept.
+    pub fn new(
+        events: Arc<Events>,
+        serial: Option<(SerialInterrupt, File)>,
+        keeper: Option<Keeper>,
+    ) -> Self {
         let serial = serial.map(|(interrupt, out)| Mutex::new(Serial::new(interrupt, out)));
-        Self { events, panicked: AtomicBool::new(false), serial }
+        Self { events, panicked: AtomicBool::new(false), serial, keeper: Mutex::new(keeper) }
     }
 
     /// A vCPU reads. What is not there reads as ones.
@@ -71,12 +79,21 @@ impl Ports {
         match port {
             REPORT_PORT => {
                 let word = u32::from_le_bytes(data.try_into().ok()?);
+                // The agent has started: from here on a guest could want something kept.
+                *self.keeper() = None;
                 self.events.push(MachineEventKind::Reported { word });
             }
             SLEEP_CONTROL_PORT if first & SLEEP_ENABLE != 0 => return Some(StopReason::PowerOff),
             RESET_PORT if first == RESET_VALUE => {
                 let panicked = self.panicked.load(Ordering::SeqCst);
                 return Some(if panicked { StopReason::Panic } else { StopReason::Reboot });
+            }
+            TEXT_PORT => {
+                let mut keeper = self.keeper();
+                // A text that cannot be kept costs later guests time, and this one nothing.
+                if !keeper.as_mut().is_some_and(|keeper| keeper.hear(first).unwrap_or(false)) {
+                    *keeper = None;
+                }
             }
             PANIC_PORT => self.panicked.store(true, Ordering::SeqCst),
             _ => {
@@ -88,6 +105,10 @@ impl Ports {
             }
         }
         None
+    }
+
+    fn keeper(&self) -> MutexGuard<'_, Option<Keeper>> {
+        self.keeper.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn serial(&self, port: u16) -> Option<(&Mutex<SerialPort>, u8)> {
@@ -102,7 +123,7 @@ mod tests {
 
     fn ports() -> (Ports, Arc<Events>) {
         let events = Arc::new(Events::new().unwrap());
-        (Ports::new(Arc::clone(&events), None), events)
+        (Ports::new(Arc::clone(&events), None, None), events)
     }
 
     #[test]

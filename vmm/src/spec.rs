@@ -115,6 +115,10 @@ pub struct MachineFiles {
     pub kvm: OwnedFd,
     /// The guest kernel: an uncompressed x86-64 ELF.
     pub kernel: File,
+    /// Where its text is kept as the first machine with it has patched it, or is to be: a file that
+    /// can be sealed (memfd_create(2)), at least as long as the kernel's, and sealed once it is
+    /// full. Without one, and with devices of the host, the kernel is copied and patches itself.
+    pub kernel_text: Option<File>,
     /// Initramfs archives, loaded one after the other at 4-byte boundaries.
     pub initramfs: Vec<File>,
     /// The file behind each disk of the spec, in the same order.
@@ -308,6 +312,7 @@ mod tests {
         spec.check(&MachineFiles {
             kvm: file().into(),
             kernel: file(),
+            kernel_text: None,
             initramfs: Vec::new(),
             disks: (0..disk_files).map(|_| file()).collect(),
             taps: (0..taps).map(|_| file().into()).collect(),

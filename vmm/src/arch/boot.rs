@@ -1,7 +1,8 @@
 //! Puts kernel, initramfs, command line and boot parameters into guest memory.
 //!
 //! The kernel is an uncompressed ELF, read straight into place: what the host has in its page
-//! cache is copied once. Documentation/arch/x86/{boot,zero-page}.rst of Linux 6.12.
+//! cache is copied once, and its text not at all where it is kept ([`Image`]).
+//! Documentation/arch/x86/{boot,zero-page}.rst of Linux 6.12.
 
 use std::fs::File;
 use std::io::{self, Seek};
@@ -12,6 +13,7 @@ use linux_loader::configurator::{BootConfigurator, BootParams, Error as Configur
 use linux_loader::loader::{Elf, Error as LoaderError, KernelLoader};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use crate::kernel_text::Image;
 use crate::layout::{
     ACPI_START, CMDLINE_BYTES_MAX, CMDLINE_START, LOW_RAM_END, RAM_AFTER_LEGACY, ZERO_PAGE_START,
 };
@@ -78,7 +80,7 @@ pub enum BootError {
 /// [`BootError`].
 pub fn load(
     mem: &Mem,
-    kernel: &mut File,
+    kernel: &mut Image<'_>,
     initramfs: &mut [File],
     cmdline: &str,
 ) -> Result<u64, BootError> {

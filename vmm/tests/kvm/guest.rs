@@ -126,6 +126,7 @@ impl GuestSpec {
         let files = MachineFiles {
             kvm: kvm(),
             kernel: kernel(),
+            kernel_text: None,
             initramfs: [initramfs(&self.script)]
                 .into_iter()
                 .chain(self.archives.iter().map(|archive| file(&archive.clone().finish())))

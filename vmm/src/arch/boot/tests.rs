@@ -53,7 +53,8 @@ fn kernel_and_archives_are_where_the_parameters_say() {
     let mem = mem();
     let mut archives = [file(b"first"), file(b""), file(b"second!")];
 
-    let entry = load(&mem, &mut kernel(4096), &mut archives, "quiet").unwrap();
+    let entry =
+        load(&mem, &mut Image::new(&mut kernel(4096), None), &mut archives, "quiet").unwrap();
 
     assert_eq!(entry, ENTRY);
     assert_eq!(read::<[u8; 4]>(&mem, ENTRY), *b"ovum");
@@ -74,7 +75,7 @@ fn kernel_and_archives_are_where_the_parameters_say() {
 fn a_kernel_needs_no_initramfs() {
     let mem = mem();
 
-    load(&mem, &mut kernel(4096), &mut [], "").unwrap();
+    load(&mem, &mut Image::new(&mut kernel(4096), None), &mut [], "").unwrap();
 
     let header = read::<boot_params>(&mem, ZERO_PAGE_START).hdr;
     assert_eq!({ header.ramdisk_size }, 0);
@@ -84,14 +85,16 @@ fn a_kernel_needs_no_initramfs() {
 fn the_command_line_is_printable_and_at_most_2047_bytes() {
     let mem = mem();
     let longest = "a".repeat(2047);
-    load(&mem, &mut kernel(4096), &mut [], &longest).unwrap();
+    load(&mem, &mut Image::new(&mut kernel(4096), None), &mut [], &longest).unwrap();
     assert_eq!(read::<u8>(&mem, CMDLINE_START + 2046), b'a');
     assert_eq!(read::<u8>(&mem, CMDLINE_START + 2047), 0);
 
-    let error = load(&mem, &mut kernel(4096), &mut [], &"a".repeat(2048)).unwrap_err();
+    let error = load(&mem, &mut Image::new(&mut kernel(4096), None), &mut [], &"a".repeat(2048))
+        .unwrap_err();
     assert!(matches!(error, BootError::CmdlineTooLong { bytes: 2048 }), "{error}");
     for cmdline in ["a\0b", "a\nb", "a\tb", "\u{e4}", "\u{7f}"] {
-        let error = load(&mem, &mut kernel(4096), &mut [], cmdline).unwrap_err();
+        let error =
+            load(&mem, &mut Image::new(&mut kernel(4096), None), &mut [], cmdline).unwrap_err();
         assert!(matches!(error, BootError::CmdlineNotAscii), "{cmdline:?}: {error}");
     }
 }
@@ -105,18 +108,24 @@ fn an_initramfs_ends_above_the_kernel_or_is_too_large() {
         file.set_len(bytes).unwrap();
         file
     };
-    load(&mem, &mut kernel(4096), &mut [sparse(room)], "").unwrap();
+    load(&mem, &mut Image::new(&mut kernel(4096), None), &mut [sparse(room)], "").unwrap();
 
     for too_large in [room + 1, RAM_BYTES, RAM_BYTES + 1, 1 << 40] {
         let mut archives = [sparse(too_large)];
-        let error = load(&mem, &mut kernel(4096), &mut archives, "").unwrap_err();
+        let error =
+            load(&mem, &mut Image::new(&mut kernel(4096), None), &mut archives, "").unwrap_err();
         assert!(
             matches!(error, BootError::InitramfsTooLarge { ram_end: RAM_BYTES, .. }),
             "{too_large}: {error}"
         );
     }
-    let error =
-        load(&mem, &mut kernel(4096), &mut [sparse(room), file(b"one more")], "").unwrap_err();
+    let error = load(
+        &mem,
+        &mut Image::new(&mut kernel(4096), None),
+        &mut [sparse(room), file(b"one more")],
+        "",
+    )
+    .unwrap_err();
     assert!(matches!(error, BootError::InitramfsTooLarge { .. }), "{error}");
 }
 
@@ -126,7 +135,7 @@ fn what_is_no_kernel_is_refused() {
     let mut cut_off = vec![0; 64];
     cut_off[..4].copy_from_slice(b"\x7fELF");
     for content in [&b""[..], b"MZ", b"#!/bin/sh\n", &cut_off] {
-        let error = load(&mem, &mut file(content), &mut [], "").unwrap_err();
+        let error = load(&mem, &mut Image::new(&mut file(content), None), &mut [], "").unwrap_err();
         assert!(matches!(error, BootError::Kernel(_)), "{error}");
     }
 }
@@ -134,6 +143,8 @@ fn what_is_no_kernel_is_refused() {
 #[test]
 fn a_kernel_larger_than_memory_leaves_no_room() {
     let mem = mem();
-    let error = load(&mem, &mut kernel(RAM_BYTES), &mut [file(b"archive")], "").unwrap_err();
+    let error =
+        load(&mem, &mut Image::new(&mut kernel(RAM_BYTES), None), &mut [file(b"archive")], "")
+            .unwrap_err();
     assert!(matches!(error, BootError::InitramfsTooLarge { .. }), "{error}");
 }

@@ -1,0 +1,110 @@
+//! The kernel's text, which the first guest of a server patches for all later ones.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+
+use ovum_test_host::{BUSYBOX, Server, TestHost, worker_pids};
+use serde_json::json;
+
+use crate::cases;
+
+cases![a_later_guest_has_the_text_of_one_that_patched_its_own, no_text_outlives_its_server];
+
+/// Where a guest has its kernel, how much of it is text, and its memory: `layout.rs` and the link
+/// map of the kernel.
+const TEXT_START: u64 = 16 << 20;
+const TEXT_BYTES: usize = 10 << 20;
+const MEMORY_MIB: u64 = 128;
+
+const PAGE_BYTES: usize = 4096;
+
+/// What the text is called where it is mapped.
+const MAPPED: &str = "/memfd:kernel-text";
+
+/// A range of addresses of a worker, and what is mapped there.
+struct Mapping {
+    start: u64,
+    bytes: u64,
+    is_text: bool,
+}
+
+fn mappings(pid: u32) -> Vec<Mapping> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let mapping = |line: &str| {
+        let (range, _) = line.split_once(' ').unwrap();
+        let (start, end) = range.split_once('-').unwrap();
+        let (start, end) =
+            (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
+        Mapping { start, bytes: end - start, is_text: line.contains(MAPPED) }
+    };
+    maps.lines().map(mapping).collect()
+}
+
+/// The text of the only guest, and whether it is mapped.
+fn text() -> (Vec<u8>, bool) {
+    let [worker] = worker_pids()[..] else { panic!("another guest's end is in the way") };
+    let mappings = mappings(worker);
+    let mapped = mappings.iter().find(|mapping| mapping.is_text);
+    let guest = mappings.iter().find(|mapping| mapping.bytes >= MEMORY_MIB << 20);
+    let start = match mapped {
+        Some(text) => text.start,
+        None => guest.expect("guest memory is in one piece").start + TEXT_START,
+    };
+    let mut bytes = vec![0; TEXT_BYTES];
+    let memory = File::open(format!("/proc/{worker}/mem")).unwrap();
+    memory.read_exact_at(&mut bytes, start).unwrap();
+    (bytes, mapped.is_some())
+}
+
+/// What a guest of so many vCPUs says its kernel does against its processor's flaws, its text, and
+/// whether that is mapped.
+async fn boot(server: &Server, vcpus: u8) -> (String, Vec<u8>, bool) {
+    server
+        .create(json!({
+            "name": "text", "image": BUSYBOX, "size": format!("{MEMORY_MIB}MB"), "vcpus": vcpus,
+            "cmd": ["sh", "-c", "echo first; exec sleep 1000"],
+        }))
+        .await;
+    server.follow_until("text", "first").await;
+    let (text, is_mapped) = text();
+    let says = server.sh("text", "grep . /sys/devices/system/cpu/vulnerabilities/*").await;
+    server.delete("text").await;
+    (String::from_utf8(says.output).unwrap(), text, is_mapped)
+}
+
+async fn a_later_guest_has_the_text_of_one_that_patched_its_own(_: &TestHost) {
+    // One of its own: that of all cases has had its first guest.
+    let mut server = Server::start("texts").await;
+    server.pull_to_the_end(BUSYBOX).await;
+    for vcpus in [1, 2] {
+        let (said, own, is_mapped) = boot(&server, vcpus).await;
+        assert!(!is_mapped, "no guest was there before it");
+        assert!(said.contains("Mitigation"), "{said}");
+
+        let (later_said, later, is_mapped) = boot(&server, vcpus).await;
+        assert!(is_mapped, "it patched its own");
+        assert_eq!(later_said, said);
+        let pages = own.chunks(PAGE_BYTES).zip(later.chunks(PAGE_BYTES));
+        let different: Vec<_> = pages
+            .enumerate()
+            .filter(|(_, (own, later))| own != later)
+            .map(|(nth, _)| nth)
+            .collect();
+        assert!(different.is_empty(), "pages of text that differ: {different:?}");
+    }
+    server.kill();
+}
+
+async fn no_text_outlives_its_server(_: &TestHost) {
+    let mut server = Server::start("texts-killed").await;
+    server.pull_to_the_end(BUSYBOX).await;
+    let data_dir = server.data_dir.clone();
+    boot(&server, 1).await;
+    server.kill();
+
+    let mut server = Server::start_at(&data_dir).await;
+
+    assert!(!boot(&server, 1).await.2, "the first guest after a restart patches its own");
+    assert!(boot(&server, 1).await.2);
+    server.kill();
+}
