@@ -81,13 +81,13 @@ const BYTES_MAX: [(&str, u64, &str); 3] = [
 const INITCALLS_MAX: u64 = 460;
 
 /// Memory of the guest that is booted.
-const MEMORY_MIB: u32 = 128;
+pub(crate) const MEMORY_MIB: u32 = 128;
 
-/// Boots a guest of one vCPU, until its workload has spoken.
-async fn boot(server: &Server, name: &str) {
+/// Boots a guest of so many vCPUs, until its workload has spoken.
+pub(crate) async fn boot(server: &Server, name: &str, vcpus: u8) {
     server
         .create(json!({
-            "name": name, "image": BUSYBOX, "size": format!("{MEMORY_MIB}MB"), "vcpus": 1,
+            "name": name, "image": BUSYBOX, "size": format!("{MEMORY_MIB}MB"), "vcpus": vcpus,
             "cmd": ["sh", "-c", "echo first; exec sleep 1000"],
         }))
         .await;
@@ -95,7 +95,7 @@ async fn boot(server: &Server, name: &str) {
 }
 
 async fn a_boot_costs_no_more_exits_than_it_did(host: &TestHost) {
-    boot(&host.server, "counted").await;
+    boot(&host.server, "counted", 1).await;
 
     let counted = EXITS_MAX.map(|(counter, max, why)| (counter, kvm_counter(counter), max, why));
 
@@ -109,10 +109,10 @@ async fn a_boot_costs_no_more_exits_than_it_did(host: &TestHost) {
 
 async fn a_boot_asks_no_more_of_the_host_than_it_did(host: &TestHost) {
     // Not the first of its kind, which patches its kernel for all others.
-    boot(&host.server, "first").await;
+    boot(&host.server, "first", 1).await;
     host.server.delete("first").await;
     let tallies = EVENTS_MAX.map(|(event, filter, what, ..)| Tally::begin(event, filter, what));
-    boot(&host.server, "tallied").await;
+    boot(&host.server, "tallied", 1).await;
 
     let [worker] = worker_pids()[..] else { panic!("another guest's end is in the way") };
     let counts: Vec<_> = tallies.iter().map(|tally| tally.of(worker)).collect();
@@ -126,7 +126,7 @@ async fn a_boot_asks_no_more_of_the_host_than_it_did(host: &TestHost) {
 }
 
 async fn an_idle_worker_is_small(host: &TestHost) {
-    boot(&host.server, "idle").await;
+    boot(&host.server, "idle", 1).await;
 
     let [worker] = worker_pids()[..] else { panic!("another guest's end is in the way") };
     let deadline = Instant::now() + IDLE_PATIENCE;

@@ -1,54 +1,31 @@
 //! The kernel's text, which the first guest of a server patches for all later ones.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use ovum_test_host::mappings::Mapping;
 use ovum_test_host::{BUSYBOX, Server, TestHost, worker_pids};
-use serde_json::json;
 
 use crate::cases;
+use crate::ceilings::{self, MEMORY_MIB};
 
 cases![a_later_guest_has_the_text_of_one_that_patched_its_own, no_text_outlives_its_server];
 
-/// Where a guest has its kernel, how much of it is text, and its memory: `layout.rs` and the link
-/// map of the kernel.
+/// Where a guest has its kernel, and how much of it is text: the link map of the kernel.
 const TEXT_START: u64 = 16 << 20;
 const TEXT_BYTES: usize = 10 << 20;
-const MEMORY_MIB: u64 = 128;
 
 const PAGE_BYTES: usize = 4096;
-
-/// What the text is called where it is mapped.
-const MAPPED: &str = "/memfd:kernel-text";
-
-/// A range of addresses of a worker, and what is mapped there.
-struct Mapping {
-    start: u64,
-    bytes: u64,
-    is_text: bool,
-}
-
-fn mappings(pid: u32) -> Vec<Mapping> {
-    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
-    let mapping = |line: &str| {
-        let (range, _) = line.split_once(' ').unwrap();
-        let (start, end) = range.split_once('-').unwrap();
-        let (start, end) =
-            (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
-        Mapping { start, bytes: end - start, is_text: line.contains(MAPPED) }
-    };
-    maps.lines().map(mapping).collect()
-}
 
 /// The text of the only guest, and whether it is mapped.
 fn text() -> (Vec<u8>, bool) {
     let [worker] = worker_pids()[..] else { panic!("another guest's end is in the way") };
-    let mappings = mappings(worker);
-    let mapped = mappings.iter().find(|mapping| mapping.is_text);
-    let guest = mappings.iter().find(|mapping| mapping.bytes >= MEMORY_MIB << 20);
+    let mappings = Mapping::all_of(worker);
+    let mapped = mappings.iter().find(|mapping| mapping.is_kernel_text);
+    let guest = mappings.iter().find(|mapping| mapping.bytes() >= u64::from(MEMORY_MIB) << 20);
     let start = match mapped {
-        Some(text) => text.start,
-        None => guest.expect("guest memory is in one piece").start + TEXT_START,
+        Some(text) => text.range.start,
+        None => guest.expect("guest memory is in one piece").range.start + TEXT_START,
     };
     let mut bytes = vec![0; TEXT_BYTES];
     let memory = File::open(format!("/proc/{worker}/mem")).unwrap();
@@ -59,13 +36,7 @@ fn text() -> (Vec<u8>, bool) {
 /// What a guest of so many vCPUs says its kernel does against its processor's flaws, its text, and
 /// whether that is mapped.
 async fn boot(server: &Server, vcpus: u8) -> (String, Vec<u8>, bool) {
-    server
-        .create(json!({
-            "name": "text", "image": BUSYBOX, "size": format!("{MEMORY_MIB}MB"), "vcpus": vcpus,
-            "cmd": ["sh", "-c", "echo first; exec sleep 1000"],
-        }))
-        .await;
-    server.follow_until("text", "first").await;
+    ceilings::boot(server, "text", vcpus).await;
     let (text, is_mapped) = text();
     let says = server.sh("text", "grep . /sys/devices/system/cpu/vulnerabilities/*").await;
     server.delete("text").await;

@@ -155,10 +155,10 @@ impl Machine {
         let reactor = Reactor::start(tasks, orders.clone(), inbox, recalls, Arc::clone(&events))
             .map_err(BuildError::Thread)?;
 
-        let (slots, windows) = (slot_count as u64, pci.as_ref().map(PciBus::windows));
-        acpi::write_tables(&mem, spec.vcpus, slots, spec.serial, windows)?;
+        let windows = pci.as_ref().map(PciBus::windows);
+        acpi::write_tables(&mem, spec.vcpus, slot_count as u64, spec.serial, windows)?;
         let supported = supported_cpuid(&kvm)?;
-        let text = kernel_text(&kvm, &supported, spec, (files.kernel_text, &files.kernel), &mem);
+        let text = kernel_text(&kvm, &supported, spec, files.kernel_text, &files.kernel, &mem);
         let kernel = &mut Image::new(&mut files.kernel, text.as_ref());
         let entry = boot::load(&mem, kernel, &mut files.initramfs, cmdline(spec).trim_end())?;
         registers::write_tables(&mem).map_err(BuildError::Tables)?;
@@ -369,7 +369,8 @@ fn kernel_text(
     kvm: &Kvm,
     supported: &CpuId,
     spec: &MachineSpec,
-    (file, kernel): (Option<File>, &File),
+    file: Option<File>,
+    kernel: &File,
     mem: &Arc<Mem>,
 ) -> Option<KernelText> {
     let file = file.filter(|_| spec.devices.is_empty())?;

@@ -19,6 +19,7 @@ pub use socket::{Frame, Ran, Socket};
 
 pub mod image;
 pub mod lent;
+pub mod mappings;
 pub mod qemu;
 pub mod resident;
 mod socket;

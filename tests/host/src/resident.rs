@@ -1,10 +1,8 @@
 //! What a worker has in memory beside its guest's.
 
-use std::fs;
 use std::ops::Range;
 
-/// What the file is called that a kernel's text is mapped from.
-const KERNEL_TEXT: &str = "/memfd:kernel-text";
+use crate::mappings::Mapping;
 
 /// Guest memory is told by its size: so much in one piece, of which parts can be mapped from the
 /// kernel's text. The worker itself has no such piece.
@@ -16,25 +14,14 @@ pub struct Resident {
     pub own_mib: f64,
 }
 
-/// A range of addresses as /proc/PID/smaps tells of it.
-#[derive(Debug, Default)]
-struct Mapping {
-    range: Range<u64>,
-    is_text: bool,
-    resident_kib: f64,
-    own_kib: f64,
-}
-
 impl Resident {
     /// Of the worker `pid`, whose guest has booted with `guest_mib`.
     pub fn of(pid: u32, guest_mib: u32) -> Self {
         // What does not fit below the devices' addresses is a range of its own.
         let guest_bytes = (u64::from(guest_mib) << 20).min(1 << 30);
-        let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).expect("root reads smaps");
-        let mappings = mappings(&smaps);
+        let mappings = Mapping::all_of(pid);
         let is_guest = |mapping: &Mapping| {
-            let bytes = mapping.range.end - mapping.range.start;
-            bytes >= guest_bytes || in_pieces(&mappings, guest_bytes, &mapping.range)
+            mapping.bytes() >= guest_bytes || in_pieces(&mappings, guest_bytes, &mapping.range)
         };
         let own = || mappings.iter().filter(|mapping| !is_guest(mapping));
         let mib = |kib: f64| kib / 1024.0;
@@ -58,35 +45,7 @@ fn in_pieces(mappings: &[Mapping], bytes: u64, range: &Range<u64>) -> bool {
         });
         let pieces: Vec<_> = pieces.collect();
         let is_whole = pieces.last().is_some_and(|last| last.range.end == whole.end);
-        let has_text = pieces.iter().any(|piece| piece.is_text);
+        let has_text = pieces.iter().any(|piece| piece.is_kernel_text);
         is_whole && has_text && whole.contains(&range.start)
     })
-}
-
-fn mappings(smaps: &str) -> Vec<Mapping> {
-    let mut mappings: Vec<Mapping> = Vec::new();
-    for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        let Some(first) = words.next() else { continue };
-        if first.contains('-') {
-            let is_text = line.contains(KERNEL_TEXT);
-            mappings.push(Mapping { range: range(first), is_text, ..Mapping::default() });
-            continue;
-        }
-        let kib = words.next().and_then(|word| word.parse::<f64>().ok()).unwrap_or(0.0);
-        let Some(mapping) = mappings.last_mut() else { continue };
-        match first {
-            "Rss:" => mapping.resident_kib += kib,
-            "Private_Clean:" | "Private_Dirty:" => mapping.own_kib += kib,
-            _ => {}
-        }
-    }
-    mappings
-}
-
-/// A range that is written as in /proc/PID/smaps: `start-end`.
-fn range(text: &str) -> Range<u64> {
-    let ends = text.split('-').map(|end| u64::from_str_radix(end, 16));
-    let [Ok(start), Ok(end)] = ends.collect::<Vec<_>>()[..] else { return 0..0 };
-    start..end
 }

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use libc::{PT_LOAD, PT_NOTE};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
@@ -12,8 +13,6 @@ use super::{PAGE_BYTES, Piece, TEXT_START};
 
 const OWNER: &[u8] = b"ovum\0";
 const TYPE: u32 = 1;
-const PT_LOAD: u32 = 1;
-const PT_NOTE: u32 = 4;
 
 /// Most program headers that are looked at; Linux has five.
 const HEADERS_MAX: u16 = 32;
@@ -129,8 +128,8 @@ fn place(content: &[u8], headers: &[ProgramHeader]) -> Option<Vec<Piece>> {
     for [start, end] in ranges {
         let (start, end) = (start.get(), end.get().checked_next_multiple_of(PAGE_BYTES)?);
         let bytes = end.checked_sub(start).filter(|&bytes| bytes > 0)?;
-        let loads = headers.iter().filter(|header| header.kind.get() == PT_LOAD);
-        let file_start = loads.into_iter().find_map(|header| {
+        let mut loads = headers.iter().filter(|header| header.kind.get() == PT_LOAD);
+        let file_start = loads.find_map(|header| {
             let skipped = start.checked_sub(header.physical.get())?;
             let is_there = skipped.checked_add(bytes)? <= header.file_bytes.get();
             header.offset.get().checked_add(skipped).filter(|_| is_there)
