@@ -1,9 +1,10 @@
 //! What the guest kernel calls one after the other as it starts, and how long each call took, by
 //! its own word (`initcall_debug`).
 
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use ovum_test_host::{ovum, root};
+use tokio::process::Command;
 
 /// How many are reported: all others are small.
 const SHOWN_MAX: usize = 12;
@@ -16,12 +17,14 @@ const TICK_MICROS: u32 = 4_000;
 const CMDLINE: &str = "initcall_debug loglevel=8 log_buf_len=1M";
 
 /// The dearest of one boot of a bare kernel, which ends where it finds no root; in milliseconds.
-pub(crate) fn dearest() -> Vec<(String, f64)> {
-    #[expect(clippy::disallowed_methods, reason = "the program under test")]
+pub(crate) async fn dearest() -> Vec<(String, f64)> {
     let mut command = Command::new(ovum());
     command.arg("boot").arg("--kernel").arg(root().join("target/kernel/vmlinux"));
-    command.args(["--memory-mib", "128", "--cmdline", CMDLINE]).stderr(Stdio::null());
-    let console = command.output().unwrap().stdout;
+    command
+        .args(["--memory-mib", "128", "--cmdline", CMDLINE])
+        .stderr(Stdio::null())
+        .kill_on_drop(true);
+    let console = command.output().await.unwrap().stdout;
     let console = String::from_utf8_lossy(&console);
     let mut calls: Vec<_> = console.lines().filter_map(call).collect();
     assert!(calls.len() > SHOWN_MAX, "the kernel did not say what it called: {console}");

@@ -14,6 +14,7 @@
 
 mod initcalls;
 mod ours;
+mod patience;
 mod qemu;
 mod report;
 mod waterfall;
@@ -21,11 +22,11 @@ mod waterfall;
 use std::env;
 use std::fs;
 use std::path::Path;
-use std::time::Instant;
 
 use ovum_test_host::TestHost;
 use tokio::runtime::Builder;
 
+use crate::patience::Patience;
 use crate::qemu::Qemu;
 use crate::report::{Report, Row, ShapeReport};
 
@@ -75,24 +76,30 @@ async fn measure() -> Report {
     // By time the larger size would take as long again and say the same.
     let counts = env::var("OVUM_BENCH_CLOCK").is_ok_and(|clock| clock == "instructions");
     let sizes = if counts { &SHAPES[..] } else { &SHAPES[..1] };
+    let mut patience = Patience::new(counts);
     let mut shapes = Vec::new();
     for shape in sizes {
-        shapes.push(measure_shape(&host, &qemu, *shape).await);
+        shapes.push(measure_shape(&host, &qemu, *shape, &mut patience).await);
     }
     let rounds = if counts { CROWD_ROUNDS_COUNTED } else { CROWD_ROUNDS };
-    let crowd = measure_crowd(&host, &qemu, rounds).await;
+    let crowd = measure_crowd(&host, &qemu, rounds, &mut patience).await;
+    let initcalls = patience.with_one(&host, initcalls::dearest).await;
     host.stop().await;
-    Report::new(counts, shapes, crowd, initcalls::dearest())
+    Report::new(counts, patience.given_up, shapes, crowd, initcalls)
 }
 
-async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape) -> ShapeReport {
+async fn measure_shape(
+    host: &TestHost,
+    qemu: &Qemu,
+    shape: Shape,
+    patience: &mut Patience,
+) -> ShapeReport {
     let (mut ours, mut runs, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
     for round in 1..=ROUNDS {
-        runs.push(ours::run(host, shape));
-        ours.push(ours::boot(host, &format!("bench-{round}"), shape).await);
-        let started = Instant::now();
-        qemu.boot(shape);
-        theirs.push(started.elapsed().as_secs_f64() * 1e3);
+        let name = format!("bench-{round}");
+        runs.push(patience.with_one(host, async || ours::run(host, shape).await).await);
+        ours.push(patience.with_one(host, async || ours::boot(host, &name, shape).await).await);
+        theirs.push(patience.with_one(host, async || qemu.boot_crowd(1, shape).await).await);
         eprintln!("{} vCPUs, {} MiB: {round} of {ROUNDS}", shape.vcpus, shape.memory_mib);
     }
     let of = |figure: fn(&ours::Boot) -> f64| ours.iter().map(figure).collect();
@@ -117,11 +124,18 @@ async fn measure_shape(host: &TestHost, qemu: &Qemu, shape: Shape) -> ShapeRepor
 }
 
 /// Twenty at once, until the last has spoken.
-async fn measure_crowd(host: &TestHost, qemu: &Qemu, rounds: usize) -> Vec<Row> {
+async fn measure_crowd(
+    host: &TestHost,
+    qemu: &Qemu,
+    rounds: usize,
+    patience: &mut Patience,
+) -> Vec<Row> {
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for round in 1..=rounds {
-        ours.push(ours::boot_crowd(host, CROWD, SHAPES[0]).await);
-        theirs.push(qemu.boot_crowd(CROWD, SHAPES[0]));
+        let crowd = async || ours::boot_crowd(host, CROWD, SHAPES[0]).await;
+        ours.push(patience.with_crowd(host, crowd).await);
+        let crowd = async || qemu.boot_crowd(CROWD, SHAPES[0]).await;
+        theirs.push(patience.with_crowd(host, crowd).await);
         eprintln!("{CROWD} at once: {round} of {rounds}");
     }
     vec![

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
@@ -12,6 +11,7 @@ use ovum_test_host::{BUSYBOX, TestHost, kvm_counter, median, ovum, worker_pids};
 use reqwest::Method;
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
+use tokio::process::Command;
 use tokio::time;
 
 use crate::Shape;
@@ -110,14 +110,14 @@ pub(crate) async fn boot(host: &TestHost, name: &str, shape: Shape) -> Boot {
 }
 
 /// `ovum run` of a guest that says a word, from the command's start to its end, in milliseconds.
-pub(crate) fn run(host: &TestHost, shape: Shape) -> f64 {
-    #[expect(clippy::disallowed_methods, reason = "the program under test")]
+pub(crate) async fn run(host: &TestHost, shape: Shape) -> f64 {
     let mut command = Command::new(ovum());
     command.args(["run", "--rm", "--cpus", &shape.vcpus.to_string()]);
     command.args(["--memory", &format!("{}MB", shape.memory_mib)]);
     command.args(["--base-url", &host.server.base_url, "--token", host.server.token()]);
+    command.args([BUSYBOX, "--", "echo", "first"]).kill_on_drop(true);
     let started = Instant::now();
-    let output = command.args([BUSYBOX, "--", "echo", "first"]).output().expect("ovum runs");
+    let output = command.output().await.expect("ovum runs");
     let took_ms = started.elapsed().as_secs_f64() * 1e3;
     assert_eq!(output.stdout, b"first\n", "{}", String::from_utf8_lossy(&output.stderr));
     took_ms

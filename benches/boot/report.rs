@@ -15,6 +15,8 @@ pub(crate) struct Report {
     pub(crate) machine: String,
     /// Whether a nanosecond was an instruction: then figures in ms are millions of these.
     pub(crate) counts_instructions: bool,
+    /// Boots that did not get there, and are not among the figures.
+    pub(crate) given_up: u32,
     pub(crate) shapes: Vec<ShapeReport>,
     /// Many at once.
     pub(crate) crowd: Vec<Row>,
@@ -44,6 +46,7 @@ pub(crate) struct Row {
 impl Report {
     pub(crate) fn new(
         counts_instructions: bool,
+        given_up: u32,
         shapes: Vec<ShapeReport>,
         crowd: Vec<Row>,
         initcalls: Vec<(String, f64)>,
@@ -54,6 +57,7 @@ impl Report {
             commit: env::var("OVUM_BENCH_COMMIT").unwrap_or_else(|_| "unknown".to_owned()),
             machine: name.unwrap_or(": unknown").trim_start_matches(['\t', ':', ' ']).to_owned(),
             counts_instructions,
+            given_up,
             shapes,
             crowd,
             initcalls,
@@ -82,6 +86,9 @@ impl Display for Report {
     fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
         let unit = self.unit();
         writeln!(formatter, "commit {}, {}", self.commit, self.machine)?;
+        if self.given_up > 0 {
+            writeln!(formatter, "{} boots stood still and were begun anew", self.given_up)?;
+        }
         for shape in &self.shapes {
             let ShapeReport { vcpus, memory_mib, rows, .. } = shape;
             writeln!(formatter, "\n{vcpus} vCPU, {memory_mib} MiB")?;

@@ -11,6 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use ovum_vmm::kernel_text::gather;
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_get_seals, memfd_create};
 
 /// How long a worker may take to fill a file until another is tried: kernels start sooner.
@@ -54,6 +55,9 @@ impl KernelTexts {
             if !text.sealed && is_sealed(&text.file) {
                 text.sealed = true;
                 tracing::info!(vcpus, "The kernel's text is patched for later guests");
+                if let Err(error) = gather(&text.file) {
+                    tracing::info!(%error, "No huge pages for the kernel's text");
+                }
             }
             if text.sealed {
                 return Some(Arc::clone(&text.file));

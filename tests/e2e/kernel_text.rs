@@ -9,11 +9,19 @@ use ovum_test_host::{BUSYBOX, Server, TestHost, worker_pids};
 use crate::cases;
 use crate::ceilings::{self, MEMORY_MIB};
 
-cases![a_later_guest_has_the_text_of_one_that_patched_its_own, no_text_outlives_its_server];
+cases![
+    a_later_guest_has_the_text_of_one_that_patched_its_own,
+    a_later_guest_writes_to_its_text_in_one_place_only,
+    no_text_outlives_its_server,
+];
 
 /// Where a guest has its kernel, and how much of it is text: the link map of the kernel.
 const TEXT_START: u64 = 16 << 20;
 const TEXT_BYTES: usize = 10 << 20;
+
+/// All but the last two megabytes of it, in which each boot writes where static calls lead
+/// (`static-calls.patch`): what it does not write to stays in the huge pages that guests share.
+const UNWRITTEN_KIB: f64 = 8.0 * 1024.0;
 
 const PAGE_BYTES: usize = 4096;
 
@@ -62,6 +70,23 @@ async fn a_later_guest_has_the_text_of_one_that_patched_its_own(_: &TestHost) {
             .map(|(nth, _)| nth)
             .collect();
         assert!(different.is_empty(), "pages of text that differ: {different:?}");
+    }
+    server.kill();
+}
+
+async fn a_later_guest_writes_to_its_text_in_one_place_only(_: &TestHost) {
+    let mut server = Server::start("texts-huge").await;
+    server.pull_to_the_end(BUSYBOX).await;
+    for vcpus in [1, 2] {
+        boot(&server, vcpus).await;
+        ceilings::boot(&server, "later", vcpus).await;
+
+        let mappings = Mapping::all_of(worker_pids()[0]);
+
+        let huge = mappings.iter().filter(|mapping| mapping.is_kernel_text);
+        let huge_kib: f64 = huge.map(|mapping| mapping.huge_kib).sum();
+        assert!(huge_kib >= UNWRITTEN_KIB, "{huge_kib} KiB are in huge pages: {mappings:?}");
+        server.delete("later").await;
     }
     server.kill();
 }

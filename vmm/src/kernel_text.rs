@@ -10,6 +10,7 @@
 //! the guest had read anything but what this crate put into its memory, no disk and no packet, so
 //! no guest can put something there for others. docs/decisions, "One text for all guests".
 
+mod huge_pages;
 mod identity;
 mod image;
 mod keeper;
@@ -20,11 +21,11 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use rustix::fs::{SealFlags, fcntl_get_seals};
-
+pub use huge_pages::gather;
 pub use identity::Identity;
 pub use image::Image;
 pub use keeper::Keeper;
+use rustix::fs::{SealFlags, fcntl_get_seals};
 
 use crate::memory::Mem;
 
@@ -32,8 +33,8 @@ type Page = [u8; 4096];
 
 const PAGE_BYTES: u64 = size_of::<Page>() as u64;
 
-/// Where the text begins in the file that keeps it. Before it is what it was made for.
-const TEXT_START: u64 = 16 * PAGE_BYTES;
+/// A huge page, of which guest and file have the bounds in the same places.
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// With these a file stays as it is, whoever has it open.
 const SEALS: SealFlags =
@@ -87,9 +88,14 @@ impl KernelText {
             let keeper = Keeper::new(file, kernel, pieces, identity.clone(), mem);
             return Ok(Some(Self::Blank(keeper)));
         }
-        let mut front = vec![0; identity.as_bytes().len()];
-        let is_whole = file.metadata()?.len() == last.kept_start + last.bytes;
-        if !is_whole || file.read_exact_at(&mut front, 0).is_err() || front != identity.as_bytes() {
+        // Behind the text is what it was made for.
+        let end = last.kept_start + last.bytes;
+        let mut made_for = vec![0; identity.as_bytes().len()];
+        let is_whole = file.metadata()?.len() == end + made_for.len() as u64;
+        if !is_whole || file.read_exact_at(&mut made_for, end).is_err() {
+            return Ok(None);
+        }
+        if made_for != identity.as_bytes() {
             return Ok(None);
         }
         Ok(Some(Self::Kept(KeptText { file, pieces })))

@@ -17,6 +17,8 @@ pub struct Mapping {
     pub resident_kib: f64,
     /// How much of that no other process has as well.
     pub own_kib: f64,
+    /// How much of a file of memory is there in huge pages.
+    pub huge_kib: f64,
 }
 
 impl Mapping {
@@ -36,6 +38,7 @@ impl Mapping {
             let Some(mapping) = mappings.last_mut() else { continue };
             match first {
                 "Rss:" => mapping.resident_kib += kib,
+                "ShmemPmdMapped:" => mapping.huge_kib += kib,
                 "Private_Clean:" | "Private_Dirty:" => mapping.own_kib += kib,
                 _ => {}
             }

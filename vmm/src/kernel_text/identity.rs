@@ -7,11 +7,13 @@ use std::os::unix::fs::MetadataExt;
 use kvm_bindings::{CpuId, Msrs, kvm_cpuid_entry2, kvm_msr_entry};
 use kvm_ioctls::Kvm;
 
-use super::TEXT_START;
 use crate::arch::cpuid;
 
-/// What a file begins with that keeps a text.
-const MAGIC: &[u8; 8] = b"ovumtxt1";
+/// What an identity begins with.
+const MAGIC: &[u8; 8] = b"ovumtxt2";
+
+/// Most bytes of one; a processor with all leaves of CPUID that KVM tells of has some 4,000.
+const BYTES_MAX: usize = 64 << 10;
 
 /// A kernel and a processor, as bytes that are the same for the same: file, CPUID, registers that
 /// say what the processor can do and suffers from, words for the kernel, and whether there is one
@@ -63,8 +65,8 @@ impl Identity {
         }
         bytes.extend(cmdline.as_bytes());
         bytes.push(0);
-        if bytes.len() as u64 > TEXT_START {
-            return Err(io::Error::other("CPUID is longer than there is room for"));
+        if bytes.len() > BYTES_MAX {
+            return Err(io::Error::other("CPUID is longer than a processor's can be"));
         }
         Ok(Self(bytes))
     }

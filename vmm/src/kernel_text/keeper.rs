@@ -76,8 +76,9 @@ impl Keeper {
             }
             end = piece.kept_start + piece.bytes;
         }
-        self.file.write_all_at(self.identity.as_bytes(), 0)?;
-        self.file.set_len(end)?;
+        let made_for = self.identity.as_bytes();
+        self.file.write_all_at(made_for, end)?;
+        self.file.set_len(end + made_for.len() as u64)?;
         Ok(fcntl_add_seals(&self.file, SEALS)?)
     }
 }

@@ -9,7 +9,7 @@ use libc::{PT_LOAD, PT_NOTE};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
-use super::{PAGE_BYTES, Piece, TEXT_START};
+use super::{HUGE_PAGE_BYTES, PAGE_BYTES, Piece};
 
 const OWNER: &[u8] = b"ovum\0";
 const TYPE: u32 = 1;
@@ -124,7 +124,7 @@ fn content(mut notes: &[u8]) -> Option<&[u8]> {
 fn place(content: &[u8], headers: &[ProgramHeader]) -> Option<Vec<Piece>> {
     let ranges = <[[U64; 2]]>::ref_from_bytes(content).ok()?;
     let mut pieces: Vec<Piece> = Vec::new();
-    let (mut guest_end, mut kept_end) = (0, TEXT_START);
+    let (mut guest_end, mut kept_end) = (0_u64, 0_u64);
     for [start, end] in ranges {
         let (start, end) = (start.get(), end.get().checked_next_multiple_of(PAGE_BYTES)?);
         let bytes = end.checked_sub(start).filter(|&bytes| bytes > 0)?;
@@ -137,8 +137,12 @@ fn place(content: &[u8], headers: &[ProgramHeader]) -> Option<Vec<Piece>> {
         if start < guest_end || start % PAGE_BYTES != 0 || file_start % PAGE_BYTES != 0 {
             return None;
         }
-        pieces.push(Piece { guest_start: start, file_start, kept_start: kept_end, bytes });
-        (guest_end, kept_end) = (end, kept_end.checked_add(bytes)?);
+        // With huge pages in it: they begin in the file where they do in the guest.
+        let has_huge = bytes >= HUGE_PAGE_BYTES;
+        let gap = if has_huge { start.wrapping_sub(kept_end) % HUGE_PAGE_BYTES } else { 0 };
+        let kept_start = kept_end.checked_add(gap)?;
+        pieces.push(Piece { guest_start: start, file_start, kept_start, bytes });
+        (guest_end, kept_end) = (end, kept_start.checked_add(bytes)?);
     }
-    (pieces.len() <= RANGES_MAX && kept_end - TEXT_START <= TEXT_BYTES_MAX).then_some(pieces)
+    (pieces.len() <= RANGES_MAX && kept_end <= TEXT_BYTES_MAX).then_some(pieces)
 }
