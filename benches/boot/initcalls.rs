@@ -22,7 +22,7 @@ pub(crate) async fn dearest() -> Vec<(String, f64)> {
     command.arg("boot").arg("--kernel").arg(root().join("target/kernel/vmlinux"));
     command
         .args(["--memory-mib", "128", "--cmdline", CMDLINE])
-        .stderr(Stdio::null())
+        .stdin(Stdio::null())
         .kill_on_drop(true);
     let console = command.output().await.unwrap().stdout;
     let console = String::from_utf8_lossy(&console);

@@ -38,6 +38,10 @@ const CROWD: usize = 20;
 const CROWD_ROUNDS: usize = 3;
 const CROWD_ROUNDS_COUNTED: usize = 1;
 
+/// Whose guests.
+const OURS: &str = "ovum";
+const THEIRS: &str = "QEMU microvm";
+
 /// The size of a guest.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
@@ -83,7 +87,7 @@ async fn measure() -> Report {
     }
     let rounds = if counts { CROWD_ROUNDS_COUNTED } else { CROWD_ROUNDS };
     let crowd = measure_crowd(&host, &qemu, rounds, &mut patience).await;
-    let initcalls = patience.with_one(&host, initcalls::dearest).await;
+    let initcalls = patience.with_one(OURS, &host, initcalls::dearest).await;
     host.stop().await;
     Report::new(counts, patience.given_up, shapes, crowd, initcalls)
 }
@@ -97,9 +101,12 @@ async fn measure_shape(
     let (mut ours, mut runs, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
     for round in 1..=ROUNDS {
         let name = format!("bench-{round}");
-        runs.push(patience.with_one(host, async || ours::run(host, shape).await).await);
-        ours.push(patience.with_one(host, async || ours::boot(host, &name, shape).await).await);
-        theirs.push(patience.with_one(host, async || qemu.boot_crowd(1, shape).await).await);
+        runs.push(patience.with_one(OURS, host, async || ours::run(host, shape).await).await);
+        ours.push(
+            patience.with_one(OURS, host, async || ours::boot(host, &name, shape).await).await,
+        );
+        theirs
+            .push(patience.with_one(THEIRS, host, async || qemu.boot_crowd(1, shape).await).await);
         eprintln!("{} vCPUs, {} MiB: {round} of {ROUNDS}", shape.vcpus, shape.memory_mib);
     }
     let of = |figure: fn(&ours::Boot) -> f64| ours.iter().map(figure).collect();
@@ -133,9 +140,9 @@ async fn measure_crowd(
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for round in 1..=rounds {
         let crowd = async || ours::boot_crowd(host, CROWD, SHAPES[0]).await;
-        ours.push(patience.with_crowd(host, crowd).await);
+        ours.push(patience.with_crowd(OURS, host, crowd).await);
         let crowd = async || qemu.boot_crowd(CROWD, SHAPES[0]).await;
-        theirs.push(patience.with_crowd(host, crowd).await);
+        theirs.push(patience.with_crowd(THEIRS, host, crowd).await);
         eprintln!("{CROWD} at once: {round} of {rounds}");
     }
     vec![

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
@@ -115,7 +116,7 @@ pub(crate) async fn run(host: &TestHost, shape: Shape) -> f64 {
     command.args(["run", "--rm", "--cpus", &shape.vcpus.to_string()]);
     command.args(["--memory", &format!("{}MB", shape.memory_mib)]);
     command.args(["--base-url", &host.server.base_url, "--token", host.server.token()]);
-    command.args([BUSYBOX, "--", "echo", "first"]).kill_on_drop(true);
+    command.args([BUSYBOX, "--", "echo", "first"]).stdin(Stdio::null()).kill_on_drop(true);
     let started = Instant::now();
     let output = command.output().await.expect("ovum runs");
     let took_ms = started.elapsed().as_secs_f64() * 1e3;

@@ -4,47 +4,68 @@
 //! boots: a timer's interrupt comes to a guest that has interrupts off, and the guest waits for
 //! ever for a lock that it holds itself. That is no boot, and no figure.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use ovum_test_host::TestHost;
 use tokio::time;
 
-/// How many are given up until the run is.
+/// How many are given up until the run is, where clocks count; by time none may be.
 const GIVEN_UP_MAX: u32 = 20;
 
 /// What was given up, and when the next is.
 pub(crate) struct Patience {
     one: Duration,
     crowd: Duration,
-    pub(crate) given_up: u32,
+    most: u32,
+    /// How many boots of whom.
+    pub(crate) given_up: BTreeMap<String, u32>,
 }
 
 impl Patience {
     /// A boot by counts takes less than a second of that host's, by time a few; a crowd twenty
     /// times as much.
     pub(crate) fn new(counts: bool) -> Self {
-        let one = Duration::from_secs(if counts { 10 } else { 60 });
-        Self { one, crowd: one * 5, given_up: 0 }
+        let (one, crowd, most) = if counts { (10, 50, GIVEN_UP_MAX) } else { (120, 600, 0) };
+        let [one, crowd] = [one, crowd].map(Duration::from_secs);
+        Self { one, crowd, most, given_up: BTreeMap::new() }
     }
 
-    /// What `boot` makes of one guest.
-    pub(crate) async fn with_one<T>(&mut self, host: &TestHost, boot: impl AsyncFn() -> T) -> T {
-        self.with(self.one, host, boot).await
+    /// What `boot` makes of one guest of `whom`.
+    pub(crate) async fn with_one<T>(
+        &mut self,
+        whom: &str,
+        host: &TestHost,
+        boot: impl AsyncFn() -> T,
+    ) -> T {
+        self.with(self.one, whom, host, boot).await
     }
 
-    /// What `boot` makes of many at once.
-    pub(crate) async fn with_crowd<T>(&mut self, host: &TestHost, boot: impl AsyncFn() -> T) -> T {
-        self.with(self.crowd, host, boot).await
+    /// What `boot` makes of many guests of `whom` at once.
+    pub(crate) async fn with_crowd<T>(
+        &mut self,
+        whom: &str,
+        host: &TestHost,
+        boot: impl AsyncFn() -> T,
+    ) -> T {
+        self.with(self.crowd, whom, host, boot).await
     }
 
-    async fn with<T>(&mut self, long: Duration, host: &TestHost, boot: impl AsyncFn() -> T) -> T {
+    async fn with<T>(
+        &mut self,
+        long: Duration,
+        whom: &str,
+        host: &TestHost,
+        boot: impl AsyncFn() -> T,
+    ) -> T {
         loop {
             if let Ok(done) = time::timeout(long, boot()).await {
                 return done;
             }
-            self.given_up += 1;
-            assert!(self.given_up <= GIVEN_UP_MAX, "guests stand still");
-            eprintln!("not there after {} s: given up, and begun anew", long.as_secs());
+            *self.given_up.entry(whom.to_owned()).or_default() += 1;
+            let all: u32 = self.given_up.values().sum();
+            assert!(all <= self.most, "guests stand still: {:?}", self.given_up);
+            eprintln!("{whom} is not there after {} s: given up, and begun anew", long.as_secs());
             host.clear().await;
         }
     }

@@ -1,5 +1,6 @@
 //! What a run found out: kept as JSON, shown as a table.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::fmt::{self, Display, Formatter};
 use std::fs;
@@ -15,8 +16,9 @@ pub(crate) struct Report {
     pub(crate) machine: String,
     /// Whether a nanosecond was an instruction: then figures in ms are millions of these.
     pub(crate) counts_instructions: bool,
-    /// Boots that did not get there, and are not among the figures.
-    pub(crate) given_up: u32,
+    /// How many boots of whom did not get there, and are not among the figures.
+    #[serde(default)]
+    pub(crate) given_up: BTreeMap<String, u32>,
     pub(crate) shapes: Vec<ShapeReport>,
     /// Many at once.
     pub(crate) crowd: Vec<Row>,
@@ -46,7 +48,7 @@ pub(crate) struct Row {
 impl Report {
     pub(crate) fn new(
         counts_instructions: bool,
-        given_up: u32,
+        given_up: BTreeMap<String, u32>,
         shapes: Vec<ShapeReport>,
         crowd: Vec<Row>,
         initcalls: Vec<(String, f64)>,
@@ -86,8 +88,8 @@ impl Display for Report {
     fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
         let unit = self.unit();
         writeln!(formatter, "commit {}, {}", self.commit, self.machine)?;
-        if self.given_up > 0 {
-            writeln!(formatter, "{} boots stood still and were begun anew", self.given_up)?;
+        for (whom, count) in &self.given_up {
+            writeln!(formatter, "{count} boots of {whom} stood still and were begun anew")?;
         }
         for shape in &self.shapes {
             let ShapeReport { vcpus, memory_mib, rows, .. } = shape;

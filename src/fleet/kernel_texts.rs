@@ -9,10 +9,11 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use ovum_vmm::kernel_text::gather;
-use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_get_seals, memfd_create};
+use ovum_vmm::kernel_text::{SEALS, gather};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, fcntl_get_seals, memfd_create};
 
 /// How long a worker may take to fill a file until another is tried: kernels start sooner.
 const FILL_TIMEOUT: Duration = Duration::from_secs(60);
@@ -55,9 +56,7 @@ impl KernelTexts {
             if !text.sealed && is_sealed(&text.file) {
                 text.sealed = true;
                 tracing::info!(vcpus, "The kernel's text is patched for later guests");
-                if let Err(error) = gather(&text.file) {
-                    tracing::info!(%error, "No huge pages for the kernel's text");
-                }
+                gather_aside(Arc::clone(&text.file));
             }
             if text.sealed {
                 return Some(Arc::clone(&text.file));
@@ -96,7 +95,20 @@ fn blank(bytes: u64) -> io::Result<File> {
 }
 
 fn is_sealed(file: &File) -> bool {
-    fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SealFlags::WRITE | SealFlags::SEAL))
+    fcntl_get_seals(file).is_ok_and(|seals| seals.contains(SEALS))
+}
+
+/// Nobody waits for it: it takes a while on a host that has to look for huge pages, and a guest
+/// that starts meanwhile has small ones.
+fn gather_aside(file: Arc<File>) {
+    let gathering = thread::Builder::new().name("kernel-text".to_owned()).spawn(move || {
+        if let Err(error) = gather(&file) {
+            tracing::info!(%error, "No huge pages for the kernel's text");
+        }
+    });
+    if let Err(error) = gathering {
+        tracing::warn!(%error, "No thread to find huge pages for the kernel's text");
+    }
 }
 
 #[cfg(test)]
@@ -115,7 +127,7 @@ mod tests {
 
     /// A worker fills a file.
     fn seal(file: &File) {
-        fcntl_add_seals(file, SealFlags::WRITE | SealFlags::SEAL).unwrap();
+        fcntl_add_seals(file, SEALS).unwrap();
     }
 
     #[test]

@@ -37,7 +37,7 @@ const PAGE_BYTES: u64 = size_of::<Page>() as u64;
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// With these a file stays as it is, whoever has it open.
-const SEALS: SealFlags =
+pub const SEALS: SealFlags =
     SealFlags::WRITE.union(SealFlags::SHRINK).union(SealFlags::GROW).union(SealFlags::SEAL);
 
 /// Whole pages of a kernel's text.

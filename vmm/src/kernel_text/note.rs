@@ -21,7 +21,7 @@ const NOTES_BYTES_MAX: u64 = 4096;
 /// Most ranges; Linux has two, what runs always and what runs at boot.
 const RANGES_MAX: usize = 4;
 /// Most bytes of text.
-const TEXT_BYTES_MAX: u64 = 64 << 20;
+pub(super) const TEXT_BYTES_MAX: u64 = 64 << 20;
 /// Notes, their names and their contents begin at multiples of this.
 const NOTE_ALIGNMENT: usize = 4;
 

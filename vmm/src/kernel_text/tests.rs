@@ -35,6 +35,11 @@ fn note(owner: &[u8; 5], kind: u32, ranges: &[[u64; 2]]) -> Vec<u8> {
 
 /// An ELF of one segment and these notes.
 fn kernel(notes: &[u8]) -> File {
+    kernel_of(notes, PAGES * PAGE_BYTES)
+}
+
+/// The same, and its headers say that the segment has so many bytes.
+fn kernel_of(notes: &[u8], bytes: u64) -> File {
     let mut elf = vec![0x7f, b'E', b'L', b'F', 2, 1, 1];
     elf.resize(16, 0);
     let half = |elf: &mut Vec<u8>, value: u16| elf.extend(value.to_le_bytes());
@@ -47,7 +52,7 @@ fn kernel(notes: &[u8]) -> File {
     [64, 56, 2, 64, 0, 0].iter().for_each(|&value| half(&mut elf, value));
     let notes_start = 64 + 2 * 56;
     for (kind, offset, start, bytes) in
-        [(1_u32, FILE_START, START, PAGES * PAGE_BYTES), (4, notes_start, 0, notes.len() as u64)]
+        [(1_u32, FILE_START, START, bytes), (4, notes_start, 0, notes.len() as u64)]
     {
         elf.extend(kind.to_le_bytes());
         elf.extend([0; 4]);
@@ -235,6 +240,24 @@ fn a_note_behind_others_is_found() {
             (START + 3 * PAGE_BYTES, FILE_START + 3 * PAGE_BYTES, PAGE_BYTES),
         ]
     );
+}
+
+#[test]
+fn huge_pages_begin_where_they_do_in_the_guest() {
+    let (small, large) = (PAGE_BYTES, HUGE_PAGE_BYTES + PAGE_BYTES);
+    let large_start = START + 3 * PAGE_BYTES;
+    let last_start = large_start + large;
+    let ranges =
+        [(START, small), (large_start, large), (last_start, small)].map(|(at, len)| [at, at + len]);
+
+    let kernel = kernel_of(&note(b"ovum\0", 1, &ranges), 2 * large);
+    let pieces = note::pieces(&kernel).unwrap();
+
+    let [first, large, last] = pieces[..] else { panic!("{pieces:?}") };
+    assert_eq!(first.kept_start, 0);
+    assert_eq!(large.kept_start % HUGE_PAGE_BYTES, large_start % HUGE_PAGE_BYTES);
+    assert!(large.kept_start >= small && large.kept_start < HUGE_PAGE_BYTES + small);
+    assert_eq!(last.kept_start, large.kept_start + large.bytes);
 }
 
 #[test]
