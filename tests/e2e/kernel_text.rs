@@ -46,7 +46,7 @@ fn text() -> (Vec<u8>, bool) {
 async fn boot(server: &Server, vcpus: u8) -> (String, Vec<u8>, bool) {
     ceilings::boot(server, "text", vcpus).await;
     let (text, is_mapped) = text();
-    let script = "grep . /sys/devices/system/cpu/vulnerabilities/*; dmesg | grep -i thunk; true";
+    let script = "grep . /sys/devices/system/cpu/vulnerabilities/*; dmesg | grep Unpatched; true";
     let says = server.sh("text", script).await;
     server.delete("text").await;
     (String::from_utf8(says.output).unwrap(), text, is_mapped)
