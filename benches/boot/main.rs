@@ -102,9 +102,9 @@ async fn measure_shape(
     for round in 1..=ROUNDS {
         let name = format!("bench-{round}");
         runs.push(patience.with_one(OURS, host, async || ours::run(host, shape).await).await);
-        ours.push(
-            patience.with_one(OURS, host, async || ours::boot(host, &name, shape).await).await,
-        );
+        let boot = async || ours::boot(host, &name, shape).await;
+        let spoken = patience.with_one(OURS, host, boot).await;
+        ours.push(spoken.end(host, &name, shape).await);
         theirs
             .push(patience.with_one(THEIRS, host, async || qemu.boot_crowd(1, shape).await).await);
         eprintln!("{} vCPUs, {} MiB: {round} of {ROUNDS}", shape.vcpus, shape.memory_mib);

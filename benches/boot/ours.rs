@@ -85,8 +85,17 @@ impl Boot {
     }
 }
 
-/// Boots one, measures it and deletes it.
-pub(crate) async fn boot(host: &TestHost, name: &str, shape: Shape) -> Boot {
+/// One that has spoken.
+pub(crate) struct Spoken {
+    moments: Vec<(&'static str, u64)>,
+    server_cpu_ms: f64,
+    worker: u32,
+    worker_cpu_ms: f64,
+    exits: Vec<f64>,
+}
+
+/// Boots one, until it has spoken.
+pub(crate) async fn boot(host: &TestHost, name: &str, shape: Shape) -> Spoken {
     let server_before_ms = cpu_ms(host.server.pid());
     let asked_ns = monotonic_ns();
     let instance = host.server.create(body(name, shape)).await;
@@ -96,18 +105,24 @@ pub(crate) async fn boot(host: &TestHost, name: &str, shape: Shape) -> Boot {
     let id = instance["id"].as_str().expect("an instance has an id");
     let events = host.server.data_dir.join("instances").join(id).join("events");
     let events = events_until(&events, Phase::FirstOutput).await;
-    let pid = only_worker();
-    let worker_cpu_ms = cpu_ms(pid);
-    time::sleep(IDLE).await;
-    let memory = Resident::of(pid, shape.memory_mib);
-
-    let deleting = Instant::now();
-    host.server.delete(name).await;
-    let delete_ms = deleting.elapsed().as_secs_f64() * 1e3;
-
+    let worker = only_worker();
+    let worker_cpu_ms = cpu_ms(worker);
     let mut moments = vec![("asked", asked_ns)];
     moments.extend(PHASES.iter().map(|(name, ending)| (*name, ending.of(&events))));
-    Boot { moments, delete_ms, server_cpu_ms, worker_cpu_ms, memory, exits }
+    Spoken { moments, server_cpu_ms, worker, worker_cpu_ms, exits }
+}
+
+impl Spoken {
+    /// Measures the idle worker, and deletes the instance.
+    pub(crate) async fn end(self, host: &TestHost, name: &str, shape: Shape) -> Boot {
+        let Self { moments, server_cpu_ms, worker, worker_cpu_ms, exits } = self;
+        time::sleep(IDLE).await;
+        let memory = Resident::of(worker, shape.memory_mib);
+        let deleting = Instant::now();
+        host.server.delete(name).await;
+        let delete_ms = deleting.elapsed().as_secs_f64() * 1e3;
+        Boot { moments, delete_ms, server_cpu_ms, worker_cpu_ms, memory, exits }
+    }
 }
 
 /// `ovum run` of a guest that says a word, from the command's start to its end, in milliseconds.
