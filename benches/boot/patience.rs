@@ -25,12 +25,12 @@ pub(crate) struct Patience {
 }
 
 impl Patience {
-    /// A boot by counts takes less than half a second of that host's, by time a few; a crowd
-    /// twenty times as much.
+    /// A boot by counts takes less than half a second of that host's; by time it takes a few, and
+    /// a crowd a minute.
     pub(crate) fn new(counts: bool) -> Self {
-        let (one, crowd, most) = if counts { (2, 6, GIVEN_UP_MAX) } else { (120, 600, 0) };
-        let [one, crowd] = [one, crowd].map(Duration::from_secs);
-        Self { one, crowd, most, given_up: BTreeMap::new() }
+        let (one, most) = if counts { (2, GIVEN_UP_MAX) } else { (120, 0) };
+        let one = Duration::from_secs(one);
+        Self { one, crowd: one * 5, most, given_up: BTreeMap::new() }
     }
 
     /// What `boot` makes of one guest of `whom`.
