@@ -85,11 +85,8 @@ async fn measure() -> Report {
     for shape in sizes {
         shapes.push(measure_shape(&host, &qemu, *shape, &mut patience).await);
     }
-    let crowd = match counts {
-        true => Vec::new(),
-        false => measure_crowd(&host, &qemu, &mut patience).await,
-    };
-    let initcalls = patience.with_one(OURS, &host, initcalls::dearest).await;
+    let crowd = if counts { Vec::new() } else { measure_crowd(&host, &qemu, &mut patience).await };
+    let initcalls = patience.with(OURS, 1, &host, initcalls::dearest).await;
     host.stop().await;
     Report::new(counts, patience.given_up, shapes, crowd, initcalls)
 }
@@ -103,12 +100,11 @@ async fn measure_shape(
     let (mut ours, mut runs, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
     for round in 1..=ROUNDS {
         let name = format!("bench-{round}");
-        runs.push(patience.with_one(OURS, host, async || ours::run(host, shape).await).await);
+        runs.push(patience.with(OURS, 1, host, async || ours::run(host, shape).await).await);
         let boot = async || ours::boot(host, &name, shape).await;
-        let spoken = patience.with_one(OURS, host, boot).await;
+        let spoken = patience.with(OURS, 1, host, boot).await;
         ours.push(spoken.end(host, &name, shape).await);
-        theirs
-            .push(patience.with_one(THEIRS, host, async || qemu.boot_crowd(1, shape).await).await);
+        theirs.push(patience.with(THEIRS, 1, host, async || qemu.boot_crowd(1, shape).await).await);
         eprintln!("{} vCPUs, {} MiB: {round} of {ROUNDS}", shape.vcpus, shape.memory_mib);
     }
     let of = |figure: fn(&ours::Boot) -> f64| ours.iter().map(figure).collect();
@@ -137,9 +133,9 @@ async fn measure_crowd(host: &TestHost, qemu: &Qemu, patience: &mut Patience) ->
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     for round in 1..=CROWD_ROUNDS {
         let crowd = async || ours::boot_crowd(host, CROWD, SHAPES[0]).await;
-        ours.push(patience.with_crowd(OURS, host, crowd).await);
+        ours.push(patience.with(OURS, CROWD, host, crowd).await);
         let crowd = async || qemu.boot_crowd(CROWD, SHAPES[0]).await;
-        theirs.push(patience.with_crowd(THEIRS, host, crowd).await);
+        theirs.push(patience.with(THEIRS, CROWD, host, crowd).await);
         eprintln!("{CROWD} at once: {round} of {CROWD_ROUNDS}");
     }
     vec![

@@ -8,8 +8,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ovum_test_host::{TestHost, worker_pids};
-use tokio::process::Command;
+use ovum_test_host::{TestHost, kill_workers};
 use tokio::time;
 
 /// How many are given up until the run is, where clocks count; by time none may be.
@@ -18,7 +17,6 @@ const GIVEN_UP_MAX: u32 = 20;
 /// What was given up, and when the next is.
 pub(crate) struct Patience {
     one: Duration,
-    crowd: Duration,
     most: u32,
     /// How many boots of whom.
     pub(crate) given_up: BTreeMap<String, u32>,
@@ -29,37 +27,18 @@ impl Patience {
     /// a crowd a minute.
     pub(crate) fn new(counts: bool) -> Self {
         let (one, most) = if counts { (2, GIVEN_UP_MAX) } else { (120, 0) };
-        let one = Duration::from_secs(one);
-        Self { one, crowd: one * 5, most, given_up: BTreeMap::new() }
+        Self { one: Duration::from_secs(one), most, given_up: BTreeMap::new() }
     }
 
-    /// What `boot` makes of one guest of `whom`.
-    pub(crate) async fn with_one<T>(
+    /// What `boot` makes of so many `guests` of `whom`.
+    pub(crate) async fn with<T>(
         &mut self,
         whom: &str,
+        guests: usize,
         host: &TestHost,
         boot: impl AsyncFn() -> T,
     ) -> T {
-        self.with(self.one, whom, host, boot).await
-    }
-
-    /// What `boot` makes of many guests of `whom` at once.
-    pub(crate) async fn with_crowd<T>(
-        &mut self,
-        whom: &str,
-        host: &TestHost,
-        boot: impl AsyncFn() -> T,
-    ) -> T {
-        self.with(self.crowd, whom, host, boot).await
-    }
-
-    async fn with<T>(
-        &mut self,
-        long: Duration,
-        whom: &str,
-        host: &TestHost,
-        boot: impl AsyncFn() -> T,
-    ) -> T {
+        let long = if guests == 1 { self.one } else { self.one * 5 };
         loop {
             if let Ok(done) = time::timeout(long, boot()).await {
                 return done;
@@ -68,10 +47,7 @@ impl Patience {
             let all: u32 = self.given_up.values().sum();
             assert!(all <= self.most, "guests stand still: {:?}", self.given_up);
             eprintln!("{whom} is not there after {} s: given up, and begun anew", long.as_secs());
-            for worker in worker_pids() {
-                // One that ends meanwhile is as good as killed.
-                let _ = Command::new("kill").args(["-9", &worker.to_string()]).status().await;
-            }
+            kill_workers();
             host.clear().await;
         }
     }

@@ -105,10 +105,7 @@ impl TestHost {
             let id = device["id"].as_str().unwrap_or_default();
             self.server.call(Method::DELETE, &format!("/devices/{id}"), None).await;
         }
-        for pid in worker_pids() {
-            // One that ends meanwhile is as good as killed.
-            let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
-        }
+        kill_workers();
         for group in groups() {
             // The server of the case is gone, and nobody else removes it.
             while group.exists() && fs::remove_dir(&group).is_err() {
@@ -506,6 +503,14 @@ pub fn groups() -> Vec<PathBuf> {
     let servers = fs::read_dir("/sys/fs/cgroup/ovum").into_iter().flatten().flatten();
     let groups = servers.flat_map(|server| fs::read_dir(server.path()).into_iter().flatten());
     groups.flatten().map(|group| group.path()).filter(|path| path.is_dir()).collect()
+}
+
+/// Kills all workers.
+pub fn kill_workers() {
+    for pid in worker_pids() {
+        // One that ends meanwhile is as good as killed.
+        let _ = Command::new("kill").args(["-9", &pid.to_string()]).status();
+    }
 }
 
 /// Process ids of all workers.

@@ -51,7 +51,7 @@ pub fn gather(file: &File) -> io::Result<()> {
     // SAFETY: only where nothing is mapped.
     #[expect(unsafe_code, reason = "mmap returns a raw range")]
     let mapped = unsafe { mmap(start, bytes, ProtFlags::READ, flags, file, 0)? };
-    let gathered = if mapped == start { collapse(start, bytes) } else { Ok(()) };
+    let gathered = collapse(mapped, bytes);
     // SAFETY: exactly what was mapped, and nothing refers to it.
     #[expect(unsafe_code, reason = "munmap takes a raw range")]
     unsafe {
