@@ -34,6 +34,7 @@ use crate::fleet::Fleet;
 use crate::images::digest::Digest;
 use crate::images::reference::Reference;
 use crate::images::{ImageSpec, ImageStatus, Images, ReadyError, RootDisk};
+use crate::instances::admission::Admission;
 use crate::instances::boot::{Boot, Booted};
 use crate::instances::follow::FOLLOWERS_MAX;
 use crate::instances::health::Health;
@@ -58,6 +59,7 @@ pub use errors::{
     StartError, StopError, UpkeepError, VolumeError,
 };
 
+mod admission;
 mod boot;
 mod diary;
 mod disks;
@@ -128,6 +130,7 @@ struct Shared {
     resources: Resources,
     network: Network,
     fleet: Fleet,
+    admission: Admission,
     agents: Agents,
     agent: PathBuf,
     hotplug: HotplugPolicy,
@@ -220,6 +223,7 @@ impl Instances {
             resources: spec.resources,
             network: spec.network,
             fleet: spec.fleet,
+            admission: Admission::for_host(),
             agents: Agents::default(),
             agent: spec.agent,
             hotplug: spec.hotplug,
@@ -266,7 +270,9 @@ impl Instances {
         record.expires_at = expiry.from(record.created_at);
         record.address = boot.address();
         let id = record.id.clone();
+        boot.await_turn(&self.shared).await?;
         let Reservation { record, dir, .. } = &mut reservation;
+        record.timeline.mark(Moment::Admitted);
         let disks = async { Ok(disks::create(&self.shared, &record.spec, dir).await?) };
         let connected = async {
             boot.connect(&self.shared, &id).await?;
@@ -287,7 +293,7 @@ impl Instances {
     fn keep(
         &self,
         mut reservation: Reservation,
-        Booted { worker, lease, loan }: Booted,
+        Booted { worker, lease, loan, turn }: Booted,
     ) -> Result<Arc<Instance>, CreateError> {
         reservation.record.phase = Phase::Kept;
         let record = reservation.record.clone();
@@ -295,7 +301,7 @@ impl Instances {
             CreateError::Reserve(ReserveError::from_sqlite(record.spec.name.as_str(), source))
         })?;
         let claim = reservation.keep();
-        let owner = Owner::new(Arc::clone(&self.shared), record).with_claim(claim);
+        let owner = Owner::new(Arc::clone(&self.shared), record).with_claim(claim).with_turn(turn);
         let owner = owner.with_worker(worker.keep(), lease, loan.map(NewLoan::keep));
         Ok(Shared::add(&self.shared, owner))
     }
@@ -473,6 +479,7 @@ impl Instances {
     /// Leaves all instances running and stops to watch them.
     pub async fn close(&self) {
         self.shared.closing.cancel();
+        self.shared.admission.close();
         self.shared.agents.close().await;
         self.shared.owners.close();
         self.shared.owners.wait().await;

@@ -6,6 +6,7 @@
 //! | phase | from | to |
 //! |---|---|---|
 //! | `image` | the request was understood | the root disk is open; waiting for a pull is in here |
+//! | `queue` | | it may boot, not too many others do |
 //! | `disks` | | the record is kept, the writable layer and the guest's configuration exist |
 //! | `worker` | | a process runs and has its launch message |
 //! | `vmm` | | the machine is built and its vCPUs run |
@@ -30,6 +31,8 @@ pub enum Moment {
     Asked,
     /// The root disk is open.
     ImageReady,
+    /// It may boot: not too many others do.
+    Admitted,
     /// Record, writable layer and configuration exist.
     DisksReady,
     /// The worker has its launch message.
@@ -49,8 +52,9 @@ pub enum Moment {
 }
 
 /// Each phase with the moments that can end it.
-const PHASES: [(&str, &[Moment]); 8] = [
+const PHASES: [(&str, &[Moment]); 9] = [
     ("image", &[Moment::ImageReady]),
+    ("queue", &[Moment::Admitted]),
     ("disks", &[Moment::DisksReady]),
     ("worker", &[Moment::Launched]),
     ("vmm", &[Moment::Booted]),

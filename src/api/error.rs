@@ -114,6 +114,11 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message)
     }
 
+    /// The next server can be asked.
+    fn closing(error: &impl Error) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "internal_error", chain(error)).may_pass()
+    }
+
     /// Why an instance has no network: the host cannot have any, or no more of them.
     fn of_network(error: &NetworkError) -> Self {
         match error {
@@ -405,6 +410,7 @@ impl From<BootError> for ApiError {
             BootError::NothingToRun | BootError::TooMuchText(_) => {
                 Self::bad("invalid_request", &error)
             }
+            BootError::Closing => Self::closing(&error),
             BootError::Network(error) => Self::of_network(error),
             BootError::Devices(_)
             | BootError::File { .. }
@@ -419,10 +425,7 @@ impl From<OrderError> for ApiError {
     fn from(error: OrderError) -> Self {
         match &error {
             OrderError::Find(error) => (*error).into(),
-            OrderError::Closing => {
-                Self::new(StatusCode::SERVICE_UNAVAILABLE, "internal_error", chain(&error))
-                    .may_pass()
-            }
+            OrderError::Closing => Self::closing(&error),
         }
     }
 }

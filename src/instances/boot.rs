@@ -16,6 +16,7 @@ use crate::devices::NewLoan;
 use crate::fleet::{NewWorker, WorkerDisk, WorkerNet, WorkerSpec};
 use crate::images::RootDisk;
 use crate::initramfs::Archive;
+use crate::instances::admission::Turn;
 use crate::instances::disks::InstanceDisk;
 use crate::instances::errors::BootError;
 use crate::instances::spec::{InstanceSpec, InterfaceSpec, KernelHeaders, SPARE_SLOTS};
@@ -38,6 +39,7 @@ pub(super) struct Boot {
     taps: Vec<OwnedFd>,
     loan: Option<NewLoan>,
     headers: Option<File>,
+    turn: Option<Turn>,
 }
 
 /// A machine that runs.
@@ -48,6 +50,8 @@ pub(super) struct Booted {
     pub(super) lease: Option<Lease>,
     /// What of the host it has.
     pub(super) loan: Option<NewLoan>,
+    /// Its guest boots in it.
+    pub(super) turn: Option<Turn>,
 }
 
 impl Boot {
@@ -73,12 +77,31 @@ impl Boot {
         let base = base_archive(shared)?;
         let initramfs = vec![base, config];
         let InterfaceSpec { download_bps, .. } = spec.network.unwrap_or_default();
-        Ok(Self { image, initramfs, lease, download_bps, taps: Vec::new(), loan: None, headers })
+        Ok(Self {
+            image,
+            initramfs,
+            lease,
+            download_bps,
+            taps: Vec::new(),
+            loan: None,
+            headers,
+            turn: None,
+        })
     }
 
     /// The guest's address, if it has a network.
     pub(super) fn address(&self) -> Option<Ipv4Addr> {
         self.lease.as_ref().map(Lease::address)
+    }
+
+    /// Waits until it may boot. The turn ends with this, unless a machine was started in it.
+    ///
+    /// # Errors
+    ///
+    /// [`BootError::Closing`].
+    pub(super) async fn await_turn(&mut self, shared: &Shared) -> Result<(), BootError> {
+        self.turn = Some(shared.admission.turn().await?);
+        Ok(())
     }
 
     /// Makes the way from the host to the guest of the instance `id`, if it has a network. It goes
@@ -124,7 +147,7 @@ impl Boot {
         dir: &Path,
         disks_of_its_own: &[InstanceDisk],
     ) -> Result<Booted, BootError> {
-        let Self { image, initramfs, lease, taps, loan, headers, .. } = self;
+        let Self { image, initramfs, lease, taps, loan, headers, turn, .. } = self;
         let root = WorkerDisk { id: "root", read_only: true, file: image.file.as_fd() };
         let mut disks = vec![root];
         disks.extend(disks_of_its_own.iter().map(|disk| WorkerDisk {
@@ -160,7 +183,7 @@ impl Boot {
             ends_with_us: spec.ends_with_server,
         };
         let worker = shared.fleet.spawn(worker).await?;
-        Ok(Booted { worker, lease, loan })
+        Ok(Booted { worker, lease, loan, turn })
     }
 }
 

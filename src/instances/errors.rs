@@ -145,6 +145,9 @@ pub enum BootError {
         #[source]
         source: io::Error,
     },
+    /// The server closes before its turn: the next one can be asked.
+    #[error("The server is closing")]
+    Closing,
     /// The kernel's headers.
     #[error("Failed to use {path}, which skip_kernel_headers does without", path = path.display())]
     Headers {

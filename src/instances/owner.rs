@@ -15,6 +15,7 @@ use crate::control::{Event as WorkerEvent, Happening, now_ns};
 use crate::devices::Loan;
 use crate::fleet::files;
 use crate::fleet::worker::{Happened, Worker};
+use crate::instances::admission::Turn;
 use crate::instances::diary::Diary;
 use crate::instances::health::Health;
 use crate::instances::history::{Ending, History};
@@ -116,6 +117,8 @@ pub(super) struct Owner {
     worker: Option<Worker>,
     /// What the host has promised to it, unless it has ended.
     claim: Option<Claim>,
+    /// It boots in it, until its workload runs.
+    turn: Option<Turn>,
     /// The address of its machine.
     lease: Option<Lease>,
     /// What of the host its machine has.
@@ -164,6 +167,7 @@ impl Owner {
             quiet_until: None,
             worker: None,
             claim: None,
+            turn: None,
             lease: None,
             loan: None,
             returning: None,
@@ -179,6 +183,12 @@ impl Owner {
     /// The host has promised this to it.
     pub(super) fn with_claim(mut self, claim: Claim) -> Self {
         self.claim = Some(claim);
+        self
+    }
+
+    /// It boots in this turn.
+    pub(super) fn with_turn(mut self, turn: Option<Turn>) -> Self {
+        self.turn = turn;
         self
     }
 
@@ -326,6 +336,7 @@ impl Owner {
         let is_ready = self.history.is_ready(self.record.spec.agent);
         if is_ready && self.state == State::Initializing {
             self.change(Event::Ready);
+            self.turn = None;
             self.begin_checks();
         }
     }
@@ -336,6 +347,7 @@ impl Owner {
             self.history.ran_out_of_memory();
         }
         self.claim = None;
+        self.turn = None;
         self.lease = None;
         self.returning = self.loan.take().map(|loan| self.shared.devices.give_back(loan));
         self.record.hold = None;

@@ -15,6 +15,7 @@ mod ceilings;
 mod cli;
 mod copy;
 mod crash;
+mod crowd;
 mod devices;
 mod disk;
 mod exec;
@@ -141,6 +142,7 @@ fn main() -> ExitCode {
 fn chosen(part: Part, filters: &[String]) -> Vec<&'static Case> {
     let for_any_host = [
         boot::CASES,
+        crowd::CASES,
         ceilings::CASES,
         api::CASES,
         lifecycle::CASES,

@@ -20,7 +20,7 @@ use crate::instances::record::{Phase, Record};
 use crate::instances::restart::{RestartReason, RestartStatus};
 use crate::instances::spec::{Command, InstanceSpec};
 use crate::instances::state::{Event, Request, Verdict};
-use crate::instances::{Instance, StartError};
+use crate::instances::{BootError, Instance, StartError};
 use crate::timeline::{Moment, Timeline};
 
 impl Owner {
@@ -48,6 +48,10 @@ impl Owner {
         let name = self.record.spec.name.to_string();
         tracing::info!(name, attempt = restart.attempts, "Starts an instance again");
         let Err(error) = self.boot(self.record.spec.clone(), restart.clone()).await else { return };
+        if matches!(error, StartError::Boot(BootError::Closing)) {
+            // Not an attempt: the next server makes it.
+            return;
+        }
         tracing::warn!(name, %error, "Failed to start an instance again");
         self.diary.note(&format!("attempt {} to start it again: {error}", restart.attempts));
         self.record.restart = restart;
@@ -71,6 +75,8 @@ impl Owner {
             self.record.spec.name.as_str(),
             spec.need(),
         )?;
+        boot.await_turn(&shared).await?;
+        timeline.mark(Moment::Admitted);
         let disks = disks::reopen(&shared, &spec, &dir).await?;
         self.begin(|record| record.phase = Phase::Starting)?;
         self.change(Event::Start);
@@ -106,7 +112,7 @@ impl Owner {
     /// The machine runs: the record says so, or the machine goes.
     async fn keep(
         &mut self,
-        Booted { worker, lease, loan }: Booted,
+        Booted { worker, lease, loan, turn }: Booted,
         change: impl FnOnce(&mut Record),
     ) -> Result<(), StartError> {
         if let Err(error) = self.update(change) {
@@ -114,6 +120,7 @@ impl Owner {
             return Err(error.into());
         }
         self.history = History::new(self.record.timeline.clone());
+        self.turn = turn;
         self.attach(worker.keep(), lease, loan.map(NewLoan::keep));
         Ok(())
     }
