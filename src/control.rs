@@ -20,8 +20,8 @@ use serde::{Deserialize, Serialize};
 /// The only argument of a worker. Not for people.
 pub const WORKER_COMMAND: &str = "worker";
 
-/// Where a worker finds its launch socket.
-pub const LAUNCH_FD: i32 = 3;
+/// Where a worker finds its launch socket: it is its standard input.
+pub const LAUNCH_FD: i32 = 0;
 
 /// The machine a worker shall be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -28,8 +28,8 @@ use rustix::fs::{major, minor};
 use tokio::time;
 
 use crate::control::{
-    DiskSpec, FileRole, HostDeviceSpec, HotplugPolicy, LAUNCH_FD, Launch, MEMORY_BYTES_STEP,
-    MachineSpec, NetSpec, RateLimitSpec, RateSpec, Reply, WORKER_COMMAND,
+    DiskSpec, FileRole, HostDeviceSpec, HotplugPolicy, Launch, MEMORY_BYTES_STEP, MachineSpec,
+    NetSpec, RateLimitSpec, RateSpec, Reply, WORKER_COMMAND,
 };
 use crate::fleet::worker::Worker;
 use crate::os::cgroup::{Cgroup, Share};
@@ -247,13 +247,13 @@ impl Fleet {
         let (ours, theirs) = packets::pair().map_err(SpawnError::Start)?;
         let theirs = OwnedFd::from(theirs);
         let group = self.group(dir, &launch.machine);
-        let door = group.as_ref().map(Cgroup::door).transpose().map_err(SpawnError::Start)?;
-        let spawned = spawn::start(&self.program, WORKER_COMMAND, (&theirs, LAUNCH_FD), log, door);
+        let spawned = spawn::start(&self.program, WORKER_COMMAND, theirs, log);
         let child = spawned.map_err(SpawnError::Start)?;
-        drop(theirs);
         let pid = child.id().ok_or(SpawnError::Died)?;
         let identity = Identity::of(pid).map_err(SpawnError::Start)?;
         let process = identity.find().map_err(SpawnError::Start)?.ok_or(SpawnError::Died)?;
+        // While it still finds its libraries.
+        group.as_ref().map(|group| group.take(pid)).transpose().map_err(SpawnError::Start)?;
         let worker = Worker::started(identity, process, child, dir).map_err(SpawnError::Start)?;
         let mut worker = NewWorker(Some(worker.in_group(group)));
         let Some(started) = worker.0.as_mut() else { return Err(SpawnError::Died) };

@@ -13,8 +13,9 @@ const SHOWN_MAX: usize = 12;
 /// many microseconds, or none, was not measured.
 const TICK_MICROS: u32 = 4_000;
 
-/// What has the kernel say it, all of it kept until there is a console.
-const CMDLINE: &str = "initcall_debug loglevel=8 log_buf_len=1M";
+/// What has the kernel keep it and say all of it when it panics (`panic_print`): a line that goes
+/// to the console at once takes longer than nearly every call does.
+const CMDLINE: &str = "initcall_debug log_buf_len=1M printk.ignore_loglevel=N panic_print=0x20";
 
 /// The dearest of one boot of a bare kernel, which ends where it finds no root; in milliseconds.
 pub(crate) async fn dearest() -> Vec<(String, f64)> {

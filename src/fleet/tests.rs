@@ -71,7 +71,7 @@ async fn next(worker: &mut Worker) -> Option<u64> {
 fn endless() -> (Identity, Child) {
     let (_ours, theirs) = packets::pair().unwrap();
     let log = tempfile::tempfile().unwrap();
-    let child = spawn::start(Path::new(ENDLESS), "x", (&theirs.into(), LAUNCH_FD), log, None);
+    let child = spawn::start(Path::new(ENDLESS), "x", theirs.into(), log);
     let child = child.unwrap();
     (Identity::of(child.id().unwrap()).unwrap(), child)
 }

@@ -1,9 +1,8 @@
 //! Admission: how many machines of this host boot at the same time.
 //!
-//! A boot is work for a processor from its request to its workload, with hardly a wait in it. More
-//! of them at once than there are processors take each other's caches and TLBs away, and all are
-//! late together. So boots take turns in the order in which they were asked for: of twenty at once
-//! the first runs after a twentieth of the time, and the last no later than it would have (0018).
+//! A boot is work for a processor from its request to its workload, with hardly a wait in it: of
+//! more at once than there are processors all are late together. So boots take turns in the order
+//! in which they were asked for. The last is no later for it, and all others are earlier (0018).
 //!
 //! A guest cannot keep others waiting: its turn is over when its workload runs, when it ends, or
 //! after [`TURN_MAX`], whichever comes first.
@@ -21,9 +20,6 @@ use crate::instances::BootError;
 /// How long a boot keeps its turn: many times what one takes where KVM is real.
 const TURN_MAX: Duration = Duration::from_secs(5);
 
-/// Boots beyond one for each processor: there is work while another waits for a disk.
-const SPARE_TURNS: usize = 1;
-
 /// Who boots now, and who waits.
 #[derive(Debug)]
 pub(super) struct Admission {
@@ -38,10 +34,10 @@ pub(super) struct Turn {
 }
 
 impl Admission {
-    /// As many at once as this host has processors for.
+    /// As many at once as this host has processors.
     pub(super) fn for_host() -> Self {
         let processors = thread::available_parallelism().map_or(1, usize::from);
-        Self::new(processors + SPARE_TURNS, TURN_MAX)
+        Self::new(processors, TURN_MAX)
     }
 
     fn new(turns: usize, turn_max: Duration) -> Self {

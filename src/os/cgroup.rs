@@ -130,13 +130,13 @@ impl Cgroups {
 }
 
 impl Cgroup {
-    /// Opens the file into which a process writes `0` to enter the group.
+    /// Takes the process `pid` in; what it has taken of the host before is not counted.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
-    pub fn door(&self) -> io::Result<File> {
-        File::options().write(true).open(self.folder.join("cgroup.procs"))
+    /// What the kernel says: that there is no such process, for one.
+    pub fn take(&self, pid: u32) -> io::Result<()> {
+        self.set("cgroup.procs", pid.into())
     }
 
     /// Whether the kernel killed a process of it for want of memory (cgroup-v2, "memory.events").

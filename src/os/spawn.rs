@@ -6,13 +6,12 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{self, Stdio};
 
-use rustix::io::write;
-use rustix::process::{Pid, Resource, Rlimit, prlimit, setsid};
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
 
@@ -82,22 +81,19 @@ impl Identity {
     }
 }
 
-/// Starts `program` with `argument`, in a session of its own and without environment.
+/// Starts `program` with `argument`, without environment.
 ///
-/// It finds `file` as descriptor `number` and has no other file of ours; what it says to stderr
-/// goes to `log`. If there is a `door`, of a control group, it has entered that before it runs. The
-/// caller owns the child: dropped, it runs on, and is reaped when it ends.
+/// Its standard input is `socket`, and it has no other file of ours; what it says to stderr goes to
+/// `log`. The caller owns the child: dropped, it runs on, and is reaped when it ends.
+///
+/// Nothing is done between this process and that one but what posix_spawn(3) can: a fork would copy
+/// the page tables of this one, and have each page that this one writes to next copied, too.
 ///
 /// # Errors
 ///
-/// What fork(2) or execve(2) say.
-pub fn start(
-    program: &Path,
-    argument: &str,
-    (file, number): (&OwnedFd, i32),
-    log: File,
-    door: Option<File>,
-) -> io::Result<Child> {
+/// What clone(2) or execve(2) say.
+pub fn start(program: &Path, argument: &str, socket: OwnedFd, log: File) -> io::Result<Child> {
+    keep_files_to_ourselves()?;
     #[expect(clippy::disallowed_methods, reason = "a worker is no tool: it is not waited for")]
     let mut command = process::Command::new(program);
     command
@@ -105,51 +101,23 @@ pub fn start(
         .arg(argument)
         .env_clear()
         .current_dir("/")
-        .stdin(Stdio::null())
+        .stdin(socket)
         .stdout(Stdio::null())
         .stderr(log);
-    let file = file.as_fd().as_raw_fd();
-    let prepare = move || {
-        setsid()?;
-        if let Some(door) = &door {
-            // Whoever writes 0 means itself.
-            write(door, b"0")?;
-        }
-        hand_over(file, number)
-    };
-    #[expect(unsafe_code, reason = "the only way to hand a child a file under a number")]
-    // SAFETY: between fork and exec only async-signal-safe functions may run. `prepare` makes bare
-    // system calls: it allocates nothing and takes no lock.
-    unsafe {
-        command.pre_exec(prepare);
-    }
     Command::from(command).spawn()
 }
 
-/// Makes `file` the descriptor `number`, inheritable, and everything above it close-on-exec.
-#[expect(unsafe_code, reason = "descriptors are numbers here, after a fork and before an exec")]
-fn hand_over(file: i32, number: i32) -> io::Result<()> {
-    if file == number {
-        // dup2(2) would leave close-on-exec as it is.
-        // SAFETY: F_SETFD takes an integer and touches no memory.
-        if unsafe { libc::fcntl(file, libc::F_SETFD, 0) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    } else {
-        // SAFETY: takes two integers and touches no memory. The descriptor that `number` may have
-        // been is the child's own copy, close-on-exec like all of ours, so nobody misses it.
-        if unsafe { libc::dup2(file, number) } < 0 {
-            return Err(io::Error::last_os_error());
-        }
-    }
-    let first = number.unsigned_abs() + 1;
+/// All files but the standard ones are closed in whatever this process starts: its own are so since
+/// they were opened, but not those that were left open for it by whoever started it.
+fn keep_files_to_ourselves() -> io::Result<()> {
+    const FIRST: u32 = 3;
     let flags = libc::CLOSE_RANGE_CLOEXEC.cast_signed();
-    // SAFETY: takes three integers; with this flag it closes nothing yet, which would take away the
-    // descriptor through which the standard library reports a failed exec.
-    if unsafe { libc::close_range(first, u32::MAX, flags) } < 0 {
-        return Err(io::Error::last_os_error());
+    // SAFETY: takes three integers, and with this flag closes nothing here.
+    #[expect(unsafe_code, reason = "there is no other call for all files of a process")]
+    match unsafe { libc::close_range(FIRST, u32::MAX, flags) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -176,10 +144,10 @@ mod tests {
         let mut log = tempfile::tempfile().unwrap();
         let shell = Path::new("/bin/sh");
         let script = tempfile::NamedTempFile::new().unwrap();
-        fs::write(script.path(), "ls /proc/self/fd >&3; env >&2; echo done >&2").unwrap();
+        fs::write(script.path(), "ls /proc/self/fd >&0; env >&2; echo done >&2").unwrap();
         let path = script.path().to_str().unwrap();
 
-        let child = start(shell, path, (&theirs.into(), 3), log.try_clone().unwrap(), None);
+        let child = start(shell, path, theirs.into(), log.try_clone().unwrap());
         let mut child = child.unwrap();
         let status = child.wait().await.unwrap();
 
@@ -188,8 +156,8 @@ mod tests {
         ours.read_to_string(&mut listing).unwrap();
         io::Seek::rewind(&mut log).unwrap();
         log.read_to_string(&mut said).unwrap();
-        // 4 is the folder that ls itself reads.
-        assert_eq!(listing.split_whitespace().collect::<Vec<_>>(), ["0", "1", "2", "3", "4"]);
+        // 3 is the folder that ls itself reads.
+        assert_eq!(listing.split_whitespace().collect::<Vec<_>>(), ["0", "1", "2", "3"]);
         assert_eq!(said, "PWD=/\ndone\n");
     }
 }

@@ -49,7 +49,7 @@ const EVENTS_MAX: [(&str, &str, &str, u64, &str); 6] = [
         // Below the end of its memory: devices are above.
         "fault_address < 0x8000000",
         HITS,
-        750,
+        50,
         "memory that the guest touches first, by two megabytes where it can be, its text too",
     ),
     (

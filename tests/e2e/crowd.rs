@@ -62,7 +62,7 @@ async fn a_crowd_boots_in_turns(host: &TestHost) {
     });
     let processors = thread::available_parallelism().unwrap().get();
     let most = most.max().unwrap();
-    assert!((1..=processors + 1).contains(&most), "{most} at once: {boots:?}");
+    assert!((1..=processors).contains(&most), "{most} at once: {boots:?}");
     let queued = |instance: &Value| instance["phase_durations_ms"]["queue"].as_u64().unwrap();
     let queues_ms: Vec<_> = crowd.iter().map(queued).collect();
     assert!(queues_ms.iter().max() > queues_ms.iter().min(), "nobody waited: {queues_ms:?}");

@@ -2,8 +2,8 @@
 //!
 //! Other threads reach a device only by an [`Order`], through [`Orders`]. A vCPU gives two of them,
 //! when its driver is ready and when it resets; the machine puts devices into slots and takes them
-//! out, pauses, saves and ends. A kick is no order but an ioeventfd, an interrupt an irqfd, so a
-//! request costs no vCPU an exit to this process.
+//! out, pauses, saves and ends. A kick is no order but an ioeventfd, so a request costs no vCPU an
+//! exit to this process.
 //!
 //! The host is waited for, too: when it wants a device back that it has lent, the machine ends.
 //!

@@ -18,7 +18,7 @@ const TYPE: u32 = 1;
 const HEADERS_MAX: u16 = 32;
 /// Most bytes of notes; Linux has 200.
 const NOTES_BYTES_MAX: u64 = 4096;
-/// Most ranges; Linux has two, what runs always and what runs at boot.
+/// Most ranges; ours has one.
 const RANGES_MAX: usize = 4;
 /// Most bytes of text.
 pub(super) const TEXT_BYTES_MAX: u64 = 64 << 20;

@@ -36,7 +36,7 @@ impl Machine {
         match self.orders.put(slot, Box::new(task)) {
             Some(Ok(())) => {}
             Some(Err(refused)) => {
-                clear(&self.vm, slot, &refused.task, &registers);
+                clear(&self.vm, slot, &refused.task);
                 return Err(BuildError::Thread(refused.source).into());
             }
             None => return Err(Ended.into()),
@@ -57,10 +57,10 @@ impl Machine {
             return Ok(false);
         };
         let (slot, _) = self.disks.swap_remove(index);
-        let registers = self.platform.slots.vacate(slot);
+        self.platform.slots.vacate(slot);
         let task = self.orders.take(slot).ok_or(Ended)?;
-        if let (Some(registers), Some(task)) = (registers, task) {
-            clear(&self.vm, slot, &task, &registers);
+        if let Some(task) = task {
+            clear(&self.vm, slot, &task);
         }
         Ok(true)
     }

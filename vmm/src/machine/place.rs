@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use kvm_ioctls::{IoEventAddress, VmFd};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::layout::{MMIO_GSI_FIRST, MMIO_SLOTS, mmio_slot};
 use crate::machine_error::BuildError;
@@ -12,7 +11,26 @@ use crate::reactor::Orders;
 use crate::virtio::Device;
 use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::mmio::{Identity, QUEUE_NOTIFY, Registers};
-use crate::virtio::task::{Line, Task};
+use crate::virtio::task::{Interrupt, Line, Task};
+
+/// An interrupt by its number, as an edge.
+///
+/// KVM cannot pass on one of the I/O APIC where an eventfd is written: an irqfd would have a kernel
+/// thread woken for each. These two calls take as long as that write, and then it is done.
+#[derive(Debug)]
+struct Edge {
+    vm: Arc<VmFd>,
+    gsi: u32,
+}
+
+impl Interrupt for Edge {
+    fn raise(&self) {
+        for is_high in [true, false] {
+            // KVM refuses only a number that has no pin.
+            let _ = self.vm.set_irq_line(self.gsi, is_high);
+        }
+    }
+}
 
 /// Prepares slot number `slot` for `device`: what is served there, and what the guest finds there.
 ///
@@ -20,25 +38,23 @@ use crate::virtio::task::{Line, Task};
 ///
 /// [`BuildError`]; nothing stays behind.
 pub(super) fn place(
-    vm: &VmFd,
+    vm: &Arc<VmFd>,
     mem: &Arc<Mem>,
     slot: u8,
     device: Box<dyn Device>,
     orders: &Orders,
 ) -> Result<(Task, Registers), BuildError> {
     let address = notify(slot)?;
-    let irq = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BuildError::Thread)?);
-    let line = Line::new(irq);
+    let gsi = MMIO_GSI_FIRST + u32::from(slot);
+    let line = Line::new(Arc::new(Edge { vm: Arc::clone(vm), gsi }));
     let config = ConfigSpace::new(device.config());
     let identity = Identity::of(&*device, config.clone());
     let task =
         Task::new(device, config, Arc::clone(mem), line.clone()).map_err(BuildError::Thread)?;
     let registers = Registers::new(slot, identity, orders.clone(), line);
-    vm.register_irqfd(registers.line().irq(), gsi(slot))
-        .map_err(BuildError::kvm("register an interrupt"))?;
     for (kick, queue) in task.kicks().iter().zip(0_u32..) {
         if let Err(error) = vm.register_ioevent(kick, &address, queue) {
-            clear(vm, slot, &task, &registers);
+            clear(vm, slot, &task);
             return Err(BuildError::kvm("register a kick")(error));
         }
     }
@@ -46,20 +62,15 @@ pub(super) fn place(
 }
 
 /// Undoes [`place`]: KVM knows of the device no more.
-pub(super) fn clear(vm: &VmFd, slot: u8, task: &Task, registers: &Registers) {
+pub(super) fn clear(vm: &VmFd, slot: u8, task: &Task) {
     let Ok(address) = notify(slot) else { return };
     for (kick, queue) in task.kicks().iter().zip(0_u32..) {
         // KVM refuses only what it does not have.
         let _ = vm.unregister_ioevent(kick, &address, queue);
     }
-    let _ = vm.unregister_irqfd(registers.line().irq(), gsi(slot));
 }
 
 fn notify(slot: u8) -> Result<IoEventAddress, BuildError> {
     let start = mmio_slot(slot.into()).ok_or(BuildError::TooManyDevices { max: MMIO_SLOTS })?;
     Ok(IoEventAddress::Mmio(start + QUEUE_NOTIFY))
-}
-
-fn gsi(slot: u8) -> u32 {
-    MMIO_GSI_FIRST + u32::from(slot)
 }

@@ -4,6 +4,7 @@
 //! the interrupt if the driver wants it, comes back for what was left over, and takes a device
 //! whose driver broke the rules out of service.
 
+use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -65,23 +66,31 @@ pub struct QueueState {
     pub next_used: u16,
 }
 
+/// What has a guest look at its device.
+pub trait Interrupt: Debug + Send + Sync {
+    /// Raises it, once.
+    fn raise(&self);
+}
+
+impl Interrupt for EventFd {
+    fn raise(&self) {
+        // It refuses only when its counter is full: then the interrupt is raised already.
+        let _ = self.write(1);
+    }
+}
+
 /// The interrupt of a device: what is pending, and how the guest hears of it.
 #[derive(Debug, Clone)]
 pub struct Line {
     pending: Arc<AtomicU32>,
     broken: Arc<AtomicBool>,
-    irq: Arc<EventFd>,
+    irq: Arc<dyn Interrupt>,
 }
 
 impl Line {
-    /// A line that raises `irq`, which is an irqfd.
-    pub fn new(irq: Arc<EventFd>) -> Self {
+    /// A line that raises `irq`.
+    pub fn new(irq: Arc<dyn Interrupt>) -> Self {
         Self { pending: Arc::default(), broken: Arc::default(), irq }
-    }
-
-    /// What it raises.
-    pub fn irq(&self) -> &EventFd {
-        &self.irq
     }
 
     /// InterruptStatus.
@@ -112,8 +121,7 @@ impl Line {
 
     fn raise(&self, bits: u32) {
         self.pending.fetch_or(bits, Ordering::SeqCst);
-        // An eventfd refuses only when its counter is full: then the interrupt is raised already.
-        let _ = self.irq.write(1);
+        self.irq.raise();
     }
 
     fn fail(&self) {

@@ -32,7 +32,7 @@ fn parts(
     irq: &Arc<EventFd>,
     orders: &Orders,
 ) -> (Task, Registers) {
-    let line = Line::new(Arc::clone(irq));
+    let line = Line::new(irq.clone());
     let config = ConfigSpace::new(device.config());
     let identity = Identity::of(&*device, config.clone());
     let task = Task::new(device, config, Arc::new(guest.mem.clone()), line.clone()).unwrap();
