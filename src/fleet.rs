@@ -252,11 +252,11 @@ impl Fleet {
         let pid = child.id().ok_or(SpawnError::Died)?;
         let identity = Identity::of(pid).map_err(SpawnError::Start)?;
         let process = identity.find().map_err(SpawnError::Start)?.ok_or(SpawnError::Died)?;
-        // While it still finds its libraries.
-        group.as_ref().map(|group| group.take(pid)).transpose().map_err(SpawnError::Start)?;
         let worker = Worker::started(identity, process, child, dir).map_err(SpawnError::Start)?;
         let mut worker = NewWorker(Some(worker.in_group(group)));
         let Some(started) = worker.0.as_mut() else { return Err(SpawnError::Died) };
+        // While it still finds its libraries.
+        started.enter_group().map_err(SpawnError::Start)?;
         let path = dir.join(files::IDENTITY);
         fs::write(&path, serde_json::to_vec(started.identity()).unwrap_or_default())
             .map_err(|source| SpawnError::File { path, source })?;

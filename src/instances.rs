@@ -478,8 +478,8 @@ impl Instances {
 
     /// Leaves all instances running and stops to watch them.
     pub async fn close(&self) {
-        self.shared.closing.cancel();
         self.shared.admission.close();
+        self.shared.closing.cancel();
         self.shared.agents.close().await;
         self.shared.owners.close();
         self.shared.owners.wait().await;

@@ -6,8 +6,8 @@
 //! | phase | from | to |
 //! |---|---|---|
 //! | `image` | the request was understood | the root disk is open; waiting for a pull is in here |
-//! | `queue` | | it may boot, not too many others do |
-//! | `disks` | | the record is kept, the writable layer and the guest's configuration exist |
+//! | `queue` | | the record is kept, and it may boot: not too many others do |
+//! | `disks` | | the writable layer and the way to the network exist |
 //! | `worker` | | a process runs and has its launch message |
 //! | `vmm` | | the machine is built and its vCPUs run |
 //! | `kernel` | | the guest's first user instruction, the agent's |
@@ -33,7 +33,7 @@ pub enum Moment {
     ImageReady,
     /// It may boot: not too many others do.
     Admitted,
-    /// Record, writable layer and configuration exist.
+    /// Writable layer and way to the network exist.
     DisksReady,
     /// The worker has its launch message.
     Launched,

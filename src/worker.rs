@@ -27,7 +27,6 @@ use ovum_vmm::machine::{Machine, MachineEvent, MachineEventKind, StopReason};
 use ovum_vmm::virtio::balloon::BalloonHandle;
 use rustix::event::{self, PollFd, PollFlags, Timespec};
 use rustix::io::{Errno, FdFlags, fcntl_setfd};
-use rustix::process::setsid;
 
 use crate::control::{
     Event, Happening, HotplugPolicy, LAUNCH_FD, Launch, Order, Reply, Status, StopCause, now_ns,
@@ -93,8 +92,6 @@ pub fn main() -> anyhow::Result<()> {
         .recv()
         .context("No launch message: a worker is started by the server, not by hand")?;
     fcntl_setfd(&launch, FdFlags::CLOEXEC).context("Failed to keep the launch socket")?;
-    // What ends the server from now on, a key of its terminal say, does not end this.
-    setsid().context("Failed to leave the server's session")?;
     let launched_ns = now_ns();
     match start(packet, launched_ns) {
         Ok((mut worker, past)) => {

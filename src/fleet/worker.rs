@@ -94,10 +94,15 @@ impl Worker {
         })
     }
 
-    /// It is in this control group.
+    /// This control group is its.
     pub(super) fn in_group(mut self, group: Option<Cgroup>) -> Self {
         self.group = group;
         self
+    }
+
+    /// Puts the process into its group, if it has one.
+    pub(super) fn enter_group(&self) -> io::Result<()> {
+        self.group.as_ref().map_or(Ok(()), |group| group.take(self.pid()))
     }
 
     /// Its group goes, as soon as it has.

@@ -33,7 +33,6 @@ pub const HEADERS: &str = "headers.erofs";
 #[derive(Debug)]
 pub(super) struct Boot {
     image: RootDisk,
-    initramfs: Vec<File>,
     lease: Option<Lease>,
     download_bps: Option<NonZeroU64>,
     taps: Vec<OwnedFd>,
@@ -68,25 +67,22 @@ impl Boot {
     ) -> Result<Self, BootError> {
         let network = &shared.network;
         let lease = spec.network.map(|_| network.lease(last)).transpose()?;
-        let wiring = lease.as_ref().map(|lease| network.wiring(lease));
         let headers = headers(&shared.fleet.kernel, spec.kernel_headers)?;
-        let hotplug = spec.hotplug(shared.hotplug);
-        let config = guest::config(spec, &image.config, wiring, headers.is_some(), hotplug)
-            .ok_or(BootError::NothingToRun)?;
-        let config = rewound(&Archive::config(&config)?.to_file()?)?;
-        let base = base_archive(shared)?;
-        let initramfs = vec![base, config];
         let InterfaceSpec { download_bps, .. } = spec.network.unwrap_or_default();
-        Ok(Self {
-            image,
-            initramfs,
-            lease,
-            download_bps,
-            taps: Vec::new(),
-            loan: None,
-            headers,
-            turn: None,
-        })
+        let taps = Vec::new();
+        let boot = Self { image, lease, download_bps, taps, loan: None, headers, turn: None };
+        boot.config(shared, spec)?;
+        Ok(boot)
+    }
+
+    /// What the guest is told: the time, for one, so that it is made when the guest is started.
+    fn config(&self, shared: &Shared, spec: &InstanceSpec) -> Result<Archive, BootError> {
+        let wiring = self.lease.as_ref().map(|lease| shared.network.wiring(lease));
+        let hotplug = spec.hotplug(shared.hotplug);
+        let config =
+            guest::config(spec, &self.image.config, wiring, self.headers.is_some(), hotplug)
+                .ok_or(BootError::NothingToRun)?;
+        Ok(Archive::config(&config)?)
     }
 
     /// The guest's address, if it has a network.
@@ -147,7 +143,9 @@ impl Boot {
         dir: &Path,
         disks_of_its_own: &[InstanceDisk],
     ) -> Result<Booted, BootError> {
-        let Self { image, initramfs, lease, taps, loan, headers, turn, .. } = self;
+        let config = rewound(&self.config(shared, spec)?.to_file()?)?;
+        let initramfs = vec![base_archive(shared)?, config];
+        let Self { image, lease, taps, loan, headers, turn, .. } = self;
         let root = WorkerDisk { id: "root", read_only: true, file: image.file.as_fd() };
         let mut disks = vec![root];
         disks.extend(disks_of_its_own.iter().map(|disk| WorkerDisk {

@@ -333,10 +333,12 @@ impl Owner {
         if event.what == Happening::Booted {
             self.started_at = Some(wall_clock(event.at_ns));
         }
+        if self.history.is_ready(false) {
+            self.turn = None;
+        }
         let is_ready = self.history.is_ready(self.record.spec.agent);
         if is_ready && self.state == State::Initializing {
             self.change(Event::Ready);
-            self.turn = None;
             self.begin_checks();
         }
     }

@@ -134,7 +134,7 @@ impl Cgroup {
     ///
     /// # Errors
     ///
-    /// What the kernel says: that there is no such process, for one.
+    /// What the kernel says.
     pub fn take(&self, pid: u32) -> io::Result<()> {
         self.set("cgroup.procs", pid.into())
     }

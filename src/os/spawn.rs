@@ -81,7 +81,8 @@ impl Identity {
     }
 }
 
-/// Starts `program` with `argument`, without environment.
+/// Starts `program` with `argument`, without environment and in a process group of its own: what
+/// ends this one, a key of its terminal say, does not end that.
 ///
 /// Its standard input is `socket`, and it has no other file of ours; what it says to stderr goes to
 /// `log`. The caller owns the child: dropped, it runs on, and is reaped when it ends.
@@ -101,6 +102,7 @@ pub fn start(program: &Path, argument: &str, socket: OwnedFd, log: File) -> io::
         .arg(argument)
         .env_clear()
         .current_dir("/")
+        .process_group(0)
         .stdin(socket)
         .stdout(Stdio::null())
         .stderr(log);

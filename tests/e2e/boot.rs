@@ -52,7 +52,7 @@ async fn the_boot_has_a_timeline(host: &TestHost) {
     let (_, instance) = host.server.run("timeline", BUSYBOX, &sh("echo first")).await;
 
     let phases = &instance["phase_durations_ms"];
-    for phase in ["image", "disks", "worker", "vmm", "kernel", "agent", "workload"] {
+    for phase in ["image", "queue", "disks", "worker", "vmm", "kernel", "agent", "workload"] {
         assert!(phases[phase].is_number(), "{phase} is missing: {phases}");
     }
     assert!(phases["kernel"].as_u64() > Some(0), "a kernel takes time: {phases}");

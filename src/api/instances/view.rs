@@ -75,8 +75,8 @@ pub struct InstanceView {
     /// What that means.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit_message: Option<String>,
-    /// Where the time of the boot went: `image`, `disks`, `worker`, `vmm`, `kernel`, `agent`,
-    /// `workload`, `first_output`, one after the other, in milliseconds.
+    /// Where the time of the boot went: `image`, `queue`, `disks`, `worker`, `vmm`, `kernel`,
+    /// `agent`, `workload`, `first_output`, one after the other, in milliseconds.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub phase_durations_ms: BTreeMap<String, u64>,
     /// What it is at: one of those while it boots, then its state in lower case.

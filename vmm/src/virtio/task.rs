@@ -47,8 +47,8 @@ pub struct TaskState {
 
 /// What a device has told the guest and the guest has not yet heard.
 ///
-/// Whoever restores it raises the interrupt again if something is pending: the one that was raised
-/// may not have reached the interrupt controller when that was read.
+/// Whoever restores it raises the interrupt again if something is pending: one too many does no
+/// harm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LineState {
     /// InterruptStatus.
@@ -68,10 +68,11 @@ pub struct QueueState {
 
 /// What has a guest look at its device.
 pub trait Interrupt: Debug + Send + Sync {
-    /// Raises it, once.
+    /// Raises it, once. Only one thread does: the device's.
     fn raise(&self);
 }
 
+/// For those who only want to see that it is raised.
 impl Interrupt for EventFd {
     fn raise(&self) {
         // It refuses only when its counter is full: then the interrupt is raised already.
