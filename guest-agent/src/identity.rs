@@ -12,11 +12,14 @@ use rustix::{system, time};
 
 use crate::{console, network};
 
-/// A clock that is less than this wrong is left alone, being more exact than the configuration:
-/// that was written before the machine was built.
-const CLOCK_ERROR_NS_MAX: i128 = 1_000_000_000;
-
 const NS_PER_S: i128 = 1_000_000_000;
+
+/// How far behind what it should be a clock may be.
+const BEHIND_NS_MAX: i128 = NS_PER_S;
+
+/// How far ahead of it: the configuration was written before the machine was built, which takes
+/// long where many are.
+const AHEAD_NS_MAX: i128 = 60 * NS_PER_S;
 
 /// Gives the guest its identity.
 pub(crate) fn assume(config: &GuestConfig) {
@@ -62,14 +65,37 @@ fn name_files(hostname: &str) {
 
 /// Sets the clock if the kernel found none, or a wrong one.
 fn set_clock(realtime_ns: u64) -> Result<(), Errno> {
-    let Timespec { tv_sec, tv_nsec } = time::clock_gettime(ClockId::Realtime);
-    let wanted_ns = i128::from(realtime_ns);
-    let error_ns = wanted_ns - (i128::from(tv_sec) * NS_PER_S + i128::from(tv_nsec));
-    if error_ns.abs() <= CLOCK_ERROR_NS_MAX {
+    let [now_ns, booted_ns] = [ClockId::Realtime, ClockId::Boottime].map(|clock| {
+        let Timespec { tv_sec, tv_nsec } = time::clock_gettime(clock);
+        i128::from(tv_sec) * NS_PER_S + i128::from(tv_nsec)
+    });
+    let wanted_ns = i128::from(realtime_ns) + booted_ns;
+    if is_right(now_ns, wanted_ns) {
         return Ok(());
     }
     let whole = |ns| i64::try_from(ns).map_err(|_| Errno::INVAL);
     let wanted =
         Timespec { tv_sec: whole(wanted_ns / NS_PER_S)?, tv_nsec: whole(wanted_ns % NS_PER_S)? };
     time::clock_settime(ClockId::Realtime, wanted)
+}
+
+/// Whether a clock that says `now_ns` is better left alone, being more exact than the least that it
+/// should be: what the configuration says, and the time since the kernel started.
+fn is_right(now_ns: i128, wanted_ns: i128) -> bool {
+    (-BEHIND_NS_MAX..=AHEAD_NS_MAX).contains(&(now_ns - wanted_ns))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_is_left_alone_that_is_right_though_the_machine_was_long_in_the_making() {
+        let wanted_ns = 1_800_000_000 * NS_PER_S;
+        let is_right_at = |seconds: i128| is_right(wanted_ns + seconds * NS_PER_S, wanted_ns);
+
+        assert!(is_right_at(0) && is_right_at(-1) && is_right_at(20));
+        assert!(!is_right_at(-2) && !is_right_at(61));
+        assert!(!is_right(0, wanted_ns), "the kernel has found no clock");
+    }
 }
