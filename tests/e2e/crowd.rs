@@ -1,7 +1,6 @@
 //! Many instances that are asked for at once boot in turns.
 
 use std::fs;
-use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -100,8 +99,7 @@ async fn who_waits_for_a_turn_is_told_that_the_server_closes(_: &TestHost) {
     });
     let mut asked: FuturesUnordered<_> = asked.collect();
     let first = asked.next().await.unwrap();
-    let told = Command::new("kill").args(["-TERM", &server.pid().to_string()]).status().unwrap();
-    assert!(told.success());
+    server.tell_to_end();
     let mut answers: Vec<_> = asked.collect().await;
     answers.push(first);
     server.terminate();

@@ -199,10 +199,15 @@ impl Server {
 
     /// As an operator ends one.
     pub fn terminate(&mut self) {
-        let pid = self.child.id().to_string();
+        self.tell_to_end();
+        self.child.wait().expect("the server was ours");
+    }
+
+    /// The same, but does not wait for it.
+    pub fn tell_to_end(&self) {
+        let pid = self.pid().to_string();
         let told = Command::new("kill").args(["-TERM", &pid]).status().expect("kill runs");
         assert!(told.success(), "the server was running");
-        self.child.wait().expect("the server was ours");
     }
 
     /// Sends a request; the answer as JSON, or as text if it is none.
