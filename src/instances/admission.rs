@@ -5,10 +5,12 @@
 //! in which they were asked for. The last is no later for it, and all others are earlier (0018).
 //!
 //! A guest cannot keep others waiting: its turn is over when its workload runs, when it ends, or
-//! after [`TURN_MAX`], whichever comes first; and whoever has waited for [`WAIT_MAX`] boots beside
-//! the others, as all would without turns.
+//! after [`TURN_MAX`], whichever comes first. Each turn that runs out halves the time of the next
+//! until a boot ends in [`TURN_MAX`] again: however many guests in a row never speak, they keep the
+//! others for twice [`TURN_MAX`], and a little each. Whoever has waited for [`WAIT_MAX`] boots
+//! beside the others, as all would without turns.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -18,17 +20,21 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::instances::BootError;
 
-/// How long a boot keeps its turn: many times what one takes where KVM is real.
+/// How long a boot keeps its turn at most: many times what one takes where KVM is real.
 const TURN_MAX: Duration = Duration::from_secs(5);
 
-/// How long a boot waits for its turn.
-const WAIT_MAX: Duration = Duration::from_secs(10);
+/// The part of that which a turn keeps at least, however many before it have run out.
+const TURN_MIN_PART: u32 = 100;
+
+/// How long a boot waits for its turn: clients wait a minute for an answer, and half of that is the
+/// launch's.
+const WAIT_MAX: Duration = Duration::from_secs(25);
 
 /// Who boots now, and who waits.
 #[derive(Debug)]
 pub(super) struct Admission {
     turns: Arc<Semaphore>,
-    turn_max: Duration,
+    length: Arc<Length>,
     wait_max: Duration,
 }
 
@@ -39,6 +45,13 @@ pub(super) struct Turn {
     _over: Option<DropGuard>,
 }
 
+/// How long the next turn may be.
+#[derive(Debug)]
+struct Length {
+    max: Duration,
+    next: Mutex<Duration>,
+}
+
 impl Admission {
     /// As many at once as this host has processors.
     pub(super) fn for_host() -> Self {
@@ -47,7 +60,8 @@ impl Admission {
     }
 
     fn new(turns: usize, turn_max: Duration, wait_max: Duration) -> Self {
-        Self { turns: Arc::new(Semaphore::new(turns)), turn_max, wait_max }
+        let length = Arc::new(Length { max: turn_max, next: Mutex::new(turn_max) });
+        Self { turns: Arc::new(Semaphore::new(turns)), length, wait_max }
     }
 
     /// Waits until it may boot.
@@ -63,7 +77,7 @@ impl Admission {
         };
         let permit = permit.map_err(|_closed| BootError::Closing)?;
         let over = CancellationToken::new();
-        tokio::spawn(hold(permit, over.clone(), self.turn_max));
+        tokio::spawn(hold(permit, over.clone(), Arc::clone(&self.length)));
         Ok(Turn { _over: Some(over.drop_guard()) })
     }
 
@@ -73,15 +87,49 @@ impl Admission {
     }
 }
 
-async fn hold(permit: OwnedSemaphorePermit, over: CancellationToken, turn_max: Duration) {
-    if time::timeout(turn_max, over.cancelled()).await.is_err() {
+async fn hold(permit: OwnedSemaphorePermit, over: CancellationToken, length: Arc<Length>) {
+    let given = length.next();
+    if time::timeout(given, over.cancelled()).await.is_err() {
         tracing::debug!("A boot takes long; the next begins beside it");
+        length.ran_out(given);
+        drop(permit);
+        let rest = length.max.saturating_sub(given);
+        if time::timeout(rest, over.cancelled()).await.is_err() {
+            return;
+        }
     }
-    drop(permit);
+    length.was_enough(given * 2);
+}
+
+impl Length {
+    fn next(&self) -> Duration {
+        *self.lock()
+    }
+
+    /// A turn of this length was not enough. Of those that were given it together one is counted.
+    fn ran_out(&self, given: Duration) {
+        let mut next = self.lock();
+        if *next == given {
+            *next = (given / 2).max(self.max / TURN_MIN_PART);
+        }
+    }
+
+    /// A boot has ended that took no longer than the longest turn: nobody need be given less than
+    /// this.
+    fn was_enough(&self, least: Duration) {
+        let mut next = self.lock();
+        *next = least.clamp(*next, self.max);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Duration> {
+        self.next.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use futures_util::FutureExt;
 
     use super::*;
@@ -122,6 +170,58 @@ mod tests {
         let _silent = admission.turn().await.unwrap();
 
         admission.turn().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn many_that_never_speak_hold_others_up_for_little_longer_than_two() {
+        const SILENT: u32 = 40;
+        let turn_max = Duration::from_millis(100);
+        let admission = Admission::new(1, turn_max, EVER);
+        let begun = Instant::now();
+
+        let mut silent = Vec::new();
+        for _ in 0..SILENT {
+            silent.push(admission.turn().await.unwrap());
+        }
+        drop(admission.turn().await.unwrap());
+
+        // At their full length it were forty.
+        let waited = begun.elapsed();
+        assert!((turn_max..turn_max * 8).contains(&waited), "{waited:?}");
+    }
+
+    #[tokio::test]
+    async fn boots_that_are_only_slow_have_long_turns_again() {
+        const SLOW: Duration = Duration::from_millis(40);
+        const BOOTS: u32 = 8;
+        let turn_max = Duration::from_secs(2);
+        let admission = Admission::new(1, turn_max, EVER);
+        *admission.length.lock() = turn_max / TURN_MIN_PART;
+
+        for _ in 0..BOOTS {
+            let turn = admission.turn().await.unwrap();
+            time::sleep(SLOW).await;
+            drop(turn);
+        }
+
+        let _after = admission.turn().await.unwrap();
+        assert!(admission.length.next() > SLOW, "{:?}", admission.length);
+    }
+
+    #[test]
+    fn the_length_of_a_turn_comes_back() {
+        let length = Length { max: TURN_MAX, next: Mutex::new(TURN_MAX) };
+        let shortest = TURN_MAX / TURN_MIN_PART;
+
+        length.ran_out(TURN_MAX);
+        length.ran_out(TURN_MAX);
+        assert_eq!(length.next(), TURN_MAX / 2, "two that began together");
+        (0..20).for_each(|_| length.ran_out(length.next()));
+        assert_eq!(length.next(), shortest);
+        length.was_enough(shortest * 2);
+        assert_eq!(length.next(), shortest * 2);
+        length.was_enough(TURN_MAX * 2);
+        assert_eq!(length.next(), TURN_MAX);
     }
 
     #[tokio::test]
