@@ -22,6 +22,7 @@ use ovum_vmm::virtio::blk::{Blk, EngineKind};
 use ovum_vmm::virtio::config_space::ConfigSpace;
 use ovum_vmm::virtio::mem::MemDevice;
 use ovum_vmm::virtio::mmio::{Identity, Registers};
+use ovum_vmm::virtio::shown::ShownSlots;
 use ovum_vmm::virtio::task::Line;
 use rustix::fs::{MemfdFlags, memfd_create};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -30,6 +31,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 const STEPS_MAX: usize = 256;
 
 /// Widest access of a vCPU.
+/// Where the configuration space begins.
+const REGISTERS_END: u64 = 0x100;
 const WIDTH_MAX: usize = 8;
 
 #[derive(Debug, Arbitrary)]
@@ -66,12 +69,16 @@ fuzz_target!(|steps: Vec<Step>| {
     let (orders, _nobody) = reactor::orders().unwrap();
     drop(_nobody);
     let devices = devices();
-    let configs: Vec<_> = devices.iter().map(|device| ConfigSpace::new(device.config())).collect();
+    let all = ShownSlots::new().unwrap();
+    let shown = |slot: u8| all.slot(slot.into()).unwrap();
+    let configs = devices.iter().zip(0..);
+    let configs = configs.map(|(device, slot)| ConfigSpace::new(device.config(), shown(slot)));
+    let configs: Vec<_> = configs.collect();
     let registers = devices.iter().zip(&configs).zip(0..).map(|((device, config), slot)| {
-        let line = Line::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()));
+        let line = Line::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()), shown(slot));
         Registers::new(slot, Identity::of(&**device, config.clone()), orders.clone(), line)
     });
-    let slots = Slots::new(registers.collect(), 1);
+    let slots = Slots::new(registers.collect(), 1, all.clone());
     let at = |slot: u8, offset: u16| {
         // The last but one is vacant, and there is no last.
         let slot = u64::from(slot) % (configs.len() as u64 + 2);
@@ -82,6 +89,12 @@ fuzz_target!(|steps: Vec<Step>| {
         match step {
             Step::Read { slot, offset, width } => {
                 slots.read(at(slot, offset), &mut data[..usize::from(width) % (WIDTH_MAX + 1)]);
+                // What a guest is shown is what it would read.
+                let slot = u64::from(slot) % (configs.len() as u64 + 1);
+                let offset = u64::from(offset) % REGISTERS_END / 4 * 4;
+                let mut word = [0; 4];
+                slots.read(MMIO_START + slot * MMIO_SLOT_BYTES + offset, &mut word);
+                assert_eq!(all.slot(slot).unwrap().says(offset), u32::from_le_bytes(word));
             }
             Step::Write { slot, offset, width, value } => {
                 let value = &value.to_le_bytes()[..usize::from(width) % (WIDTH_MAX + 1)];

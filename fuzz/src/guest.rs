@@ -15,6 +15,7 @@ use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use ovum_vmm::memory::Mem;
 use ovum_vmm::virtio::config_space::ConfigSpace;
 use ovum_vmm::virtio::mmio::QueueSetup;
+use ovum_vmm::virtio::shown::ShownSlots;
 use ovum_vmm::virtio::task::{Activation, Line, Task};
 use ovum_vmm::virtio::{Device, Interest, Watch};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -126,8 +127,9 @@ impl HostileGuest {
             next_avail: 0,
         });
         let queues: Vec<Queue> = queues.collect();
-        let line = Line::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()));
-        let config = ConfigSpace::new(device.config());
+        let shown = ShownSlots::new().unwrap().slot(0).unwrap();
+        let line = Line::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()), shown.clone());
+        let config = ConfigSpace::new(device.config(), shown);
         let task = Task::new(Box::new(device), config, Arc::clone(&mem), line).unwrap();
         let watch = Files::default();
         let mut guest = Self { mem, task, watch, features, queues, next_buffer: MEMORY_BYTES / 2 };

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
-use ovum_vmm::kvm::Vm;
+use ovum_vmm::kvm::{Access, Vm};
 use ovum_vmm::layout::IOAPIC_LINES;
 use ovum_vmm::memory::MemoryRange;
 use ovum_vmm::pci::bars::{BarShape, Windows};
@@ -257,7 +257,8 @@ impl WitnessVm {
 }
 
 impl Vm for WitnessVm {
-    fn set_slot(&self, slot: u32, range: MemoryRange) -> io::Result<()> {
+    fn set_slot(&self, slot: u32, range: MemoryRange, access: Access) -> io::Result<()> {
+        assert_eq!(access, Access::Write, "registers of a device are written to");
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if range.bytes == 0 {
             assert!(state.slots.remove(&slot).is_some(), "a slot goes that is not there");

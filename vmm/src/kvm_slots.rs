@@ -6,7 +6,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::kvm::Vm;
+use crate::kvm::{Access, Vm};
 use crate::memory::{MemoryListener, MemoryRange};
 
 /// All slots of a machine. Clones are the same.
@@ -28,10 +28,10 @@ impl KvmSlots {
     /// # Errors
     ///
     /// What KVM says, above all that the guest has something else there.
-    pub fn add(&self, range: MemoryRange) -> io::Result<()> {
+    pub fn add(&self, range: MemoryRange, access: Access) -> io::Result<()> {
         let mut starts = self.starts.lock().unwrap_or_else(PoisonError::into_inner);
         let slot = starts.iter().position(Option::is_none).unwrap_or(starts.len());
-        self.set(slot, range)?;
+        self.set(slot, range, access)?;
         match starts.get_mut(slot) {
             Some(start) => *start = Some(range.host_start),
             None => starts.push(Some(range.host_start)),
@@ -44,20 +44,23 @@ impl KvmSlots {
         let mut starts = self.starts.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(slot) = starts.iter().position(|&start| start == Some(host_start)) else { return };
         // KVM refuses only a slot that it does not have.
-        if self.set(slot, MemoryRange { guest_start: 0, bytes: 0, host_start }).is_ok() {
+        if self
+            .set(slot, MemoryRange { guest_start: 0, bytes: 0, host_start }, Access::Write)
+            .is_ok()
+        {
             starts[slot] = None;
         }
     }
 
     /// Tells KVM of one slot; no bytes are no slot.
-    fn set(&self, slot: usize, range: MemoryRange) -> io::Result<()> {
-        self.vm.set_slot(u32::try_from(slot).map_err(io::Error::other)?, range)
+    fn set(&self, slot: usize, range: MemoryRange, access: Access) -> io::Result<()> {
+        self.vm.set_slot(u32::try_from(slot).map_err(io::Error::other)?, range, access)
     }
 }
 
 impl MemoryListener for KvmSlots {
     fn added(&mut self, range: MemoryRange) -> io::Result<()> {
-        self.add(range)
+        self.add(range, Access::Write)
     }
 
     fn removed(&mut self, range: MemoryRange) {

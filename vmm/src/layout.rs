@@ -2,11 +2,12 @@
 //!
 //! ```text
 //! 0x0000_0500  GDT                 0xd000_0000  start of the 32-bit hole, virtio-mmio slots
-//! 0x0000_7000  zero page           0xd400_0000  PCI configuration space
-//! 0x0000_9000  page tables         0xd800_0000  low window for BARs
-//! 0x0002_0000  command line        0xfec0_0000  IOAPIC
-//! 0x000e_0000  ACPI tables         0xfee0_0000  local APICs
-//! 0x0100_0000  kernel              0xfffb_d000  KVM's TSS and identity map
+//! 0x0000_7000  zero page           0xd001_3000  what their registers say, to be read
+//! 0x0000_9000  page tables         0xd400_0000  PCI configuration space
+//! 0x0002_0000  command line        0xd800_0000  low window for BARs
+//! 0x000e_0000  ACPI tables         0xfec0_0000  IOAPIC
+//! 0x0100_0000  kernel              0xfee0_0000  local APICs
+//!                                  0xfffb_d000  KVM's TSS and identity map
 //!                                  4 GiB        high RAM, room for memory added later,
 //!                                               high window for BARs
 //! ```
@@ -42,6 +43,10 @@ pub const MMIO_START: u64 = HOLE_START;
 pub const MMIO_SLOT_BYTES: u64 = 4 << 10;
 /// Most virtio devices: as many as there are interrupt lines for them.
 pub const MMIO_SLOTS: u64 = 19;
+/// Where a guest reads what the slots' registers say, without an exit.
+pub const SHOWN_START: u64 = MMIO_START + MMIO_SLOTS * MMIO_SLOT_BYTES;
+/// Bytes of that for each slot.
+pub const SHOWN_BYTES: u64 = 512;
 /// Configuration space of the PCI bus, if there is one.
 pub const ECAM_START: u64 = 0xd400_0000;
 /// Its bytes: one bus.
@@ -102,8 +107,7 @@ pub const PANIC_PORT: u16 = 0xb13;
 pub const PANIC_EVENT: u8 = 1;
 
 const _: () = assert!(HOLE_START.is_multiple_of(2 << 20), "RAM must end on a huge page");
-const _: () = assert!(MMIO_START + MMIO_SLOTS * MMIO_SLOT_BYTES <= IOAPIC_START);
-const _: () = assert!(MMIO_START + MMIO_SLOTS * MMIO_SLOT_BYTES <= ECAM_START);
+const _: () = assert!(SHOWN_START + MMIO_SLOTS * SHOWN_BYTES <= ECAM_START);
 const _: () = assert!(ECAM_START + ECAM_BYTES <= PCI_LOW_START);
 const _: () = assert!(PCI_PORTS_START as u32 + PCI_PORTS as u32 <= 1 << 16);
 const _: () = assert!(PCI_PORTS_START > PANIC_PORT && PCI_PORTS_START > SERIAL_PORT);
@@ -117,6 +121,11 @@ const _: () = assert!(ACPI_START + ACPI_BYTES_MAX <= RAM_AFTER_LEGACY);
 /// The guest-physical address of virtio-mmio slot `slot`, if there is such a slot.
 pub fn mmio_slot(slot: u64) -> Option<u64> {
     (slot < MMIO_SLOTS).then(|| MMIO_START + slot * MMIO_SLOT_BYTES)
+}
+
+/// Where the guest reads what the registers of slot `slot` say, if there is such a slot.
+pub fn shown_slot(slot: u64) -> Option<u64> {
+    (slot < MMIO_SLOTS).then(|| SHOWN_START + slot * SHOWN_BYTES)
 }
 
 /// The ranges of RAM, as (start, bytes), of a machine with `memory_bytes` in all.

@@ -23,13 +23,13 @@ use crate::arch::{acpi, boot, cpuid, registers};
 use crate::events::Events;
 pub use crate::events::{MachineEvent, MachineEventKind, StopReason};
 use crate::kernel_text::{Identity, Image, KernelText};
-use crate::kvm::Vm;
+use crate::kvm::{Access, Vm};
 use crate::kvm_slots::KvmSlots;
 use crate::layout::{KVM_TSS_START, MMIO_SLOTS, SERIAL_GSI, hotplug_start};
 use crate::machine::place::place;
 use crate::machine_error::{BuildError, Ended, SaveError};
 use crate::machine_state::{DeviceSlotState, IrqchipState, MachineState};
-use crate::memory::{Mem, Memory, MemoryListener};
+use crate::memory::{Mem, Memory, MemoryError, MemoryListener, MemoryRange};
 use crate::pci::msi::Routes;
 use crate::pci::{self, PciBus};
 use crate::ports::{Ports, SerialInterrupt};
@@ -47,6 +47,7 @@ use crate::virtio::console::Console;
 use crate::virtio::entropy::Entropy;
 use crate::virtio::mem::{MemDevice, MemError, MemHandle};
 use crate::virtio::net;
+use crate::virtio::shown::ShownSlots;
 use crate::virtio::vsock::Vsock;
 
 pub mod disks;
@@ -118,14 +119,14 @@ impl Machine {
         let kvm = kvm(files.kvm)?;
         let vm = Arc::new(kvm.create_vm().map_err(BuildError::kvm("create a virtual machine"))?);
         set_up_interrupts(&vm)?;
-        let slots = KvmSlots::new(Arc::clone(&vm) as Arc<dyn Vm>);
-        let mut listeners: Vec<Box<dyn MemoryListener>> = vec![Box::new(slots.clone())];
+        let kvm_slots = KvmSlots::new(Arc::clone(&vm) as Arc<dyn Vm>);
+        let mut listeners: Vec<Box<dyn MemoryListener>> = vec![Box::new(kvm_slots.clone())];
         let pci = if spec.devices.is_empty() {
             None
         } else {
             let paths = spec.devices.iter().map(|device| device.path.as_path());
             let container = Container::new(&vm, paths)?;
-            let pci = bus(spec, &container, &vm, slots)?;
+            let pci = bus(spec, &container, &vm, kvm_slots.clone())?;
             // After the first device, without which a container has no IOMMU to map with.
             listeners.push(Box::new(DmaMap(container)));
             Some(pci)
@@ -144,14 +145,12 @@ impl Machine {
         let slot_count = (devices.len() + usize::from(spec.spare_slots)).min(most);
         let vacant = slot_count.saturating_sub(devices.len());
         let (orders, inbox) = reactor::orders().map_err(BuildError::Thread)?;
-        let (mut tasks, mut registers) = (Vec::new(), Vec::new());
-        for (device, slot) in devices.into_iter().zip(0..) {
-            let (task, behind) = place(&vm, &mem, slot, device, &orders)?;
-            tasks.push(task);
-            registers.push(behind);
-        }
-        let recalls = pci.as_ref().map_or(Ok(Vec::new()), PciBus::recalls);
-        let recalls = recalls.map_err(BuildError::Thread)?;
+        let shown = show_slots(&kvm_slots)?;
+        let placed = devices.into_iter().zip(0..);
+        let placed = placed.map(|(device, slot)| place(&vm, &mem, slot, device, &orders, &shown));
+        let (tasks, registers) = placed.collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+        let recalls =
+            pci.as_ref().map_or(Ok(Vec::new()), PciBus::recalls).map_err(BuildError::Thread)?;
         let reactor = Reactor::start(tasks, orders.clone(), inbox, recalls, Arc::clone(&events))
             .map_err(BuildError::Thread)?;
 
@@ -168,7 +167,7 @@ impl Machine {
         let msrs = kvm.get_msr_index_list().map_err(BuildError::kvm("list registers"))?;
         let platform = Arc::new(Platform {
             ports: Ports::new(Arc::clone(&events), serial, text.and_then(KernelText::into_keeper)),
-            slots: Slots::new(registers, vacant),
+            slots: Slots::new(registers, vacant, shown),
             pci,
             events: Arc::clone(&events),
             exits: Exits::default(),
@@ -336,6 +335,16 @@ impl Machine {
     pub fn events_fd(&self) -> BorrowedFd<'_> {
         self.events.as_fd()
     }
+}
+
+/// Lets the guest see, where it cannot write, what the registers of its slots say.
+fn show_slots(kvm_slots: &KvmSlots) -> Result<ShownSlots, MemoryError> {
+    let shown = ShownSlots::new()?;
+    let range = shown.range();
+    let MemoryRange { guest_start, bytes, .. } = range;
+    let added = kvm_slots.add(range, Access::Read);
+    added.map_err(|source| MemoryError::Listener { guest_start, bytes, source })?;
+    Ok(shown)
 }
 
 /// The words for the guest's kernel.

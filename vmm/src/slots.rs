@@ -7,17 +7,30 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::layout::{MMIO_SLOT_BYTES, MMIO_START};
 use crate::virtio::mmio::{self, Registers};
+use crate::virtio::shown::ShownSlots;
 
 /// All slots that the guest knows of, in order. Each has a lock of its own; no two are ever held
 /// together.
 #[derive(Debug)]
-pub struct Slots(Vec<Mutex<Option<Registers>>>);
+pub struct Slots {
+    registers: Vec<Mutex<Option<Registers>>>,
+    /// Lives as long as a guest can look there.
+    shown: ShownSlots,
+}
 
 impl Slots {
-    /// Slots 0 and on with `registers` in them, and behind them so many that are vacant.
-    pub fn new(registers: Vec<Registers>, vacant: usize) -> Self {
+    /// Slots 0 and on with `registers` in them, and behind them so many that are vacant. The guest
+    /// is `shown` what they say.
+    pub fn new(registers: Vec<Registers>, vacant: usize, shown: ShownSlots) -> Self {
+        registers.iter().for_each(Registers::appear);
         let taken = registers.into_iter().map(Some);
-        Self(taken.chain((0..vacant).map(|_| None)).map(Mutex::new).collect())
+        let registers = taken.chain((0..vacant).map(|_| None)).map(Mutex::new).collect();
+        Self { registers, shown }
+    }
+
+    /// What the guest sees of all of them.
+    pub fn shown(&self) -> &ShownSlots {
+        &self.shown
     }
 
     /// A vCPU reads guest address `address`. What is not there reads as ones.
@@ -40,38 +53,43 @@ impl Slots {
 
     /// What `look` makes of each slot's registers, by slot; vacant ones are left out.
     pub fn each<T>(&self, mut look: impl FnMut(&Registers) -> T) -> Vec<(u8, T)> {
-        let looked =
-            (0..).zip(&self.0).map(|(slot, found)| (slot, lock(found).as_ref().map(&mut look)));
+        let looked = (0..)
+            .zip(&self.registers)
+            .map(|(slot, found)| (slot, lock(found).as_ref().map(&mut look)));
         looked.filter_map(|(slot, found)| Some((slot, found?))).collect()
     }
 
     /// How many are vacant.
     pub fn vacant(&self) -> usize {
-        self.0.iter().filter(|slot| lock(slot).is_none()).count()
+        self.registers.iter().filter(|slot| lock(slot).is_none()).count()
     }
 
     /// The first that is vacant.
     pub fn first_vacant(&self) -> Option<u8> {
-        let found = (0..).zip(&self.0).find(|(_, slot)| lock(slot).is_none());
+        let found = (0..).zip(&self.registers).find(|(_, slot)| lock(slot).is_none());
         found.map(|(slot, _)| slot)
     }
 
     /// Puts `registers` into a slot, which the guest finds there the next time it looks.
     pub fn fill(&self, slot: u8, registers: Registers) {
-        if let Some(found) = self.0.get(usize::from(slot)) {
-            *lock(found) = Some(registers);
+        if let Some(found) = self.registers.get(usize::from(slot)) {
+            let mut found = lock(found);
+            registers.appear();
+            *found = Some(registers);
         }
     }
 
     /// Takes the registers out of a slot. A vCPU that is at them finishes first.
     pub fn vacate(&self, slot: u8) -> Option<Registers> {
-        lock(self.0.get(usize::from(slot))?).take()
+        let mut found = lock(self.registers.get(usize::from(slot))?);
+        let registers = found.take();
+        registers.inspect(Registers::vanish)
     }
 
     fn find(&self, address: u64) -> Option<(MutexGuard<'_, Option<Registers>>, u64)> {
         let offset = address.checked_sub(MMIO_START)?;
         let slot = usize::try_from(offset / MMIO_SLOT_BYTES).ok()?;
-        Some((lock(self.0.get(slot)?), offset % MMIO_SLOT_BYTES))
+        Some((lock(self.registers.get(slot)?), offset % MMIO_SLOT_BYTES))
     }
 }
 
@@ -103,12 +121,15 @@ mod tests {
     /// Slots with these devices in them, and no thread behind.
     fn slots(devices: Vec<Box<dyn Device>>) -> Slots {
         let (orders, _) = reactor::orders().unwrap();
+        let all = ShownSlots::new().unwrap();
         let registers = devices.into_iter().zip(0..).map(|(device, slot)| {
-            let line = Line::new(Arc::new(EventFd::new(EFD_NONBLOCK).unwrap()));
-            let config = ConfigSpace::new(device.config());
+            let shown = all.slot(slot.into()).unwrap();
+            let irq = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+            let line = Line::new(irq, shown.clone());
+            let config = ConfigSpace::new(device.config(), shown);
             Registers::new(slot, Identity::of(&*device, config), orders.clone(), line)
         });
-        Slots::new(registers.collect(), 1)
+        Slots::new(registers.collect(), 1, all)
     }
 
     fn read(slots: &Slots, address: u64) -> u32 {

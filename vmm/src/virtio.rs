@@ -16,6 +16,7 @@ pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod ring;
+pub mod shown;
 pub mod task;
 pub mod vsock;
 

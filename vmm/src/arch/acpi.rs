@@ -20,7 +20,7 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::layout::{
     ACPI_BYTES_MAX, ACPI_START, ECAM_BYTES, ECAM_START, IOAPIC_START, LAPIC_START, MMIO_GSI_FIRST,
     MMIO_SLOT_BYTES, PANIC_PORT, RESET_PORT, RESET_VALUE, SERIAL_GSI, SERIAL_PORT, SERIAL_PORTS,
-    SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, mmio_slot,
+    SHOWN_BYTES, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, mmio_slot, shown_slot,
 };
 use crate::memory::Mem;
 use crate::pci::bars::Windows;
@@ -170,8 +170,12 @@ struct Slot(u64);
 impl Aml for Slot {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
         let Self(slot) = *self;
-        let start = mmio_slot(slot).and_then(|start| u32::try_from(start).ok()).unwrap_or(0);
-        let length = u32::try_from(MMIO_SLOT_BYTES).unwrap_or(0);
+        let number = |address: u64| u32::try_from(address).unwrap_or(0);
+        let piece = |is_writable, start: Option<u64>, bytes| {
+            aml::Memory32Fixed::new(is_writable, number(start.unwrap_or(0)), number(bytes))
+        };
+        let registers = piece(true, mmio_slot(slot), MMIO_SLOT_BYTES);
+        let shown = piece(false, shown_slot(slot), SHOWN_BYTES);
         let line = MMIO_GSI_FIRST + u32::try_from(slot).unwrap_or(0);
         let name = format!("V{slot:03}");
         aml::Device::new(
@@ -182,7 +186,8 @@ impl Aml for Slot {
                 &aml::Name::new(
                     "_CRS".into(),
                     &aml::ResourceTemplate::new(vec![
-                        &aml::Memory32Fixed::new(true, start, length),
+                        &registers,
+                        &shown,
                         &aml::Interrupt::new(true, true, false, false, line),
                     ]),
                 ),

@@ -32,11 +32,14 @@ impl Machine {
         let slot = self.platform.slots.first_vacant().ok_or(AttachError::NoSlot)?;
         let disk = Blk::new(file, spec, &self.handles.disk_limiter)
             .map_err(|source| BuildError::Disk { id: spec.id.clone(), source })?;
-        let (task, registers) = place(&self.vm, &self.mem, slot, Box::new(disk), &self.orders)?;
+        let shown = self.platform.slots.shown();
+        let (task, registers) =
+            place(&self.vm, &self.mem, slot, Box::new(disk), &self.orders, shown)?;
         match self.orders.put(slot, Box::new(task)) {
             Some(Ok(())) => {}
             Some(Err(refused)) => {
                 clear(&self.vm, slot, &refused.task);
+                registers.vanish();
                 return Err(BuildError::Thread(refused.source).into());
             }
             None => return Err(Ended.into()),

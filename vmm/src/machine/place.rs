@@ -11,6 +11,7 @@ use crate::reactor::Orders;
 use crate::virtio::Device;
 use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::mmio::{Identity, QUEUE_NOTIFY, Registers};
+use crate::virtio::shown::ShownSlots;
 use crate::virtio::task::{Interrupt, Line, Task};
 
 /// An interrupt by its number, as an edge.
@@ -43,18 +44,21 @@ pub(super) fn place(
     slot: u8,
     device: Box<dyn Device>,
     orders: &Orders,
+    shown: &ShownSlots,
 ) -> Result<(Task, Registers), BuildError> {
     let address = notify(slot)?;
     let gsi = MMIO_GSI_FIRST + u32::from(slot);
-    let line = Line::new(Arc::new(Edge { vm: Arc::clone(vm), gsi }));
-    let config = ConfigSpace::new(device.config());
+    let shown = shown.slot(slot.into()).ok_or(BuildError::TooManyDevices { max: MMIO_SLOTS })?;
+    let line = Line::new(Arc::new(Edge { vm: Arc::clone(vm), gsi }), shown.clone());
+    let config = ConfigSpace::new(device.config(), shown.clone());
     let identity = Identity::of(&*device, config.clone());
-    let task =
-        Task::new(device, config, Arc::clone(mem), line.clone()).map_err(BuildError::Thread)?;
+    let task = Task::new(device, config, Arc::clone(mem), line.clone());
+    let task = task.inspect_err(|_| shown.blank()).map_err(BuildError::Thread)?;
     let registers = Registers::new(slot, identity, orders.clone(), line);
     for (kick, queue) in task.kicks().iter().zip(0_u32..) {
         if let Err(error) = vm.register_ioevent(kick, &address, queue) {
             clear(vm, slot, &task);
+            registers.vanish();
             return Err(BuildError::kvm("register a kick")(error));
         }
     }

@@ -19,6 +19,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::device::Region;
 use super::mapping::Mapping;
 use super::{Backend, VfioError};
+use crate::kvm::Access;
 use crate::kvm_slots::KvmSlots;
 use crate::memory::MemoryRange;
 use crate::pci::bars::{BARS_MAX, BarKind, BarShape, Space, Windows};
@@ -345,7 +346,8 @@ impl Bar {
         for (offset, bytes, mapping) in &self.mapped {
             let guest_start = start.saturating_add(*offset);
             let host_start = mapping.host_start();
-            let _ = slots.add(MemoryRange { guest_start, bytes: *bytes, host_start });
+            let _ =
+                slots.add(MemoryRange { guest_start, bytes: *bytes, host_start }, Access::Write);
         }
         self.start = Some(start);
     }

@@ -4,6 +4,11 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::shown::Shown;
+
+/// One for what is shown while it changes, one for after that.
+const GENERATION_STEP: u32 = 2;
+
 /// A device's configuration space. Clones are the same one.
 #[derive(Debug, Clone)]
 pub struct ConfigSpace(Arc<Mutex<State>>);
@@ -12,12 +17,14 @@ pub struct ConfigSpace(Arc<Mutex<State>>);
 struct State {
     bytes: Vec<u8>,
     generation: u32,
+    shown: Shown,
 }
 
 impl ConfigSpace {
-    /// With `bytes` in it.
-    pub fn new(bytes: &[u8]) -> Self {
-        Self(Arc::new(Mutex::new(State { bytes: bytes.to_vec(), generation: 0 })))
+    /// With `bytes` in it, which the guest is `shown`.
+    pub fn new(bytes: &[u8], shown: Shown) -> Self {
+        shown.set_config(bytes, 0);
+        Self(Arc::new(Mutex::new(State { bytes: bytes.to_vec(), generation: 0, shown })))
     }
 
     /// Puts `bytes` in it; true if they were others before. A driver that was in the middle of
@@ -28,7 +35,8 @@ impl ConfigSpace {
         if changes {
             state.bytes.clear();
             state.bytes.extend_from_slice(bytes);
-            state.generation = state.generation.wrapping_add(1);
+            state.generation = state.generation.wrapping_add(GENERATION_STEP);
+            state.shown.set_config(bytes, state.generation);
         }
         changes
     }
@@ -55,24 +63,29 @@ impl ConfigSpace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::shown::ShownSlots;
+
+    fn config_space() -> ConfigSpace {
+        ConfigSpace::new(&[1, 2, 3, 4], ShownSlots::new().unwrap().slot(0).unwrap())
+    }
 
     #[test]
     fn a_change_is_seen_and_has_a_generation_of_its_own() {
-        let config = ConfigSpace::new(&[1, 2, 3, 4]);
+        let config = config_space();
         let mut data = [0xff; 2];
 
         assert!(!config.publish(&[1, 2, 3, 4]));
         assert_eq!(config.generation(), 0);
         assert!(config.clone().publish(&[5, 6, 7, 8]));
 
-        assert_eq!(config.generation(), 1);
+        assert_eq!(config.generation(), GENERATION_STEP);
         config.read(2, &mut data);
         assert_eq!(data, [7, 8]);
     }
 
     #[test]
     fn what_reaches_beyond_the_end_is_left_alone() {
-        let config = ConfigSpace::new(&[1, 2, 3, 4]);
+        let config = config_space();
 
         for offset in [3, 4, 0xeff, u64::MAX] {
             let mut data = [0xff; 2];

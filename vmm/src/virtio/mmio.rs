@@ -28,9 +28,9 @@ const VENDOR: u32 = 0x6d75_766f;
 
 const MAGIC_VALUE: u64 = 0x000;
 const VERSION_NUMBER: u64 = 0x004;
-const DEVICE_ID: u64 = 0x008;
+pub(super) const DEVICE_ID: u64 = 0x008;
 const VENDOR_ID: u64 = 0x00c;
-const DEVICE_FEATURES: u64 = 0x010;
+pub(super) const DEVICE_FEATURES: u64 = 0x010;
 const DEVICE_FEATURES_SEL: u64 = 0x014;
 const DRIVER_FEATURES: u64 = 0x020;
 const DRIVER_FEATURES_SEL: u64 = 0x024;
@@ -40,17 +40,17 @@ const QUEUE_SIZE: u64 = 0x038;
 const QUEUE_READY: u64 = 0x044;
 /// Written to kick a queue; an ioeventfd sits here.
 pub const QUEUE_NOTIFY: u64 = 0x050;
-const INTERRUPT_STATUS: u64 = 0x060;
+pub(super) const INTERRUPT_STATUS: u64 = 0x060;
 const INTERRUPT_ACK: u64 = 0x064;
-const STATUS: u64 = 0x070;
+pub(super) const STATUS: u64 = 0x070;
 const QUEUE_DESC_LOW: u64 = 0x080;
 const QUEUE_DESC_HIGH: u64 = 0x084;
 const QUEUE_DRIVER_LOW: u64 = 0x090;
 const QUEUE_DRIVER_HIGH: u64 = 0x094;
 const QUEUE_DEVICE_LOW: u64 = 0x0a0;
 const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
-const CONFIG_GENERATION: u64 = 0x0fc;
-const CONFIG: u64 = 0x100;
+pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
+pub(super) const CONFIG: u64 = 0x100;
 
 /// Status bits that a driver sets itself.
 const DRIVER_BITS: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
@@ -161,6 +161,30 @@ impl Registers {
     pub fn write(&mut self, offset: u64, data: &[u8]) {
         if let Ok(data) = <[u8; 4]>::try_from(data) {
             self.write_register(offset, u32::from_le_bytes(data));
+            self.show();
+        }
+    }
+
+    /// The guest finds the device.
+    pub fn appear(&self) {
+        self.show();
+        self.line.shown().appear(self.identity.kind);
+    }
+
+    /// The guest finds a placeholder.
+    pub fn vanish(&self) {
+        self.line.shown().blank();
+    }
+
+    /// Shows what a write can have changed.
+    fn show(&self) {
+        let shown = self.line.shown();
+        for register in [DEVICE_FEATURES, QUEUE_SIZE_MAX, QUEUE_READY, STATUS] {
+            shown.set(register, self.read_register(register));
+        }
+        // It broke between the look and the store: that was overwritten.
+        if self.line.broken() {
+            shown.need_reset();
         }
     }
 

@@ -7,7 +7,7 @@
 use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 use virtio_queue::{Queue, QueueT};
@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::config_space::ConfigSpace;
 use super::mmio::QueueSetup;
 use super::ring::Ring;
+use super::shown::Shown;
 use super::{Device, DeviceIo, DeviceState, Fault, Served, Watch};
 use crate::memory::Mem;
 
@@ -83,25 +84,32 @@ impl Interrupt for EventFd {
 /// The interrupt of a device: what is pending, and how the guest hears of it.
 #[derive(Debug, Clone)]
 pub struct Line {
-    pending: Arc<AtomicU32>,
+    shown: Shown,
     broken: Arc<AtomicBool>,
     irq: Arc<dyn Interrupt>,
 }
 
 impl Line {
-    /// A line that raises `irq`.
-    pub fn new(irq: Arc<dyn Interrupt>) -> Self {
-        Self { pending: Arc::default(), broken: Arc::default(), irq }
+    /// A line that raises `irq`; what is pending is `shown`.
+    pub fn new(irq: Arc<dyn Interrupt>, shown: Shown) -> Self {
+        let line = Self { shown, broken: Arc::default(), irq };
+        line.clear();
+        line
+    }
+
+    /// What the guest sees of the device.
+    pub fn shown(&self) -> &Shown {
+        &self.shown
     }
 
     /// InterruptStatus.
     pub fn pending(&self) -> u32 {
-        self.pending.load(Ordering::SeqCst)
+        self.shown.interrupt_status().load(Ordering::SeqCst)
     }
 
     /// InterruptACK.
     pub fn acknowledge(&self, bits: u32) {
-        self.pending.fetch_and(!bits, Ordering::SeqCst);
+        self.shown.interrupt_status().fetch_and(!bits, Ordering::SeqCst);
     }
 
     /// Whether the device needs a reset.
@@ -116,17 +124,18 @@ impl Line {
 
     /// As after power-on.
     pub fn clear(&self) {
-        self.pending.store(0, Ordering::SeqCst);
+        self.shown.interrupt_status().store(0, Ordering::SeqCst);
         self.broken.store(false, Ordering::SeqCst);
     }
 
     fn raise(&self, bits: u32) {
-        self.pending.fetch_or(bits, Ordering::SeqCst);
+        self.shown.interrupt_status().fetch_or(bits, Ordering::SeqCst);
         self.irq.raise();
     }
 
     fn fail(&self) {
         self.broken.store(true, Ordering::SeqCst);
+        self.shown.need_reset();
         self.raise(CONFIG_CHANGE);
     }
 }

@@ -9,7 +9,7 @@ use kvm_bindings::{KVM_IRQ_ROUTING_MSI, KvmIrqRouting};
 use vfio_bindings::bindings::vfio::VFIO_REGION_INFO_FLAG_READ;
 
 use super::*;
-use crate::kvm::Vm;
+use crate::kvm::{Access, Vm};
 use crate::pci;
 
 /// Where its capability is.
@@ -71,7 +71,7 @@ impl Kvm {
 }
 
 impl Vm for Kvm {
-    fn set_slot(&self, _: u32, _: MemoryRange) -> io::Result<()> {
+    fn set_slot(&self, _: u32, _: MemoryRange, _: Access) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
 

@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::slice;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -20,7 +20,11 @@ use crate::spec::DiskSpec;
 use crate::testing::{Guest, QueueFixture};
 use crate::virtio::blk::Blk;
 use crate::virtio::entropy::Entropy;
+use crate::virtio::shown::{Shown, ShownSlots};
 use crate::virtio::task::Task;
+
+/// How long a device thread may be between two of its steps.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 const READY: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK;
 const RUNNING: u32 = READY | DRIVER_OK;
@@ -31,9 +35,10 @@ fn parts(
     guest: &Guest,
     irq: &Arc<EventFd>,
     orders: &Orders,
+    shown: Shown,
 ) -> (Task, Registers) {
-    let line = Line::new(irq.clone());
-    let config = ConfigSpace::new(device.config());
+    let line = Line::new(irq.clone(), shown.clone());
+    let config = ConfigSpace::new(device.config(), shown);
     let identity = Identity::of(&*device, config.clone());
     let task = Task::new(device, config, Arc::new(guest.mem.clone()), line.clone()).unwrap();
     (task, Registers::new(0, identity, orders.clone(), line))
@@ -53,17 +58,23 @@ impl Driver {
     fn of(device: Box<dyn Device>, guest: &Guest) -> Self {
         let (orders, inbox) = reactor::orders().unwrap();
         let irq = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap());
-        let (task, registers) = parts(device, guest, &irq, &orders);
+        let shown = ShownSlots::new().unwrap();
+        let (task, registers) = parts(device, guest, &irq, &orders, shown.slot(0).unwrap());
         let kick = task.kicks()[0].try_clone().unwrap();
         let events = Arc::new(Events::new().unwrap());
         let reactor =
             Reactor::start(vec![task], orders.clone(), inbox, Vec::new(), events).unwrap();
-        Self { slots: Slots::new(vec![registers], 0), kick, irq, orders, _reactor: reactor }
+        let slots = Slots::new(vec![registers], 0, shown);
+        Self { slots, kick, irq, orders, _reactor: reactor }
     }
 
     /// Another device for its slot, and what its driver finds there.
     fn parts(&self, device: Box<dyn Device>, guest: &Guest) -> (Task, Registers) {
-        parts(device, guest, &self.irq, &self.orders)
+        parts(device, guest, &self.irq, &self.orders, self.shown())
+    }
+
+    fn shown(&self) -> Shown {
+        self.slots.shown().slot(0).unwrap()
     }
 
     /// The device goes, as one that the machine takes away.
@@ -88,15 +99,34 @@ impl Driver {
         self.slots.write(mmio_slot(0).unwrap() + offset, &value.to_le_bytes());
     }
 
+    /// What a register says, and what is shown of it, which is the same.
     fn read(&self, offset: u64) -> u32 {
-        let mut data = [0; 4];
-        self.slots.read(mmio_slot(0).unwrap() + offset, &mut data);
-        u32::from_le_bytes(data)
+        let shown = self.shown();
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let mut data = [0; 4];
+            self.slots.read(mmio_slot(0).unwrap() + offset, &mut data);
+            let says = u32::from_le_bytes(data);
+            // Between two looks a device may have changed its mind.
+            if !offset.is_multiple_of(4) || offset >= CONFIG || shown.says(offset) == says {
+                return says;
+            }
+            assert!(Instant::now() < deadline, "{offset:#x} says {says:#x}, and shows other");
+        }
     }
 
     fn read_config(&self, offset: u64, width: usize) -> Vec<u8> {
         let mut data = vec![0xaa; width];
         self.slots.read(mmio_slot(0).unwrap() + CONFIG + offset, &mut data);
+        if data.iter().any(|&byte| byte != 0xff) {
+            let words = (CONFIG..CONFIG + offset + width as u64).step_by(4);
+            let shown: Vec<u8> = words
+                .flat_map(|at| self.shown().says(at).to_le_bytes())
+                .skip(usize::try_from(offset).unwrap())
+                .collect();
+            let shown = &shown[..width];
+            assert_eq!(shown, data, "what is shown of a configuration");
+        }
         data
     }
 
@@ -560,6 +590,9 @@ proptest! {
                 Touch::Publish(head) => queue.publish(head),
                 Touch::Kick => driver.kick(),
             }
+        }
+        for offset in (0..CONFIG).step_by(4) {
+            driver.read(offset);
         }
         driver.write(STATUS, 0);
         driver.settle();
