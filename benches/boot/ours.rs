@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use ovum_agent_proto::report::{Phase, Report};
 use ovum_test_host::resident::Resident;
-use ovum_test_host::{BUSYBOX, TestHost, kvm_counter, median, ovum, worker_pids};
+use ovum_test_host::{BUSYBOX, TestHost, kvm_counter, median, only_worker, ovum};
 use reqwest::Method;
 use rustix::time::{ClockId, clock_gettime};
 use serde_json::{Value, json};
@@ -163,12 +163,6 @@ fn body(name: &str, shape: Shape) -> Value {
         "size": format!("{}MB", shape.memory_mib),
         "cmd": ["sh", "-c", "echo first; exec sleep 1000"],
     })
-}
-
-fn only_worker() -> u32 {
-    let pids = worker_pids();
-    assert_eq!(pids.len(), 1, "{pids:?}");
-    pids[0]
 }
 
 /// Time that all threads of a process have had on processors.

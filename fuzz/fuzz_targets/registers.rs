@@ -21,7 +21,7 @@ use ovum_vmm::virtio::balloon::Balloon;
 use ovum_vmm::virtio::blk::{Blk, EngineKind};
 use ovum_vmm::virtio::config_space::ConfigSpace;
 use ovum_vmm::virtio::mem::MemDevice;
-use ovum_vmm::virtio::mmio::{Identity, Registers};
+use ovum_vmm::virtio::mmio::{CONFIG, Identity, Registers};
 use ovum_vmm::virtio::shown::ShownSlots;
 use ovum_vmm::virtio::task::Line;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -31,8 +31,6 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 const STEPS_MAX: usize = 256;
 
 /// Widest access of a vCPU.
-/// Where the configuration space begins.
-const REGISTERS_END: u64 = 0x100;
 const WIDTH_MAX: usize = 8;
 
 #[derive(Debug, Arbitrary)]
@@ -91,7 +89,7 @@ fuzz_target!(|steps: Vec<Step>| {
                 slots.read(at(slot, offset), &mut data[..usize::from(width) % (WIDTH_MAX + 1)]);
                 // What a guest is shown is what it would read.
                 let slot = u64::from(slot) % (configs.len() as u64 + 1);
-                let offset = u64::from(offset) % REGISTERS_END / 4 * 4;
+                let offset = u64::from(offset) % CONFIG / 4 * 4;
                 let mut word = [0; 4];
                 slots.read(MMIO_START + slot * MMIO_SLOT_BYTES + offset, &mut word);
                 assert_eq!(all.slot(slot).unwrap().says(offset), u32::from_le_bytes(word));

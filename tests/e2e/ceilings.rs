@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use ovum_test_host::resident::Resident;
-use ovum_test_host::{BUSYBOX, Server, TestHost, kvm_counter, root, worker_pids};
+use ovum_test_host::{BUSYBOX, Server, TestHost, kvm_counter, only_worker, root};
 use serde_json::json;
 use tokio::time;
 
@@ -131,7 +131,7 @@ async fn a_boot_asks_no_more_of_the_host_than_it_did(host: &TestHost) {
     let tallies = EVENTS_MAX.map(|(event, filter, what, ..)| Tally::begin(event, filter, what));
     boot(&host.server, "tallied", 1).await;
 
-    let [worker] = worker_pids()[..] else { panic!("another guest's end is in the way") };
+    let worker = only_worker();
     let counts: Vec<_> = tallies.iter().map(|tally| tally.of(worker)).collect();
 
     host.server.delete("tallied").await;
@@ -145,7 +145,7 @@ async fn a_boot_asks_no_more_of_the_host_than_it_did(host: &TestHost) {
 async fn an_idle_worker_is_small(host: &TestHost) {
     boot(&host.server, "idle", 1).await;
 
-    let [worker] = worker_pids()[..] else { panic!("another guest's end is in the way") };
+    let worker = only_worker();
     let deadline = Instant::now() + IDLE_PATIENCE;
     let mut resident = Resident::of(worker, MEMORY_MIB);
     while resident.mib > IDLE_MIB_MAX && Instant::now() < deadline {
@@ -161,7 +161,7 @@ async fn an_idle_worker_is_small(host: &TestHost) {
 
 async fn an_idle_guest_sleeps(host: &TestHost) {
     boot(&host.server, "asleep", 1).await;
-    let [worker] = worker_pids()[..] else { panic!("another guest's end is in the way") };
+    let worker = only_worker();
     time::sleep(SLEEP).await;
 
     let tally = Tally::begin("kvm/kvm_vcpu_wakeup", "", HITS);

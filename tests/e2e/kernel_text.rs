@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use ovum_test_host::mappings::Mapping;
-use ovum_test_host::{BUSYBOX, Server, TestHost, worker_pids};
+use ovum_test_host::{BUSYBOX, Server, TestHost, only_worker, worker_pids};
 
 use crate::cases;
 use crate::ceilings::{self, MEMORY_MIB};
@@ -27,7 +27,7 @@ const PAGE_BYTES: usize = 4096;
 
 /// The text of the only guest, and whether it is mapped.
 fn text() -> (Vec<u8>, bool) {
-    let [worker] = worker_pids()[..] else { panic!("another guest's end is in the way") };
+    let worker = only_worker();
     let mappings = Mapping::all_of(worker);
     let mapped = mappings.iter().find(|mapping| mapping.is_kernel_text);
     let guest = mappings.iter().find(|mapping| mapping.bytes() >= u64::from(MEMORY_MIB) << 20);

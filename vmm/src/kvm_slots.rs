@@ -44,10 +44,8 @@ impl KvmSlots {
         let mut starts = self.starts.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(slot) = starts.iter().position(|&start| start == Some(host_start)) else { return };
         // KVM refuses only a slot that it does not have.
-        if self
-            .set(slot, MemoryRange { guest_start: 0, bytes: 0, host_start }, Access::Write)
-            .is_ok()
-        {
+        let nothing = MemoryRange { guest_start: 0, bytes: 0, host_start };
+        if self.set(slot, nothing, Access::Write).is_ok() {
             starts[slot] = None;
         }
     }

@@ -518,6 +518,12 @@ pub fn kill_workers() {
     }
 }
 
+/// Process id of the worker there is.
+pub fn only_worker() -> u32 {
+    let [worker] = worker_pids()[..] else { panic!("another guest's end is in the way") };
+    worker
+}
+
 /// Process ids of all workers.
 pub fn worker_pids() -> Vec<u32> {
     fs::read_dir("/proc")

@@ -346,8 +346,8 @@ impl Bar {
         for (offset, bytes, mapping) in &self.mapped {
             let guest_start = start.saturating_add(*offset);
             let host_start = mapping.host_start();
-            let _ =
-                slots.add(MemoryRange { guest_start, bytes: *bytes, host_start }, Access::Write);
+            let range = MemoryRange { guest_start, bytes: *bytes, host_start };
+            let _ = slots.add(range, Access::Write);
         }
         self.start = Some(start);
     }

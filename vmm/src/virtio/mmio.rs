@@ -30,7 +30,7 @@ const MAGIC_VALUE: u64 = 0x000;
 const VERSION_NUMBER: u64 = 0x004;
 pub(super) const DEVICE_ID: u64 = 0x008;
 const VENDOR_ID: u64 = 0x00c;
-pub(super) const DEVICE_FEATURES: u64 = 0x010;
+const DEVICE_FEATURES: u64 = 0x010;
 const DEVICE_FEATURES_SEL: u64 = 0x014;
 const DRIVER_FEATURES: u64 = 0x020;
 const DRIVER_FEATURES_SEL: u64 = 0x024;
@@ -50,7 +50,8 @@ const QUEUE_DRIVER_HIGH: u64 = 0x094;
 const QUEUE_DEVICE_LOW: u64 = 0x0a0;
 const QUEUE_DEVICE_HIGH: u64 = 0x0a4;
 pub(super) const CONFIG_GENERATION: u64 = 0x0fc;
-pub(super) const CONFIG: u64 = 0x100;
+/// Where the configuration space begins.
+pub const CONFIG: u64 = 0x100;
 
 /// Status bits that a driver sets itself.
 const DRIVER_BITS: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED;
@@ -167,8 +168,9 @@ impl Registers {
 
     /// The guest finds the device.
     pub fn appear(&self) {
+        // Its id last: by that it is found.
         self.show();
-        self.line.shown().appear(self.identity.kind);
+        self.line.shown().set(DEVICE_ID, self.identity.kind);
     }
 
     /// The guest finds a placeholder.

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET;
 use vm_memory::{MmapRegion, VolatileMemory};
 
-use super::mmio::{self, CONFIG, CONFIG_GENERATION, DEVICE_ID, INTERRUPT_STATUS, STATUS};
+use super::mmio::{self, CONFIG, CONFIG_GENERATION, INTERRUPT_STATUS, STATUS};
 use crate::layout::{MMIO_SLOTS, SHOWN_BYTES, SHOWN_START};
 use crate::memory::{MemoryError, MemoryRange};
 
@@ -74,11 +74,6 @@ impl Shown {
         }
     }
 
-    /// A device of this kind is there. All else is shown already.
-    pub fn appear(&self, kind: u32) {
-        self.set(DEVICE_ID, kind);
-    }
-
     /// A register has this value.
     pub fn set(&self, offset: u64, value: u32) {
         self.word(offset).store(value, Ordering::SeqCst);
@@ -127,6 +122,7 @@ fn index(offset: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::mmio::DEVICE_ID;
 
     #[test]
     fn a_vacant_slot_shows_what_its_registers_say() {
@@ -144,7 +140,7 @@ mod tests {
         let all = ShownSlots::new().unwrap();
         let (first, second) = (all.slot(0).unwrap(), all.slot(1).unwrap());
 
-        first.appear(4);
+        first.set(DEVICE_ID, 4);
         first.set_config(&[0; 512], 2);
         first.interrupt_status().store(1, Ordering::SeqCst);
 
