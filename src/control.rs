@@ -1,13 +1,19 @@
 //! The wire between the server and a worker: one message per packet, JSON, with open files beside.
 //!
-//! A worker is born with one end of a SOCK_SEQPACKET pair as file descriptor [`LAUNCH_FD`] and
-//! reads exactly one [`Launch`] from it, whose files arrive in the same packet in the order of
+//! Workers come from a nursery, which is started with one end of a SOCK_SEQPACKET pair as its
+//! standard input: each packet that has a worker's own two files beside it, its launch socket and
+//! its log, is answered by a [`Birth`], with the new process (pidfd) beside that.
+//!
+//! A worker is born with one end of such a pair as file descriptor [`LAUNCH_FD`] and reads exactly
+//! one [`Launch`] from it, whose files arrive in the same packet in the order of
 //! [`Launch::files`]. It answers one [`Reply`]. Afterwards it listens on the control socket it was
 //! handed: each connection gets every [`Event`] from then on and may send [`Order`]s, each answered
 //! by a [`Reply`]. One order has a file beside it ([`Order::files`]).
 //!
 //! The worker also appends each event, as one line of JSON, to the events file. That file is what
 //! a server trusts after it was away.
+
+use std::ffi::CStr;
 
 pub use ovum_vmm::rate_limiter::{RateLimitSpec, RateSpec};
 pub use ovum_vmm::spec::{
@@ -17,11 +23,39 @@ pub use ovum_vmm::spec::{
 use rustix::time::{self, ClockId};
 use serde::{Deserialize, Serialize};
 
-/// The only argument of a worker. Not for people.
+/// The only argument of a nursery, and so of its workers. Not for people.
 pub const WORKER_COMMAND: &str = "worker";
 
-/// Where a worker finds its launch socket: it is its standard input.
+/// What a nursery is called where processes are listed (15 bytes at most, prctl(2)).
+pub const NURSERY_NAME: &CStr = c"ovum-nursery";
+
+/// What a worker is called there.
+pub const WORKER_NAME: &CStr = c"ovum-worker";
+
+/// Most workers that come from one nursery, and share its layout of addresses.
+pub const SIBLINGS_MAX: u32 = 8;
+
+/// Where a nursery finds its socket, and a worker its launch socket: it is its standard input.
 pub const LAUNCH_FD: i32 = 0;
+
+/// What a packet says with which a worker is asked for: its files say the rest.
+pub const BIRTH: &[u8] = b"birth";
+
+/// What a nursery answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Birth {
+    /// There is one more worker, which waits for its [`Launch`].
+    Born {
+        /// Its process id.
+        pid: u32,
+    },
+    /// There is not.
+    Failed {
+        /// Why.
+        message: String,
+    },
+}
 
 /// The machine a worker shall be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,7 +1,7 @@
 //! The fleet: one worker process per running instance.
 //!
-//! [`Fleet::spawn`] starts this same binary as `worker` and hands it a machine and open files over
-//! a socket pair; [`Worker`] is the server's end from then on. A worker outlives the server: after
+//! [`Fleet::spawn`] has a worker forked (`nursery`) and hands it a machine and open files over a
+//! socket pair; [`Worker`] is the server's end from then on. A worker outlives the server: after
 //! a restart [`Fleet::adopt`] finds it again by what lies in its folder:
 //!
 //! ```text
@@ -29,20 +29,23 @@ use tokio::time;
 
 use crate::control::{
     DiskSpec, FileRole, HostDeviceSpec, HotplugPolicy, Launch, MEMORY_BYTES_STEP, MachineSpec,
-    NetSpec, RateLimitSpec, RateSpec, Reply, WORKER_COMMAND,
+    NetSpec, RateLimitSpec, RateSpec, Reply,
 };
+use crate::fleet::nursery::Newborn;
 use crate::fleet::worker::Worker;
 use crate::os::cgroup::{Cgroup, Share};
-use crate::os::packets::{self, PacketListener, PacketSocket};
+use crate::os::packets::{PacketListener, PacketSocket};
 use crate::os::process::Process;
-use crate::os::spawn::{self, Identity};
+use crate::os::spawn::Identity;
 
 pub use crate::os::cgroup::{Cgroups, ROOT as CGROUP_ROOT};
 pub use crate::os::usage::{HostMemory, Usage};
 pub use kernel_texts::KernelTexts;
+pub use nursery::Nursery;
 
 pub mod journal;
 mod kernel_texts;
+mod nursery;
 pub mod worker;
 
 /// How long a worker may take to build its machine. Seconds only where memory is short or KVM is
@@ -68,8 +71,8 @@ const VSOCK_CID: u32 = 3;
 /// What workers are made with.
 #[derive(Debug, Clone)]
 pub struct Fleet {
-    /// This program. `/proc/self/exe` stays the same after an upgrade on disk.
-    pub program: PathBuf,
+    /// Where worker processes come from.
+    pub nursery: Nursery,
     /// The KVM device.
     pub kvm: PathBuf,
     /// The guest kernel.
@@ -235,8 +238,8 @@ impl Fleet {
         self.start(&launch, &files, dir, log).await
     }
 
-    /// Starts the process, writes down which it is, and only then tells it what to be: a server
-    /// that dies in between leaves a process that hears of its death and ends.
+    /// Starts the process, and tells it what to be: a server that dies in between leaves a process
+    /// that hears of its death and ends.
     async fn start(
         &self,
         launch: &Launch,
@@ -244,20 +247,24 @@ impl Fleet {
         dir: &Path,
         log: File,
     ) -> Result<NewWorker, SpawnError> {
-        let (ours, theirs) = packets::pair().map_err(SpawnError::Start)?;
-        let theirs = OwnedFd::from(theirs);
         let group = self.group(dir, &launch.machine);
-        let spawned = spawn::start(&self.program, WORKER_COMMAND, theirs, log);
-        let child = spawned.map_err(SpawnError::Start)?;
-        let pid = child.id().ok_or(SpawnError::Died)?;
-        let identity = Identity::of(pid).map_err(SpawnError::Start)?;
-        let process = identity.find().map_err(SpawnError::Start)?.ok_or(SpawnError::Died)?;
-        let worker = Worker::started(identity, process, child, dir).map_err(SpawnError::Start)?;
-        let mut worker = NewWorker(Some(worker.in_group(group)));
+        let Newborn { identity, process, launch: socket } =
+            self.nursery.bear(log).await.map_err(SpawnError::Start)?;
+        let worker = Worker::started(identity, process, dir).map_err(SpawnError::Start)?;
+        Self::tell(NewWorker(Some(worker.in_group(group))), socket, launch, files).await
+    }
+
+    /// Writes down which process it is, and only then tells it what to be.
+    async fn tell(
+        mut worker: NewWorker,
+        socket: PacketSocket,
+        launch: &Launch,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<NewWorker, SpawnError> {
         let Some(started) = worker.0.as_mut() else { return Err(SpawnError::Died) };
-        // While it still finds its libraries.
+        // Before it has memory of its own.
         started.enter_group().map_err(SpawnError::Start)?;
-        let path = dir.join(files::IDENTITY);
+        let path = started.dir().join(self::files::IDENTITY);
         fs::write(&path, serde_json::to_vec(started.identity()).unwrap_or_default())
             .map_err(|source| SpawnError::File { path, source })?;
 
@@ -271,8 +278,8 @@ impl Fleet {
             timeout = timeout.saturating_add(PIN_TIMEOUT_PER_GIB.saturating_mul(gib));
         }
         let launch = serde_json::to_vec(launch).map_err(|e| SpawnError::Start(e.into()))?;
-        ours.send(&launch, files).map_err(SpawnError::Start)?;
-        started.connect_with(ours).map_err(SpawnError::Start)?;
+        socket.send(&launch, files).map_err(SpawnError::Start)?;
+        started.connect_with(socket).map_err(SpawnError::Start)?;
         match time::timeout(timeout, started.reply()).await {
             Ok(Ok(Reply::Done(_))) => Ok(worker),
             Ok(Ok(Reply::Failed { message })) => Err(SpawnError::Refused { message }),

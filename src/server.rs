@@ -41,7 +41,7 @@ use crate::config::{Config, HotplugConfig, NetworkConfig};
 use crate::control::HotplugPolicy;
 use crate::devices::{Devices, DevicesSpec};
 use crate::disks::Disks;
-use crate::fleet::{CGROUP_ROOT, Cgroups, Fleet, KernelTexts};
+use crate::fleet::{CGROUP_ROOT, Cgroups, Fleet, KernelTexts, Nursery};
 use crate::images::records::Records;
 use crate::images::{Images, ImagesSpec, Limits};
 use crate::instances::{Instances, InstancesSpec};
@@ -115,7 +115,7 @@ impl Opened {
                 NetworkSpec { subnet, dns, owner: dir.clone() }
             })),
             fleet: Fleet {
-                program: PathBuf::from("/proc/self/exe"),
+                nursery: open_nursery().await,
                 kvm: config.kvm.clone(),
                 kernel: config.kernel.clone(),
                 kernel_texts: config.shares_kernel.then(KernelTexts::default),
@@ -262,6 +262,13 @@ impl Drop for Door {
 }
 
 /// Where workers get their share of the host. One that has no such thing works without.
+/// Workers are forks of this program: `/proc/self/exe` stays the same after an upgrade on disk.
+async fn open_nursery() -> Nursery {
+    let nursery = Nursery::new(PathBuf::from("/proc/self/exe"));
+    nursery.prepare().await;
+    nursery
+}
+
 fn open_groups(dir: &Path) -> Option<Cgroups> {
     Cgroups::open(Path::new(CGROUP_ROOT), dir)
         .inspect_err(|error| tracing::info!(%error, "Workers have no control groups"))

@@ -1,9 +1,9 @@
 //! The worker: one process, one machine.
 //!
-//! Reads its [`Launch`] from the socket it was born with, builds the machine, and from then on
-//! does three things in one loop: it writes what happens to the events file, passes it on to
-//! whoever is connected, and follows orders. It ends when the machine ends. It opens no path but
-//! those of the devices of the host that its machine is lent.
+//! Comes from a `nursery`, reads its [`Launch`] from the socket it was born with, builds the
+//! machine, and from then on does three things in one loop: it writes what happens to the events
+//! file, passes it on to whoever is connected, and follows orders. It ends when the machine ends.
+//! It opens no path but those of the devices of the host that its machine is lent.
 //!
 //! The server may come and go, unless it has told otherwise. A connection that does not keep up is
 //! dropped: the events file has everything, and the server can connect again.
@@ -13,6 +13,7 @@ mod files;
 pub mod foreground;
 mod journal;
 mod log;
+mod nursery;
 
 use std::fs::File;
 use std::io;
@@ -76,21 +77,20 @@ enum Growth {
     Demand(Demand),
 }
 
-/// Runs the machine that the launch socket describes, until it ends.
+/// Waits until it is told to be a worker, and in each process that is one from then on runs the
+/// machine that its launch socket describes, until that ends.
 ///
 /// # Errors
 ///
 /// Everything that kept the machine from starting, which the server was also told, and failures
 /// of the worker itself afterwards.
 pub fn main() -> anyhow::Result<()> {
-    // SAFETY: whoever starts a worker hands it this descriptor (`control::LAUNCH_FD`) and nothing
+    // SAFETY: whoever starts a nursery hands it this descriptor (`control::LAUNCH_FD`) and nothing
     // in this process has touched it; were it closed, the first receive would say so.
     #[expect(unsafe_code, reason = "an inherited descriptor has no owner until it is given one")]
-    let launch = unsafe { OwnedFd::from_raw_fd(LAUNCH_FD) };
-    let launch = PacketSocket::from(launch);
-    let packet = launch
-        .recv()
-        .context("No launch message: a worker is started by the server, not by hand")?;
+    let server = unsafe { OwnedFd::from_raw_fd(LAUNCH_FD) };
+    let Some(launch) = nursery::wait(server.into())? else { return Ok(()) };
+    let packet = launch.recv().context("No launch message")?;
     fcntl_setfd(&launch, FdFlags::CLOEXEC).context("Failed to keep the launch socket")?;
     let launched_ns = now_ns();
     match start(packet, launched_ns) {

@@ -14,6 +14,7 @@ use tokio::task;
 use super::worker::{Happened, OrderError};
 use super::*;
 use crate::control::{Event, Happening, Order, RateLimitSpec, Status};
+use crate::os::{packets, spawn};
 
 /// A program that takes any argument, says nothing to anybody, and never ends.
 const ENDLESS: &str = "/usr/bin/yes";
@@ -74,14 +75,6 @@ fn endless() -> (Identity, Child) {
     let child = spawn::start(Path::new(ENDLESS), "x", theirs.into(), log);
     let child = child.unwrap();
     (Identity::of(child.id().unwrap()).unwrap(), child)
-}
-
-async fn ends(identity: &Identity) {
-    let deadline = Instant::now() + PATIENCE;
-    while identity.find().unwrap().is_some() {
-        assert!(Instant::now() < deadline, "process {} runs on", identity.pid);
-        task::yield_now().await;
-    }
 }
 
 /// A connection that was broken, or that skips a number, costs no event.
@@ -212,7 +205,7 @@ async fn accept_while(peer: &Peer, worker: &mut Worker) -> PacketSocket {
 fn fleet(program: &str) -> Fleet {
     let nowhere = Path::new("/nonexistent").to_owned();
     Fleet {
-        program: program.into(),
+        nursery: Nursery::new(program.into()),
         kvm: nowhere.clone(),
         kernel: nowhere,
         kernel_texts: None,
@@ -280,15 +273,18 @@ async fn a_program_that_ends_at_once_is_an_error_at_once() {
 #[tokio::test]
 async fn a_start_that_is_given_up_leaves_no_process() {
     let dir = tempfile::tempdir().unwrap();
-    let log = tempfile::tempfile().unwrap();
-    let fleet = fleet(ENDLESS);
+    let (identity, mut child) = endless();
+    let process = identity.find().unwrap().unwrap();
+    let worker = Worker::started(identity, process, dir.path()).unwrap();
+    let (ours, _theirs) = packets::pair().unwrap();
 
     let launch = any_launch();
-    let start = fleet.start(&launch, &[], dir.path(), log);
-    let given_up = time::timeout(Duration::from_millis(100), start).await;
+    let told = Fleet::tell(NewWorker(Some(worker)), ours, &launch, &[]);
+    let given_up = time::timeout(Duration::from_millis(100), told).await;
 
     assert!(given_up.is_err(), "{given_up:?}");
-    ends(&identity_in(dir.path())).await;
+    time::timeout(PATIENCE, child.wait()).await.expect("it is killed").unwrap();
+    assert!(identity_in(dir.path()).find().unwrap().is_none());
 }
 
 #[tokio::test]

@@ -12,7 +12,6 @@ use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::process::Child;
 use tokio::time;
 
 use crate::control::{Event, Order, Reply};
@@ -38,8 +37,6 @@ const QUEUE_MAX: usize = 256;
 pub struct Worker {
     identity: Identity,
     process: AsyncFd<Process>,
-    /// Only if it was started by this process: kept so that it is reaped.
-    child: Option<Child>,
     dir: PathBuf,
     /// Its share of the host; goes with it.
     group: Option<Cgroup>,
@@ -61,14 +58,9 @@ pub enum Happened {
 }
 
 impl Worker {
-    /// Around a child of ours that has not been told anything.
-    pub(super) fn started(
-        identity: Identity,
-        process: Process,
-        child: Child,
-        dir: &Path,
-    ) -> io::Result<Self> {
-        Ok(Self { child: Some(child), ..Self::new(identity, process, dir)? })
+    /// Around one that has not been told anything.
+    pub(super) fn started(identity: Identity, process: Process, dir: &Path) -> io::Result<Self> {
+        Self::new(identity, process, dir)
     }
 
     /// Around a process that an earlier server started.
@@ -82,7 +74,6 @@ impl Worker {
         Ok(Self {
             identity,
             process: readable(process)?,
-            child: None,
             dir: dir.to_owned(),
             group: None,
             connection: None,
@@ -120,6 +111,11 @@ impl Worker {
     /// Whether it has ended because it took more memory than its share.
     pub fn ran_out_of_memory(&self) -> bool {
         self.ran_out_of_memory
+    }
+
+    /// The folder of its instance.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     pub(super) fn identity(&self) -> &Identity {
@@ -287,8 +283,6 @@ impl Worker {
         self.connection = None;
         self.catch_up();
         self.ran_out_of_memory = self.group.as_ref().is_some_and(Cgroup::ran_out_of_memory);
-        // Reaps it, there being nothing left to wait for.
-        self.child = None;
         self.leave_group();
     }
 

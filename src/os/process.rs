@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
-use rustix::process::{self, Pid, PidfdFlags, Signal};
+use rustix::process::{self, Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 
 /// A running process. Its file becomes readable when the process ends (pidfd_open(2)).
 #[derive(Debug)]
@@ -40,6 +40,28 @@ impl Process {
             Ok(()) | Err(Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+impl Process {
+    /// Takes note that a child of ours has ended, so that its number is free; whether it crashed,
+    /// and was not killed and did not end by itself with 0 or 1.
+    ///
+    /// # Errors
+    ///
+    /// What waitid(2) says; `WouldBlock` if it runs.
+    pub fn reap(&self) -> io::Result<bool> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        let ended = process::waitid(WaitId::PidFd(self.as_fd()), options)?;
+        let ended = ended.ok_or(io::ErrorKind::WouldBlock)?;
+        let killed = ended.terminating_signal() == Some(Signal::KILL.as_raw());
+        Ok(!killed && !matches!(ended.exit_status(), Some(0 | 1)))
+    }
+}
+
+impl From<OwnedFd> for Process {
+    fn from(pidfd: OwnedFd) -> Self {
+        Self(pidfd)
     }
 }
 

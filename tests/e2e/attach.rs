@@ -258,7 +258,7 @@ async fn what_is_attached_outlives_server_and_guest(_: &TestHost) {
     sh(&server, "keeper", "echo two >> /other/file; sync").await;
 
     // The guest, without a word.
-    let killed = Command::new("pkill").args(["-9", "-f", "(ovum|exe) worker"]).status().unwrap();
+    let killed = Command::new("pkill").args(["-9", "-x", "ovum-worker"]).status().unwrap();
     assert!(killed.success());
     server.wait("keeper", "Stopped").await;
     assert!(workers().is_empty());

@@ -83,7 +83,7 @@ async fn a_killed_worker_is_seen_at_once(host: &TestHost) {
     host.server.create(body).await;
     host.server.wait("victim", "Running").await;
 
-    let killed = Command::new("pkill").args(["-9", "-f", "(ovum|exe) worker"]).status().unwrap();
+    let killed = Command::new("pkill").args(["-9", "-x", "ovum-worker"]).status().unwrap();
     let answer = host.server.get("/instances/victim/wait?state=Stopped&timeout=5s").await;
 
     assert!(killed.success());

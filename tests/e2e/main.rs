@@ -28,6 +28,7 @@ mod kvm;
 mod lifecycle;
 mod memory;
 mod network;
+mod nursery;
 mod outside;
 mod refusals;
 mod resources;
@@ -158,6 +159,7 @@ fn chosen(part: Part, filters: &[String]) -> Vec<&'static Case> {
         resources::CASES,
         images::CASES,
         network::CASES,
+        nursery::CASES,
         refusals::CASES,
         crash::CASES,
         kernel_text::CASES,

@@ -526,14 +526,22 @@ pub fn only_worker() -> u32 {
 
 /// Process ids of all workers.
 pub fn worker_pids() -> Vec<u32> {
+    processes("ovum-worker")
+}
+
+/// Ids of all processes of this name that run.
+pub fn processes(name: &str) -> Vec<u32> {
+    let is_named = |pid: &u32| {
+        let found = fs::read_to_string(format!("/proc/{pid}/comm"));
+        found.is_ok_and(|found| found.trim_end() == name)
+    };
+    // One that has ended keeps its name until it is reaped, but nothing else.
+    let runs = |pid: &u32| command_line(*pid).is_some_and(|line| !line.is_empty());
     fs::read_dir("/proc")
         .expect("/proc is mounted")
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .filter(|&pid| {
-            command_line(pid)
-                .is_some_and(|line| line.contains("ovum worker") || line.contains("exe worker"))
-        })
+        .filter(|pid| is_named(pid) && runs(pid))
         .collect()
 }
 

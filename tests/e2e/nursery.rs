@@ -1,0 +1,143 @@
+//! Where workers come from, and what they have in common.
+
+use std::fs;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use ovum_test_host::mappings::Mapping;
+use ovum_test_host::{BUSYBOX, Server, TestHost, only_worker, processes};
+use serde_json::json;
+use tokio::time;
+
+use crate::cases;
+
+cases![
+    a_worker_is_a_child_of_its_server_and_is_reaped,
+    eight_workers_share_a_layout_and_the_ninth_has_another,
+    a_worker_that_crashes_is_the_last_with_its_layout,
+    a_nursery_that_is_killed_is_replaced,
+    a_nursery_ends_with_its_server,
+];
+
+const NURSERY: &str = "ovum-nursery";
+const SIBLINGS: usize = 8;
+const PATIENCE: Duration = Duration::from_secs(20);
+
+async fn start(name: &str) -> Server {
+    let server = Server::start(name).await;
+    server.pull_to_the_end(BUSYBOX).await;
+    server
+}
+
+async fn boot(server: &Server) -> u32 {
+    let body =
+        json!({ "name": "born", "image": BUSYBOX, "size": "128MB", "cmd": ["sleep", "1000"] });
+    server.create(body).await;
+    server.wait("born", "Running").await;
+    only_worker()
+}
+
+/// Where the program of a new worker lies.
+async fn layout(server: &Server) -> u64 {
+    let lies = program(boot(server).await);
+    server.delete("born").await;
+    lies
+}
+
+fn program(worker: u32) -> u64 {
+    Mapping::all_of(worker).first().expect("a process has mappings").range.start
+}
+
+/// The fourth word of /proc/PID/stat (proc_pid_stat(5)) of a process whose name has no spaces.
+fn parent(pid: u32) -> u32 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.split(' ').nth(3).unwrap().parse().unwrap()
+}
+
+fn kill(signal: &str, pid: u32) {
+    let status = Command::new("kill").args([signal, &pid.to_string()]).status();
+    assert!(status.unwrap().success());
+}
+
+/// Returns once a process has ended, and been reaped.
+async fn gone(pid: u32) {
+    let deadline = Instant::now() + PATIENCE;
+    while fs::exists(format!("/proc/{pid}")).unwrap() {
+        assert!(Instant::now() < deadline, "process {pid} is still there");
+        time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// The nursery of a server.
+fn nursery_of(server: &Server) -> u32 {
+    let all = processes(NURSERY).into_iter();
+    let [nursery] = all.filter(|pid| parent(*pid) == server.pid()).collect::<Vec<_>>()[..] else {
+        panic!("a server has one nursery")
+    };
+    nursery
+}
+
+async fn a_worker_is_a_child_of_its_server_and_is_reaped(host: &TestHost) {
+    let worker = boot(&host.server).await;
+    let parent = parent(worker);
+
+    host.server.delete("born").await;
+
+    assert_eq!(parent, host.server.pid());
+    gone(worker).await;
+}
+
+async fn eight_workers_share_a_layout_and_the_ninth_has_another(_: &TestHost) {
+    let mut server = start("siblings").await;
+
+    let mut layouts = Vec::new();
+    for _ in 0..=SIBLINGS {
+        layouts.push(layout(&server).await);
+    }
+
+    let (siblings, next) = layouts.split_at(SIBLINGS);
+    assert!(siblings.iter().all(|layout| *layout == siblings[0]), "{layouts:x?}");
+    assert_ne!(next[0], siblings[0], "{layouts:x?}");
+    server.kill();
+}
+
+async fn a_worker_that_crashes_is_the_last_with_its_layout(_: &TestHost) {
+    let mut server = start("crashes").await;
+
+    let mut layouts = Vec::new();
+    for signal in ["-KILL", "-ILL", "-ABRT"] {
+        let worker = boot(&server).await;
+        layouts.push(program(worker));
+        kill(signal, worker);
+        server.wait("born", "Stopped").await;
+        server.delete("born").await;
+    }
+    layouts.push(layout(&server).await);
+
+    let [killed, crashed, aborted, last] = layouts[..] else { panic!("four guests had booted") };
+    assert_eq!(killed, crashed, "who kills it is the host");
+    assert_ne!(crashed, aborted);
+    assert_ne!(aborted, last);
+    server.kill();
+}
+
+async fn a_nursery_that_is_killed_is_replaced(host: &TestHost) {
+    boot(&host.server).await;
+    let killed = nursery_of(&host.server);
+
+    kill("-KILL", killed);
+    host.server.delete("born").await;
+    boot(&host.server).await;
+
+    assert_ne!(nursery_of(&host.server), killed);
+    host.server.delete("born").await;
+}
+
+async fn a_nursery_ends_with_its_server(_: &TestHost) {
+    let mut server = Server::start("childless").await;
+    let nursery = nursery_of(&server);
+
+    server.kill();
+
+    gone(nursery).await;
+}
