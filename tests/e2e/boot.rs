@@ -1,5 +1,7 @@
 //! Guests boot, run what their image says, and end as it ends.
 
+use std::fs;
+
 use futures_util::future::join_all;
 use ovum_test_host::{BUSYBOX, DEBIAN, TestHost};
 use serde_json::{Value, json};
@@ -21,6 +23,7 @@ cases![
     output_through_dev_stdout_arrives,
     orphans_are_reaped,
     every_vcpu_is_online,
+    a_kernel_has_nothing_to_warn_of_and_uses_what_the_processor_has,
     a_guest_larger_than_the_32_bit_hole_has_all_its_memory,
     a_debian_root_runs,
     a_reboot_and_a_panic_are_told_apart_from_an_exit,
@@ -161,6 +164,17 @@ async fn every_vcpu_is_online(host: &TestHost) {
 
         assert!(log.contains(&format!("{vcpus}\n")), "{log}");
     }
+}
+
+async fn a_kernel_has_nothing_to_warn_of_and_uses_what_the_processor_has(host: &TestHost) {
+    let processor = fs::read_to_string("/proc/cpuinfo").unwrap();
+    let script = "echo $(dmesg | grep -cE 'cut here|BUG:|Call Trace') warnings; \
+                  grep -wom1 avx /proc/cpuinfo";
+
+    let (log, _) = host.server.run("content", BUSYBOX, &sh(script)).await;
+
+    assert!(processor.contains(" avx "), "nothing to look for: {processor}");
+    assert!(log.contains("0 warnings\navx\n"), "{log}");
 }
 
 async fn a_guest_larger_than_the_32_bit_hole_has_all_its_memory(host: &TestHost) {

@@ -474,6 +474,8 @@ fn vcpus(vm: &VmFd, supported: &CpuId, count: u8, entry: u64) -> Result<Vec<Vcpu
         let leaves = cpuid::for_vcpu(supported, index, count);
         let leaves = CpuId::from_entries(&leaves).map_err(|_too_many| BuildError::TooManyLeaves)?;
         vcpu.set_cpuid2(&leaves).map_err(BuildError::kvm("set CPUID"))?;
+        registers::enable_state_components(&vcpu, &leaves)
+            .map_err(BuildError::kvm("set registers"))?;
         registers::set_firmware_msrs(&vcpu).map_err(BuildError::kvm("set registers"))?;
         if index == 0 {
             registers::enter_kernel(&vcpu, entry).map_err(BuildError::kvm("set registers"))?;

@@ -32,6 +32,10 @@ pub(super) const DEVICE_ID: u64 = 0x008;
 const VENDOR_ID: u64 = 0x00c;
 const DEVICE_FEATURES: u64 = 0x010;
 const DEVICE_FEATURES_SEL: u64 = 0x014;
+/// All features at once, for drivers that know of it (`kernel-config/patches/mmio.patch`): the
+/// standard has nothing here, 4.2.2 "MMIO Device Register Layout".
+const ALL_FEATURES_LOW: u64 = 0x018;
+const ALL_FEATURES_HIGH: u64 = 0x01c;
 const DRIVER_FEATURES: u64 = 0x020;
 const DRIVER_FEATURES_SEL: u64 = 0x024;
 const QUEUE_SEL: u64 = 0x030;
@@ -170,7 +174,9 @@ impl Registers {
     pub fn appear(&self) {
         // Its id last: by that it is found.
         self.show();
-        self.line.shown().set(DEVICE_ID, self.identity.kind);
+        for register in [ALL_FEATURES_LOW, ALL_FEATURES_HIGH, DEVICE_ID] {
+            self.line.shown().set(register, self.read_register(register));
+        }
     }
 
     /// The guest finds a placeholder.
@@ -198,6 +204,8 @@ impl Registers {
             DEVICE_ID => self.identity.kind,
             VENDOR_ID => VENDOR,
             DEVICE_FEATURES => half(self.identity.features, self.state.device_features_select),
+            ALL_FEATURES_LOW => half(self.identity.features, 0),
+            ALL_FEATURES_HIGH => half(self.identity.features, 1),
             QUEUE_SIZE_MAX => queue.map_or(0, |(size_max, _)| u32::from(size_max)),
             QUEUE_READY => queue.map_or(0, |(_, queue)| u32::from(queue.ready)),
             INTERRUPT_STATUS => self.line.pending(),
