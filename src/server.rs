@@ -261,7 +261,6 @@ impl Drop for Door {
     }
 }
 
-/// Where workers get their share of the host. One that has no such thing works without.
 /// Workers are forks of this program: `/proc/self/exe` stays the same after an upgrade on disk.
 async fn open_nursery() -> Nursery {
     let nursery = Nursery::new(PathBuf::from("/proc/self/exe"));
@@ -269,6 +268,7 @@ async fn open_nursery() -> Nursery {
     nursery
 }
 
+/// Where workers get their share of the host. One that has no such thing works without.
 fn open_groups(dir: &Path) -> Option<Cgroups> {
     Cgroups::open(Path::new(CGROUP_ROOT), dir)
         .inspect_err(|error| tracing::info!(%error, "Workers have no control groups"))

@@ -1,20 +1,21 @@
 //! Where workers come from: the server's end of a process that forks them.
 //!
-//! One is started ahead, and the next as soon as it has had [`SIBLINGS_MAX`] or one of its workers
-//! has crashed: whoever makes it crash to try again, or has learnt where things lie in one worker,
-//! finds them elsewhere in the next (0020). One that was killed is replaced when it is asked.
+//! One is started ahead, and the next when it has had [`SIBLINGS_MAX`] or one of its workers is
+//! seen to have crashed: whoever makes a worker crash finds the next elsewhere (0020). One that was
+//! killed, or does not answer, is replaced when it is asked.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::process::Child;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, oneshot};
 use tokio::time;
 
 use crate::control::{BIRTH, Birth, SIBLINGS_MAX, WORKER_COMMAND};
@@ -23,8 +24,14 @@ use crate::os::process::Process;
 use crate::os::readable::readable;
 use crate::os::spawn::{self, Identity};
 
-/// How long a nursery may take to answer: to start, mostly, where memory is short.
-const BIRTH_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long a nursery may take to start, where memory is short or all is emulated.
+const START_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long one that has started may take to answer.
+const BIRTH_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long to wait for a tracer that has not let go of a worker that has ended.
+const TRACER_PERIOD: Duration = Duration::from_secs(1);
 
 /// The nursery that there is, and those that were and will be.
 #[derive(Debug, Clone)]
@@ -36,23 +43,25 @@ struct Shared {
     current: Mutex<Option<Current>>,
 }
 
-/// A process that forks.
+/// A process that forks. It ends with this: its workers do not depend on it.
 #[derive(Debug)]
 struct Current {
     socket: AsyncFd<PacketSocket>,
     born: u32,
-    /// Kept so that it is reaped. It ends by itself when `socket` goes.
+    /// Whether a worker of it has.
+    crashed: Arc<AtomicBool>,
     process: Child,
 }
 
-/// A worker that waits to be told what to be.
+/// A worker that waits to be told what to be: a child of this process, which is reaped when it has
+/// ended.
 #[derive(Debug)]
 pub(super) struct Newborn {
     pub(super) identity: Identity,
-    /// A child of this process, reaped whatever becomes of this.
-    pub(super) process: Process,
     /// Where it is told. It ends when this goes before it has been.
     pub(super) launch: PacketSocket,
+    /// It is not reaped before this is dropped: until then its number is its own.
+    pub(super) unreaped: oneshot::Sender<()>,
 }
 
 impl Nursery {
@@ -85,21 +94,18 @@ impl Nursery {
 impl Shared {
     async fn bear(self: &Arc<Self>, log: &File) -> io::Result<Newborn> {
         let mut place = self.current.lock().await;
-        let waiting = match place.take() {
+        let waiting = match place.take().filter(|current| !current.has_crashed()) {
             Some(current) => current,
             None => Current::start(self)?,
         };
-        let (current, born) = match waiting.bear(log).await {
+        let (current, born) = match waiting.bear(self, log).await {
             Ok(done) => done,
             Err(error) => {
                 tracing::debug!(%error, "A nursery does not answer; another is asked");
-                Current::start(self)?.bear(log).await?
+                Current::start(self)?.bear(self, log).await?
             }
         };
-        let whose = current.process.id();
         *place = if current.born < SIBLINGS_MAX { Some(current) } else { self.next() };
-        let ended = readable(Process::from(born.process.as_fd().try_clone_to_owned()?))?;
-        tokio::spawn(Arc::clone(self).reap(ended, whose));
         Ok(born)
     }
 
@@ -109,14 +115,19 @@ impl Shared {
         next.inspect_err(|error| tracing::warn!(%error, "Failed to start a nursery ahead")).ok()
     }
 
-    /// Waits for the end of a worker of the nursery `whose`, which ends with it if it crashed.
-    async fn reap(self: Arc<Self>, worker: AsyncFd<Process>, whose: Option<u32>) {
-        let ended = worker.readable().await.and_then(|_| worker.get_ref().reap());
+    /// Reaps a worker that has ended; if it crashed its nursery ends, too.
+    async fn reap(self: Arc<Self>, worker: AsyncFd<Process>, crashed: Arc<AtomicBool>) {
+        let mut ended = worker.readable().await.and_then(|_| worker.get_ref().reap());
+        while ended.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            time::sleep(TRACER_PERIOD).await;
+            ended = worker.get_ref().reap();
+        }
         match ended {
             Ok(false) => {}
             Ok(true) => {
+                crashed.store(true, Ordering::SeqCst);
                 let mut current = self.current.lock().await;
-                if current.as_ref().is_some_and(|current| current.process.id() == whose) {
+                if current.as_ref().is_some_and(Current::has_crashed) {
                     *current = self.next();
                 }
             }
@@ -131,16 +142,21 @@ impl Current {
         // What it has to say it answers.
         let log = File::options().write(true).open("/dev/null")?;
         let process = spawn::start(&shared.program, WORKER_COMMAND, theirs.into(), log)?;
-        Ok(Self { socket: readable(ours)?, born: 0, process })
+        Ok(Self { socket: readable(ours)?, born: 0, crashed: Arc::default(), process })
     }
 
-    async fn bear(mut self, log: &File) -> io::Result<(Self, Newborn)> {
+    fn has_crashed(&self) -> bool {
+        self.crashed.load(Ordering::SeqCst)
+    }
+
+    async fn bear(mut self, shared: &Arc<Shared>, log: &File) -> io::Result<(Self, Newborn)> {
         let (launch, theirs) = packets::pair()?;
         self.socket.get_ref().send(BIRTH, &[theirs.as_fd(), log.as_fd()])?;
         // The worker's end is the worker's alone: so each hears of the other's death.
         drop(theirs);
         let answer = self.socket.async_io(Interest::READABLE, PacketSocket::try_recv);
-        let packet = time::timeout(BIRTH_TIMEOUT, answer).await??;
+        let patience = if self.born == 0 { START_TIMEOUT } else { BIRTH_TIMEOUT };
+        let packet = time::timeout(patience, answer).await??;
         if packet.bytes.is_empty() {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -149,11 +165,25 @@ impl Current {
                 let [process] = <[OwnedFd; 1]>::try_from(packet.files)
                     .map_err(|_files| io::Error::from(io::ErrorKind::InvalidData))?;
                 self.born += 1;
-                // Nobody has reaped it yet, so the number is its own.
-                let identity = Identity::of(pid)?;
-                Ok((self, Newborn { identity, process: process.into(), launch }))
+                let (unreaped, may_be) = oneshot::channel();
+                let reaping = Arc::clone(shared)
+                    .reap(readable(Process::from(process))?, Arc::clone(&self.crashed));
+                tokio::spawn(async move {
+                    // An error says that the other end was dropped, and so it is.
+                    let _ = may_be.await;
+                    reaping.await;
+                });
+                Ok((self, Newborn { identity: Identity::of(pid)?, launch, unreaped }))
             }
             Birth::Failed { message } => Err(io::Error::other(message)),
         }
+    }
+}
+
+impl Drop for Current {
+    /// One that was stopped would not see that nobody asks it any more.
+    fn drop(&mut self) {
+        // It has ended already, which is what we want.
+        let _ = self.process.start_kill();
     }
 }

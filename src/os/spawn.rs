@@ -49,7 +49,7 @@ impl Identity {
     }
 
     /// Lets the process lock so many bytes of its memory: what devices reach is locked. The caller
-    /// is its parent, so that the number is still its own.
+    /// sees to it that the process is not reaped meanwhile, so that the number is still its own.
     ///
     /// # Errors
     ///

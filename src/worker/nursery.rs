@@ -1,13 +1,12 @@
 //! The nursery: a worker that has not been told yet which, and becomes many.
 //!
-//! What starts a program is the same for all workers, and is a fifth of the instructions of a boot:
-//! libraries are found, addresses filled in, the first pages touched. So the server starts one
-//! worker ahead, which does that and waits. A worker that is wanted is a fork of it, and a child of
-//! the server, as if that had started it.
+//! What starts a program is the same for all workers: libraries are found, addresses filled in, the
+//! first pages touched. So the server starts one worker ahead, which does that and waits. A worker
+//! that is wanted is a fork of it, and a child of the server, as if that had started it.
 //!
 //! What is forked has the layout of addresses of what it is forked from. So that one worker's
 //! secrets are worth little elsewhere a nursery has [`SIBLINGS_MAX`] and ends, and the server
-//! leaves it as soon as one of them has crashed (0020).
+//! leaves it when it sees that one of them has crashed (0020).
 
 use std::fs::File;
 use std::io;
@@ -63,8 +62,8 @@ fn answer(server: &PacketSocket, birth: &Birth, process: &[BorrowedFd<'_>]) -> a
 /// In a new process: takes its place among others, and its files.
 fn settle(launch: OwnedFd, log: File) -> anyhow::Result<()> {
     set_name(WORKER_NAME).context("Failed to set the name of a worker")?;
-    // What ends the server, a key of its terminal say, does not end this.
-    setpgid(None, None).context("Failed to leave the server's process group")?;
+    // A process group of its own, as the nursery has.
+    setpgid(None, None).context("Failed to leave the nursery's process group")?;
     dup2_stdin(launch).context("Failed to take the launch socket")?;
     dup2_stderr(log).context("Failed to take the log")
 }
@@ -82,8 +81,9 @@ fn fork() -> io::Result<Fork> {
     // SAFETY: without CLONE_VM the new process has a copy of all memory, stack included, and
     // `process` outlives the call that writes it. This process has one thread, so that no lock is
     // held in the copy by one that is not there. The C library is not told: what it goes on to
-    // believe of the new process is the thread's number, which only mutexes of kinds that nothing
-    // here has ask for.
+    // believe is the thread's number, by which a recursive mutex knows its owner. Of these there is
+    // the loader's, which this process takes in one thread, and no other has that number as long as
+    // the nursery lives or the kernel does not give it to a thread of this very process.
     #[expect(unsafe_code, reason = "fork(3) makes a child of its own, which it would have to reap")]
     let child =
         unsafe { libc::syscall(libc::SYS_clone, flags, none, &raw mut process, none, none) };

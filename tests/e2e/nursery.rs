@@ -15,7 +15,7 @@ cases![
     a_worker_is_a_child_of_its_server_and_is_reaped,
     eight_workers_share_a_layout_and_the_ninth_has_another,
     a_worker_that_crashes_is_the_last_with_its_layout,
-    a_nursery_that_is_killed_is_replaced,
+    a_nursery_that_does_not_answer_is_replaced,
     a_nursery_ends_with_its_server,
 ];
 
@@ -54,6 +54,18 @@ fn parent(pid: u32) -> u32 {
     stat.split(' ').nth(3).unwrap().parse().unwrap()
 }
 
+/// All processes that a server has started, or that were started for it.
+fn children(server: &Server) -> Vec<u32> {
+    let all = fs::read_dir("/proc").unwrap().flatten();
+    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    // One may end meanwhile, which is no child then.
+    let is_child = |pid: &u32| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.contains(&format!("\nPPid:\t{}\n", server.pid()))
+    };
+    pids.filter(is_child).collect()
+}
+
 fn kill(signal: &str, pid: u32) {
     let status = Command::new("kill").args([signal, &pid.to_string()]).status();
     assert!(status.unwrap().success());
@@ -68,13 +80,17 @@ async fn gone(pid: u32) {
     }
 }
 
-/// The nursery of a server.
-fn nursery_of(server: &Server) -> u32 {
-    let all = processes(NURSERY).into_iter();
-    let [nursery] = all.filter(|pid| parent(*pid) == server.pid()).collect::<Vec<_>>()[..] else {
-        panic!("a server has one nursery")
-    };
-    nursery
+/// The nursery of a server, which has its name a little later than it is there.
+async fn nursery_of(server: &Server) -> u32 {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let all = processes(NURSERY).into_iter();
+        if let [nursery] = all.filter(|pid| parent(*pid) == server.pid()).collect::<Vec<_>>()[..] {
+            return nursery;
+        }
+        assert!(Instant::now() < deadline, "a server has one nursery");
+        time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 async fn a_worker_is_a_child_of_its_server_and_is_reaped(host: &TestHost) {
@@ -121,21 +137,25 @@ async fn a_worker_that_crashes_is_the_last_with_its_layout(_: &TestHost) {
     server.kill();
 }
 
-async fn a_nursery_that_is_killed_is_replaced(host: &TestHost) {
-    boot(&host.server).await;
-    let killed = nursery_of(&host.server);
+async fn a_nursery_that_does_not_answer_is_replaced(_: &TestHost) {
+    let mut server = start("deaf").await;
 
-    kill("-KILL", killed);
-    host.server.delete("born").await;
-    boot(&host.server).await;
+    for signal in ["-KILL", "-STOP"] {
+        let deaf = nursery_of(&server).await;
+        kill(signal, deaf);
+        let worker = boot(&server).await;
+        gone(deaf).await;
+        server.delete("born").await;
+        gone(worker).await;
+    }
 
-    assert_ne!(nursery_of(&host.server), killed);
-    host.server.delete("born").await;
+    assert_eq!(children(&server), [nursery_of(&server).await], "others are left");
+    server.kill();
 }
 
 async fn a_nursery_ends_with_its_server(_: &TestHost) {
     let mut server = Server::start("childless").await;
-    let nursery = nursery_of(&server);
+    let nursery = nursery_of(&server).await;
 
     server.kill();
 

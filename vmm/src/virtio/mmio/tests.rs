@@ -249,6 +249,8 @@ fn features_are_what_was_offered_and_then_frozen() {
         driver.read(DEVICE_FEATURES)
     });
     assert_eq!(offered, [1 << 29 | 1 << 28, 1, 0, 0]);
+    let at_once = [ALL_FEATURES_LOW, ALL_FEATURES_HIGH].map(|half| driver.read(half));
+    assert_eq!(at_once, offered[..2]);
 
     assert_eq!(driver.negotiate(0), ACKNOWLEDGE | DRIVER, "a legacy driver");
     assert_eq!(driver.negotiate(1 << 32 | 1), ACKNOWLEDGE | DRIVER, "a bit that was not offered");
