@@ -251,7 +251,7 @@ impl Fleet {
         let born = self.nursery.bear(log).await.map_err(SpawnError::Start)?;
         let Newborn { identity, launch: socket, unreaped: _until_told } = born;
         let process = identity.find().map_err(SpawnError::Start)?.ok_or(SpawnError::Died)?;
-        let worker = Worker::started(identity, process, dir).map_err(SpawnError::Start)?;
+        let worker = Worker::new(identity, process, dir).map_err(SpawnError::Start)?;
         Self::tell(NewWorker(Some(worker.in_group(group))), socket, launch, files).await
     }
 

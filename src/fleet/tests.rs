@@ -275,7 +275,7 @@ async fn a_start_that_is_given_up_leaves_no_process() {
     let dir = tempfile::tempdir().unwrap();
     let (identity, mut child) = endless();
     let process = identity.find().unwrap().unwrap();
-    let worker = Worker::started(identity, process, dir.path()).unwrap();
+    let worker = Worker::new(identity, process, dir.path()).unwrap();
     let (ours, _theirs) = packets::pair().unwrap();
 
     let launch = any_launch();

@@ -58,11 +58,6 @@ pub enum Happened {
 }
 
 impl Worker {
-    /// Around one that has not been told anything.
-    pub(super) fn started(identity: Identity, process: Process, dir: &Path) -> io::Result<Self> {
-        Self::new(identity, process, dir)
-    }
-
     /// Around a process that an earlier server started.
     pub(super) fn found(identity: Identity, process: Process, dir: &Path) -> io::Result<Self> {
         let mut worker = Self::new(identity, process, dir)?;
@@ -70,7 +65,8 @@ impl Worker {
         Ok(worker)
     }
 
-    fn new(identity: Identity, process: Process, dir: &Path) -> io::Result<Self> {
+    /// Around one that has not been told anything.
+    pub(super) fn new(identity: Identity, process: Process, dir: &Path) -> io::Result<Self> {
         Ok(Self {
             identity,
             process: readable(process)?,
