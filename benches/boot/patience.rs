@@ -1,9 +1,10 @@
 //! How long a boot may take until it is given up and begun anew.
 //!
-//! An emulated processor that counts (`dev/in-host --count`) loses its way in about one of fifty
-//! boots: a timer's interrupt comes to a guest that has interrupts off, and the guest waits for
-//! ever for a lock that it holds itself. That is no boot, and no figure. Meanwhile a second of that
-//! host takes minutes, so what stands still is not waited for long, and not asked to end.
+//! An emulated processor that counts (`dev/in-host --count`) lost its way in about one of fifty
+//! boots, until its emulator was mended (`dev/host/src/emulator.rs`), and does so where that is
+//! another: the guest waits for ever for a lock that it holds itself. That is no boot, and no
+//! figure. Meanwhile a second of that host takes minutes, so what stands still is not waited for
+//! long, and not asked to end.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

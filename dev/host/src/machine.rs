@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -19,8 +20,6 @@ use crate::channel::{self, Event, Exit, Milestone, Port, Stream};
 use crate::files;
 use crate::hardware::Hardware;
 
-/// The emulator, from Debian's qemu-system-x86.
-pub const QEMU: &str = "qemu-system-x86_64";
 /// Many times what a boot takes on an idle machine; busy ones exist.
 const BOOT_MAX: Duration = Duration::from_secs(180);
 /// What of the kernel's messages is shown when the host dies.
@@ -67,16 +66,16 @@ struct Heard {
 }
 
 impl Machine {
-    /// Starts QEMU; the host boots while the caller waits for it.
+    /// Starts `emulator`; the host boots while the caller waits for it.
     ///
     /// # Errors
     ///
     /// If a file cannot be made or QEMU cannot be started. Nothing is left running.
-    pub fn start(hardware: &Hardware, supplies: Supplies<'_>) -> Result<Self> {
+    pub fn start(emulator: &Path, hardware: &Hardware, supplies: Supplies<'_>) -> Result<Self> {
         let console = files::console()?;
         let port = Port::new;
         let ports = [port()?, port()?, port()?, port()?, port()?, port()?];
-        let mut command = Command::new(QEMU);
+        let mut command = Command::new(emulator);
         command.args(hardware.arguments());
         for (nr, port) in (1..).zip(&ports) {
             command.args(["-chardev", &format!("socket,id=port{nr},fd={}", port.fd())]);
@@ -93,9 +92,8 @@ impl Machine {
                 Ok(rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?)
             });
         }
-        let qemu = command.spawn().with_context(|| {
-            format!("Failed to start {QEMU}; `dev/in-host --packages` names what to install")
-        })?;
+        let qemu = command.spawn();
+        let qemu = qemu.with_context(|| format!("Failed to start {}", emulator.display()))?;
         let [stdout, stderr, stdin, status, job, beat] = ports.map(Port::started);
         let (sender, events) = mpsc::channel();
         channel::pass(Stream::Stdout, stdout, sender.clone());

@@ -1,13 +1,15 @@
 //! Runs a command on a KVM host: this machine if it can, an emulated one otherwise.
 //!
 //! `options` reads what was asked and `host` decides where the command runs. If this machine
-//! cannot, `kernel`, `modules` and `initramfs` make what the emulated one boots, kept by `cache`.
+//! cannot, `kernel`, `modules` and `initramfs` make what the emulated one boots and `emulator` what it
+//! boots in, kept by `cache`.
 //! `template` boots it once and saves it, `machine` goes on from there with the command as a `job`,
 //! and `channel` carries its streams.
 
 mod cache;
 mod channel;
 mod cpio;
+mod emulator;
 mod files;
 mod hardware;
 mod host;
@@ -82,6 +84,7 @@ fn emulated(options: &Options, command: &[OsString]) -> Result<u8> {
     let cache = Cache::open()?;
     let kernel = Kernel::ready(&cache)?;
     let initramfs = initramfs::ready(&cache, &kernel)?;
+    let emulator = emulator::ready(&cache)?;
     let hardware = Hardware::new(options, &kernel.image);
     // QEMU can save neither an NVMe controller nor an edu device.
     let nvme = options.vfio.then(files::nvme).transpose()?;
@@ -89,9 +92,10 @@ fn emulated(options: &Options, command: &[OsString]) -> Result<u8> {
     let template = if cold {
         None
     } else {
-        Some(Template::ready(&cache, &hardware, &initramfs, options.disk_gib)?)
+        Some(Template::ready(&cache, &emulator, &hardware, &initramfs, options.disk_gib)?)
     };
     let mut machine = Machine::start(
+        &emulator,
         &hardware,
         Supplies {
             initramfs: &File::open(&initramfs).context("Failed to open the initramfs")?,

@@ -8,7 +8,6 @@ use std::fs::{self, File};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process;
@@ -20,7 +19,7 @@ use crate::cache::Cache;
 use crate::channel::{Milestone, Port};
 use crate::files;
 use crate::hardware::Hardware;
-use crate::machine::{Machine, QEMU, Supplies};
+use crate::machine::{Machine, Supplies};
 
 /// The file in a template's folder.
 const STATE: &str = "state";
@@ -34,7 +33,7 @@ pub struct Template {
 impl Template {
     /// Finds the saved state of `hardware`, booting and saving it if there is none.
     ///
-    /// It is as good as its makings: QEMU, the initramfs, and this boot of this machine, since
+    /// It is as good as its makings: `emulator`, the initramfs, and this boot of this machine, since
     /// the kernel inside has measured our clock.
     ///
     /// # Errors
@@ -42,20 +41,18 @@ impl Template {
     /// If the host does not boot, or the state cannot be kept.
     pub fn ready(
         cache: &Cache,
+        emulator: &Path,
         hardware: &Hardware,
         initramfs: &Path,
         disk_gib: u32,
     ) -> Result<Self> {
         let mut hasher = DefaultHasher::new();
-        (hardware, initramfs, disk_gib).hash(&mut hasher);
+        (emulator, hardware, initramfs, disk_gib).hash(&mut hasher);
         let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id");
         boot.context("Failed to tell this boot from others")?.hash(&mut hasher);
-        let qemu = files::program(QEMU)?;
-        let metadata = fs::metadata(&qemu).context("Failed to look at QEMU")?;
-        (qemu, metadata.size(), metadata.mtime()).hash(&mut hasher);
         let folder = cache.folder(&format!("state-{:016x}", hasher.finish()), |folder| {
             eprintln!("in-host: booting a host to start from (once)");
-            save(hardware, initramfs, disk_gib, folder)
+            save(emulator, hardware, initramfs, disk_gib, folder)
         })?;
         Ok(Self { folder })
     }
@@ -80,9 +77,16 @@ fn open(path: &Path) -> Result<File> {
     File::open(path).with_context(|| format!("Failed to open {}", path.display()))
 }
 
-fn save(hardware: &Hardware, initramfs: &Path, disk_gib: u32, folder: &Path) -> Result<()> {
+fn save(
+    emulator: &Path,
+    hardware: &Hardware,
+    initramfs: &Path,
+    disk_gib: u32,
+    folder: &Path,
+) -> Result<()> {
     let monitor = Port::new()?;
     let mut machine = Machine::start(
+        emulator,
         hardware,
         Supplies {
             initramfs: &open(initramfs)?,
