@@ -1,13 +1,14 @@
 //! A client of the API, for the command line.
 
 use std::io;
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt, TryStreamExt, stream};
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use reqwest::{Body, Method, RequestBuilder, Response, StatusCode};
+use reqwest::{Body, ClientBuilder, Method, RequestBuilder, Response, StatusCode, Url};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio_tungstenite::tungstenite::Error as WebSocketError;
@@ -45,7 +46,7 @@ impl Client {
     ///
     /// [`ClientError::Setup`].
     pub fn new(base_url: &str, token: Option<String>) -> Result<Self, ClientError> {
-        let http = reqwest::Client::builder().connect_timeout(CONNECT_TIMEOUT).build();
+        let http = builder(base_url).connect_timeout(CONNECT_TIMEOUT).build();
         let base_url = base_url.trim_end_matches('/').to_owned();
         let place = base_url.clone();
         Ok(Self { http: http.map_err(ClientError::Setup)?, base_url, place, token })
@@ -57,9 +58,9 @@ impl Client {
     ///
     /// [`ClientError::Setup`].
     pub fn at_socket(socket: &Path, token: Option<String>) -> Result<Self, ClientError> {
-        let http = reqwest::Client::builder().unix_socket(socket).build();
-        let http = http.map_err(ClientError::Setup)?;
         let base_url = "http://localhost".to_owned();
+        let http = builder(&base_url).unix_socket(socket).build();
+        let http = http.map_err(ClientError::Setup)?;
         Ok(Self { http, base_url, place: socket.display().to_string(), token })
     }
 
@@ -215,6 +216,28 @@ impl Client {
     }
 }
 
+/// Of a client for `base_url`. To a plain server of this host no proxy leads, nor is there anything
+/// for the host's certificates to prove: to read those, hundreds of files, took longer than a guest
+/// boots.
+fn builder(base_url: &str) -> ClientBuilder {
+    let builder = reqwest::Client::builder();
+    if is_plain_and_local(base_url) { builder.no_proxy().tls_certs_only([]) } else { builder }
+}
+
+/// Whether it is HTTP to an address of loopback.
+fn is_plain_and_local(base_url: &str) -> bool {
+    let Ok(url) = Url::parse(base_url) else { return false };
+    let is_local = match url.host_str() {
+        Some("localhost") => true,
+        Some(host) => {
+            let host = host.trim_start_matches('[').trim_end_matches(']');
+            host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
+        }
+        None => false,
+    };
+    url.scheme() == "http" && is_local
+}
+
 /// A token that this host's commands make for themselves.
 pub fn own_token(secret: &Secret) -> String {
     secret.mint(TOKEN_USER, TOKEN_LIFETIME, None)
@@ -319,6 +342,17 @@ pub enum ClientError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_plain_server_of_this_host_needs_no_certificates() {
+        for url in ["http://127.0.0.1:8080", "http://[::1]:80/api", "http://localhost"] {
+            assert!(is_plain_and_local(url), "{url}");
+        }
+        for url in ["https://127.0.0.1", "http://192.0.2.1", "http://localhost.example", "nothing"]
+        {
+            assert!(!is_plain_and_local(url), "{url}");
+        }
+    }
 
     #[test]
     fn events_arrive_however_the_bytes_are_cut() {

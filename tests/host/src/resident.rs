@@ -4,8 +4,13 @@ use std::ops::Range;
 
 use crate::mappings::Mapping;
 
-/// Guest memory is told by its size: so much in one piece, of which parts can be mapped from the
-/// kernel's text. The worker itself has no such piece.
+/// Where guest memory goes on behind what lies below the devices' addresses
+/// (`ovum_vmm::layout::HOLE_START`).
+const LOW_MIB_MAX: u32 = 3328;
+
+/// Guest memory is told by its size: so much in one piece, or two if it does not fit below the
+/// devices' addresses, of the first of which parts can be mapped from the kernel's text. The worker
+/// itself has no such piece.
 #[derive(Debug, Clone, Copy)]
 pub struct Resident {
     /// All that is mapped, the program and its libraries included.
@@ -17,11 +22,13 @@ pub struct Resident {
 impl Resident {
     /// Of the worker `pid`, whose guest has booted with `guest_mib`.
     pub fn of(pid: u32, guest_mib: u32) -> Self {
-        // What does not fit below the devices' addresses is a range of its own.
-        let guest_bytes = (u64::from(guest_mib) << 20).min(1 << 30);
+        let low_mib = guest_mib.min(LOW_MIB_MAX);
+        let [low_bytes, high_bytes] =
+            [low_mib, guest_mib - low_mib].map(|mib| u64::from(mib) << 20);
+        let least_bytes = if high_bytes > 0 { low_bytes.min(high_bytes) } else { low_bytes };
         let mappings = Mapping::all_of(pid);
         let is_guest = |mapping: &Mapping| {
-            mapping.bytes() >= guest_bytes || in_pieces(&mappings, guest_bytes, &mapping.range)
+            mapping.bytes() >= least_bytes || in_pieces(&mappings, low_bytes, &mapping.range)
         };
         let own = || mappings.iter().filter(|mapping| !is_guest(mapping));
         let mib = |kib: f64| kib / 1024.0;
