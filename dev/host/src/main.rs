@@ -1,10 +1,9 @@
 //! Runs a command on a KVM host: this machine if it can, an emulated one otherwise.
 //!
 //! `options` reads what was asked and `host` decides where the command runs. If this machine
-//! cannot, `kernel`, `modules` and `initramfs` make what the emulated one boots and `emulator` what it
-//! boots in, kept by `cache`.
-//! `template` boots it once and saves it, `machine` goes on from there with the command as a `job`,
-//! and `channel` carries its streams.
+//! cannot, `kernel`, `modules` and `initramfs` make what the emulated one boots and `emulator` what
+//! it boots in, kept by `cache`. `template` boots it once and saves it, `machine` goes on from
+//! there with the command as a `job`, and `channel` carries its streams.
 
 mod cache;
 mod channel;

@@ -33,8 +33,8 @@ pub struct Template {
 impl Template {
     /// Finds the saved state of `hardware`, booting and saving it if there is none.
     ///
-    /// It is as good as its makings: `emulator`, the initramfs, and this boot of this machine, since
-    /// the kernel inside has measured our clock.
+    /// It is as good as its makings: `emulator`, the initramfs, and this boot of this machine,
+    /// since the kernel inside has measured our clock.
     ///
     /// # Errors
     ///
