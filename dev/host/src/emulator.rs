@@ -5,7 +5,7 @@
 //! that guest clears it. If QEMU's own loop comes by before that, because another thread of it asks
 //! or with `--count` because a slice is over, the guest has the same interrupt again, whether or
 //! not it has them off. A Linux that gets its timer's twice while it holds the timer's lock waits
-//! for itself, for good: once in some thousand boots, with `--count` once in thirty.
+//! for itself, for good: with `--count` about one boot of fifty, without it seldom.
 //!
 //! So what runs is a copy in which that store is none. A QEMU that does not have it, or not like
 //! this, runs as it is.
