@@ -247,11 +247,12 @@ impl Fleet {
         dir: &Path,
         log: File,
     ) -> Result<NewWorker, SpawnError> {
-        let group = self.group(dir, &launch.machine);
         let born = self.nursery.bear(log).await.map_err(SpawnError::Start)?;
         let Newborn { identity, launch: socket, unreaped: _until_told } = born;
         let process = identity.find().map_err(SpawnError::Start)?.ok_or(SpawnError::Died)?;
         let worker = Worker::new(identity, process, dir).map_err(SpawnError::Start)?;
+        // Not before there is who removes it: a caller may go away while it waits for a birth.
+        let group = self.group(dir, &launch.machine);
         Self::tell(NewWorker(Some(worker.in_group(group))), socket, launch, files).await
     }
 

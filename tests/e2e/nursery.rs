@@ -6,16 +6,19 @@ use std::time::{Duration, Instant};
 
 use ovum_test_host::mappings::Mapping;
 use ovum_test_host::{BUSYBOX, Server, TestHost, only_worker, processes};
-use serde_json::json;
+use reqwest::Method;
+use serde_json::{Value, json};
 use tokio::time;
 
 use crate::cases;
+use crate::crash::settle;
 
 cases![
     a_worker_is_a_child_of_its_server_and_is_reaped,
     eight_workers_share_a_layout_and_the_ninth_has_another,
     a_worker_that_crashes_is_the_last_with_its_layout,
     a_nursery_that_does_not_answer_is_replaced,
+    a_creation_given_up_before_a_worker_is_born_leaves_nothing,
     a_nursery_ends_with_its_server,
 ];
 
@@ -146,6 +149,20 @@ async fn a_nursery_that_does_not_answer_is_replaced(_: &TestHost) {
     }
 
     assert_eq!(children(&server), [nursery_of(&server).await], "others are left");
+    server.kill();
+}
+
+async fn a_creation_given_up_before_a_worker_is_born_leaves_nothing(_: &TestHost) {
+    let mut server = start("given-up").await;
+    kill("-STOP", nursery_of(&server).await);
+    let body = json!({ "name": "unborn", "image": BUSYBOX, "size": "128MB" });
+
+    // Long enough for all that comes before a birth, and shorter than a nursery is waited for.
+    let creation = server.call(Method::POST, "/instances", Some(body));
+    let given_up = time::timeout(Duration::from_secs(3), creation).await.is_err();
+
+    assert!(given_up, "a stopped process has forked");
+    assert_eq!(settle(&server).await, Vec::<Value>::new());
     server.kill();
 }
 
