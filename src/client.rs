@@ -1,7 +1,6 @@
 //! A client of the API, for the command line.
 
 use std::io;
-use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -13,6 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio_tungstenite::tungstenite::Error as WebSocketError;
 
+use crate::loopback::is_loopback;
 use crate::token::Secret;
 
 pub mod websocket;
@@ -227,15 +227,7 @@ fn builder(base_url: &str) -> ClientBuilder {
 /// Whether it is HTTP to an address of loopback.
 fn is_plain_and_local(base_url: &str) -> bool {
     let Ok(url) = Url::parse(base_url) else { return false };
-    let is_local = match url.host_str() {
-        Some("localhost") => true,
-        Some(host) => {
-            let host = host.trim_start_matches('[').trim_end_matches(']');
-            host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
-        }
-        None => false,
-    };
-    url.scheme() == "http" && is_local
+    url.scheme() == "http" && url.host_str().is_some_and(is_loopback)
 }
 
 /// A token that this host's commands make for themselves.

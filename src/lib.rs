@@ -19,6 +19,7 @@ pub mod images;
 pub mod initramfs;
 pub mod instances;
 pub mod logs;
+mod loopback;
 pub mod network;
 pub mod os;
 pub mod ratio;

@@ -62,7 +62,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("volumes", &["causes", "disks", "os", "ratio", "resources", "store", "tar", "text"]),
     ("devices", &["causes", "store", "text"]),
     ("resources", &["os", "ratio", "size"]),
-    ("images", &["causes", "os", "store", "tar"]),
+    ("images", &["causes", "loopback", "os", "store", "tar"]),
     ("disks", &["os"]),
     ("network", &["causes", "os", "subnet"]),
     ("fleet", &["control", "os"]),
@@ -75,6 +75,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("store", &[]),
     ("tar", &[]),
     ("text", &[]),
+    ("loopback", &[]),
     ("os", &[]),
 ];
 

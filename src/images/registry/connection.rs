@@ -5,7 +5,6 @@
 
 use std::fmt;
 use std::io;
-use std::net::IpAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -20,6 +19,7 @@ use reqwest::{Client as HttpClient, Response, StatusCode};
 use crate::images::digest::Digest;
 use crate::images::reference::Reference;
 use crate::images::registry::{Auth, Credentials, RegistryError};
+use crate::loopback::is_loopback;
 
 /// Longest time until a connection stands.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -216,39 +216,20 @@ fn is_plain(host: &str, insecure_registries: &[String]) -> bool {
     is_loopback(host) || insecure_registries.iter().any(|listed| listed == host)
 }
 
-/// Whether a `host` or `host:port` is this machine.
-fn is_loopback(host: &str) -> bool {
-    let name = match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
-        _ => host,
-    };
-    name == "localhost" || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn only_this_machine_is_loopback() {
-        assert!(is_loopback("localhost"));
-        assert!(is_loopback("localhost:5000"));
-        assert!(is_loopback("127.0.0.1:5000"));
-        assert!(!is_loopback("localhost.example.org"));
-        assert!(!is_loopback("10.0.0.1:5000"));
-        assert!(!is_loopback("127.0.0.1.example.org:80"));
-    }
-
-    #[test]
     fn plain_http_is_for_loopback_and_listed_hosts() {
-        let is_plain = |host: &str, listed: &[&str]| {
+        let plain = |host: &str, listed: &[&str]| {
             let listed: Vec<String> = listed.iter().map(ToString::to_string).collect();
-            super::is_plain(host, &listed)
+            is_plain(host, &listed)
         };
 
-        assert!(is_plain("127.0.0.1:5000", &[]));
-        assert!(is_plain("host.test:5000", &["host.test:5000"]));
-        assert!(!is_plain("host.test:5000", &["host.test"]));
-        assert!(!is_plain("index.docker.io", &[]));
+        assert!(plain("127.0.0.1:5000", &[]));
+        assert!(plain("host.test:5000", &["host.test:5000"]));
+        assert!(!plain("host.test:5000", &["host.test"]));
+        assert!(!plain("index.docker.io", &[]));
     }
 }
