@@ -15,6 +15,7 @@
 mod initcalls;
 mod ours;
 mod patience;
+mod peers;
 mod qemu;
 mod report;
 mod waterfall;
@@ -27,14 +28,14 @@ use ovum_test_host::TestHost;
 use tokio::runtime::Builder;
 
 use crate::patience::Patience;
+use crate::peers::Peer;
 use crate::qemu::Qemu;
 use crate::report::{Report, Row, ShapeReport};
 
 /// Boots of each subject and shape.
 const ROUNDS: usize = 15;
 
-/// Guests that start at the same time, and how often; none where clocks count: of so many one or
-/// the other nearly always stands still there.
+/// Guests that start at the same time, and how often.
 const CROWD: usize = 20;
 const CROWD_ROUNDS: usize = 3;
 
@@ -49,13 +50,11 @@ struct Shape {
     memory_mib: u32,
 }
 
-/// Of which most is measured.
+/// Of which many are measured, too.
 const SMALL: Shape = Shape { vcpus: 1, memory_mib: 128 };
 
-/// Where clocks count, and by time: fifteen rounds of the largest take ten minutes by time, and by
-/// counts twice as long.
-const COUNTED: [Shape; 2] = [SMALL, Shape { vcpus: 2, memory_mib: 1024 }];
-const TIMED: [Shape; 2] = [SMALL, Shape { vcpus: 8, memory_mib: 4096 }];
+const SHAPES: [Shape; 3] =
+    [SMALL, Shape { vcpus: 2, memory_mib: 1024 }, Shape { vcpus: 8, memory_mib: 4096 }];
 
 fn main() {
     let args: Vec<String> = env::args().skip(1).collect();
@@ -80,14 +79,14 @@ fn draw(path: &Path) {
 async fn measure() -> Report {
     let host = TestHost::start().await;
     let qemu = Qemu::new();
+    let peers = Peer::all(&qemu.initramfs);
     let counts = env::var("OVUM_BENCH_CLOCK").is_ok_and(|clock| clock == "instructions");
-    let sizes = if counts { COUNTED } else { TIMED };
     let mut patience = Patience::new(counts);
     let mut shapes = Vec::new();
-    for shape in sizes {
-        shapes.push(measure_shape(&host, &qemu, shape, &mut patience).await);
+    for shape in SHAPES {
+        shapes.push(measure_shape(&host, &qemu, &peers, shape, &mut patience).await);
     }
-    let crowd = if counts { Vec::new() } else { measure_crowd(&host, &qemu, &mut patience).await };
+    let crowd = measure_crowd(&host, &qemu, &mut patience).await;
     let initcalls = patience.with(OURS, 1, &host, initcalls::dearest).await;
     host.stop().await;
     Report::new(counts, patience.given_up, shapes, crowd, initcalls)
@@ -96,10 +95,12 @@ async fn measure() -> Report {
 async fn measure_shape(
     host: &TestHost,
     qemu: &Qemu,
+    peers: &[Peer],
     shape: Shape,
     patience: &mut Patience,
 ) -> ShapeReport {
     let (mut ours, mut runs, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
+    let mut others = vec![Vec::new(); peers.len()];
     for round in 1..=ROUNDS {
         let name = format!("bench-{round}");
         runs.push(patience.with(OURS, 1, host, async || ours::run(host, shape).await).await);
@@ -107,6 +108,9 @@ async fn measure_shape(
         let spoken = patience.with(OURS, 1, host, boot).await;
         ours.push(spoken.end(host, &name, shape).await);
         theirs.push(patience.with(THEIRS, 1, host, async || qemu.boot_crowd(1, shape).await).await);
+        for (peer, took) in peers.iter().zip(&mut others) {
+            took.push(patience.with(peer.name, 1, host, async || peer.boot(shape).await).await);
+        }
         eprintln!("{} vCPUs, {} MiB: {round} of {ROUNDS}", shape.vcpus, shape.memory_mib);
     }
     let of = |figure: fn(&ours::Boot) -> f64| ours.iter().map(figure).collect();
@@ -122,6 +126,10 @@ async fn measure_shape(
         Row::new("worker's memory outside guest RAM", "MiB", of(|boot| boot.memory.mib)),
         Row::new("  of it its own, the rest is the program", "MiB", of(|boot| boot.memory.own_mib)),
     ];
+    for (peer, took) in peers.iter().zip(others) {
+        let what = format!("{}, process start to first user instruction", peer.name);
+        rows.push(Row::new(&what, "ms", took));
+    }
     for (nth, counter) in ours::EXITS.iter().enumerate() {
         let counted = ours.iter().map(|boot| boot.exits[nth]).collect();
         rows.push(Row::new(&format!("KVM: {counter}"), "", counted));

@@ -14,7 +14,7 @@ use crate::Shape;
 /// The peer.
 pub(crate) struct Qemu {
     /// What guests of ours start from, as the server built it.
-    initramfs: PathBuf,
+    pub(crate) initramfs: PathBuf,
 }
 
 impl Qemu {
