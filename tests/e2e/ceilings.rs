@@ -17,6 +17,7 @@ cases![
     a_boot_asks_no_more_of_the_host_than_it_did,
     an_idle_worker_is_small,
     an_idle_guest_sleeps,
+    a_large_guest_sets_nothing_aside_and_stops_nobody,
     what_is_loaded_has_not_grown
 ];
 
@@ -86,6 +87,11 @@ const IDLE_WAKES_MAX: u64 = 70;
 
 /// How long that is counted, and how long after the boot it begins.
 const SLEEP: Duration = Duration::from_secs(10);
+
+/// What the kernel of a guest of four GiB may keep of them, in KiB: 64 bytes of each 4,096, its
+/// program, and tables whose sizes are by the memory. Buffers for devices that reach only what is
+/// low, which no guest without a device of the host has, would be 64 MiB more.
+const KEPT_KIB_MAX: u64 = 100 << 10;
 
 /// Bytes of what is started or copied for each boot.
 const BYTES_MAX: [(&str, u64, &str); 3] = [
@@ -219,6 +225,26 @@ impl Drop for Tally {
     fn drop(&mut self) {
         let _ = fs::write(self.file("trigger"), format!("!{}", self.trigger));
     }
+}
+
+/// It begins with the clock of KVM: to change to that, all its processors would stand still, and on
+/// a busy host each waits for the last.
+async fn a_large_guest_sets_nothing_aside_and_stops_nobody(host: &TestHost) {
+    let script =
+        "dmesg | grep 'Memory:\\|Switched to clocksource kvm'; nproc; grep MemTotal /proc/meminfo";
+    let body = json!({
+        "name": "large", "image": BUSYBOX, "size": "4GB", "vcpus": 8, "cmd": ["sh", "-c", script],
+    });
+
+    let (said, _) = host.server.run_body(body).await;
+
+    let lines: Vec<&str> = said.lines().collect();
+    let [told, "8", total] = lines[..] else { panic!("{said}") };
+    assert!(told.contains("Memory:"), "the kernel tells of its memory, and of no change: {told}");
+    let total = total.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok());
+    let kept_kib = (4 << 20) - total.expect("a number of KiB");
+    println!("its kernel keeps {kept_kib} KiB of at most {KEPT_KIB_MAX}");
+    assert!(kept_kib <= KEPT_KIB_MAX, "{kept_kib} KiB, {KEPT_KIB_MAX} allowed");
 }
 
 async fn what_is_loaded_has_not_grown(_: &TestHost) {

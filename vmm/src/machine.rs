@@ -58,8 +58,10 @@ mod place;
 /// A panic ends the machine, and whatever a machine like this does not have is not looked for:
 /// - `tsc=reliable no_timer_check`: there is no second clock or timer to check against.
 const CMDLINE: &str = "quiet panic=-1 tsc=reliable no_timer_check random.trust_cpu=on";
-/// Without devices of the host there is no bus, and finding that out takes over 200 exits.
-const CMDLINE_NO_PCI: &str = " pci=off";
+/// Without devices of the host there is no bus, and finding that out takes over 200 exits; nor is
+/// there who reaches low memory only, for whom a guest with memory above 4 GiB would set aside and
+/// clear 64 MiB.
+const CMDLINE_NO_PCI: &str = " pci=off swiotlb=noforce";
 /// Without a 16550 the console is virtio, and
 const CMDLINE_NO_SERIAL: &str = "console=hvc0";
 /// there is none to look for, unless a device of the host is one.
