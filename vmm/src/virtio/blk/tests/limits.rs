@@ -27,8 +27,8 @@ fn a_limit_holds_requests_back_until_they_are_earned_and_loses_none() {
 
         assert!(used.iter().all(|(_, written)| *written == (64 << 10) + 1), "{used:?}");
         let took = start.elapsed();
-        // 4 MiB, of which one is the burst; not at once, and not never where others work, too.
-        assert!((187..2_000).contains(&took.as_millis()), "{kind:?}: {took:?}");
+        // 4 MiB, of which one is the burst.
+        assert!((187..400).contains(&took.as_millis()), "{kind:?}: {took:?}");
         rig.bench.reset();
         assert_eq!(rig.bench.watched(), 0);
     }
