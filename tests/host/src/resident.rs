@@ -2,11 +2,9 @@
 
 use std::ops::Range;
 
-use crate::mappings::Mapping;
+use ovum_vmm::layout::ram_ranges;
 
-/// Where guest memory goes on behind what lies below the devices' addresses
-/// (`ovum_vmm::layout::HOLE_START`).
-const LOW_MIB_MAX: u32 = 3328;
+use crate::mappings::Mapping;
 
 /// Guest memory is told by its size: so much in one piece, or two if it does not fit below the
 /// devices' addresses, of the first of which parts can be mapped from the kernel's text. The worker
@@ -22,10 +20,9 @@ pub struct Resident {
 impl Resident {
     /// Of the worker `pid`, whose guest has booted with `guest_mib`.
     pub fn of(pid: u32, guest_mib: u32) -> Self {
-        let low_mib = guest_mib.min(LOW_MIB_MAX);
-        let [low_bytes, high_bytes] =
-            [low_mib, guest_mib - low_mib].map(|mib| u64::from(mib) << 20);
-        let least_bytes = if high_bytes > 0 { low_bytes.min(high_bytes) } else { low_bytes };
+        let ranges = ram_ranges(u64::from(guest_mib) << 20);
+        let low_bytes = ranges[0].1;
+        let least_bytes = ranges.iter().map(|(_, bytes)| *bytes).fold(low_bytes, u64::min);
         let mappings = Mapping::all_of(pid);
         let is_guest = |mapping: &Mapping| {
             mapping.bytes() >= least_bytes || in_pieces(&mappings, low_bytes, &mapping.range)
